@@ -1,0 +1,279 @@
+"""GPT2_ML in PyTorch: the block of rowanz/grover, which is neither OpenAI's GPT-2 nor BERT.
+
+Attention reads the *un-normalised* block input, and each block ends in a LayerNorm:
+
+    h = LayerNorm(token embedding + position embedding)
+    per block:  x = h + attention(h);  h = LayerNorm(x + mlp(LayerNorm(x)))
+    logits = h @ token_embedding.T
+
+Shapes:
+    B  batch rows       T  tokens in this call    S  slots of the key-value cache
+    D  width            H  heads                  K  head size, D / H
+    V  vocabulary
+"""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute_in_backward
+
+from gpt2ml_torch import checkpoint
+from gpt2ml_torch.config import GPT2MLConfig
+
+
+class KeysValues(NamedTuple):
+    """One layer's cache: keys and values, each (B, S, H, K)."""
+
+    keys: Tensor
+    values: Tensor
+
+
+class KVCache(nn.Module):
+    """The keys and values of the tokens seen so far, in buffers that never move or grow.
+
+    Slot s of a row holds the token at position s, so rows of different lengths need no padding on the left: a query at
+    position p reads slots 0..p, and what lies beyond is stale and never seen. Rows may be reordered, copied or
+    dropped with plain indexing of `keys` and `values`, both (layers, B, S, H, K).
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(
+        self,
+        config: GPT2MLConfig,
+        *,
+        batch_size: int,
+        length: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not 1 <= length <= config.max_position_embeddings:
+            raise ValueError(
+                f"a cache of {length} slots was asked for; this model has positions for 1 to "
+                f"{config.max_position_embeddings}"
+            )
+        shape = (
+            config.num_hidden_layers,
+            batch_size,
+            length,
+            config.num_attention_heads,
+            config.head_size,
+        )
+        # Zeros, not empty: a masked slot still multiplies its value by 0, and 0 * NaN is NaN.
+        for name in ("keys", "values"):
+            self.register_buffer(
+                name, torch.zeros(shape, device=device, dtype=dtype), persistent=False
+            )
+
+    @property
+    def length(self) -> int:
+        return self.keys.shape[2]
+
+    def layer(self, index: int) -> KeysValues:
+        return KeysValues(self.keys[index], self.values[index])
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention, with no dropout on its weights."""
+
+    def __init__(self, config: GPT2MLConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.output = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self,
+        h: Tensor,
+        *,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: KeysValues | None = None,
+    ) -> Tensor:
+        B, T, D = h.shape
+        q, k, v = self.qkv(h).view(B, T, 3, self.num_heads, -1).unbind(2)  # each (B, T, H, K)
+        if cache is not None:
+            rows = torch.arange(B, device=h.device)[:, None]  # (B, 1)
+            cache.keys.index_put_((rows, positions), k)
+            cache.values.index_put_((rows, positions), v)
+            k, v = cache.keys, cache.values  # (B, S, H, K)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T or S, K)
+        a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        return self.output(a.transpose(1, 2).reshape(B, T, D))
+
+
+class MLP(nn.Module):
+    """Up to the inner width, exact (erf) GELU, and down again."""
+
+    def __init__(self, config: GPT2MLConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x)))
+
+
+class Block(nn.Module):
+    """One layer. Source: imcaspar/gpt2-ml, train/modeling.py, attention_layer and residual_mlp_layer."""
+
+    def __init__(self, config: GPT2MLConfig) -> None:
+        super().__init__()
+        self.attention = Attention(config)
+        self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = MLP(config)
+        self.output_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self,
+        h: Tensor,
+        *,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: KeysValues | None = None,
+    ) -> Tensor:
+        attended = self.attention(h, positions=positions, mask=mask, cache=cache)
+        x = h + self.dropout(attended)  # (B, T, D)
+        # The residual carries x, not its norm; the block's own input is never normalised.
+        return self.output_norm(x + self.dropout(self.mlp(self.mlp_norm(x))))
+
+
+class GPT2ML(nn.Module):
+    """The language model: `model(token_ids)` gives next-token logits, (B, T) int64 -> (B, T, V).
+
+    Its parameters are those of the file (`gpt2ml_torch.checkpoint`), under the same names; the output layer is the token
+    embedding. `gradient_checkpointing` may be set to recompute each block in the backward pass while training.
+    Source: imcaspar/gpt2-ml, train/modeling.py, GroverModel.
+    """
+
+    def __init__(self, config: GPT2MLConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.embedding_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        if self.device.type != "meta":
+            self.initialize()
+
+    @property
+    def device(self) -> torch.device:
+        return self.position_embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the activations; the large matrices may be stored in another one."""
+        return self.position_embedding.weight.dtype
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """Draw fresh weights as the original does: truncated normals, biases 0, norms 1 and 0."""
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 1:
+                parameter.fill_(1.0 if "norm.weight" in name else 0.0)
+                continue
+            in_mlp = ".mlp." in name
+            std = self.config.mlp_initializer_range if in_mlp else self.config.initializer_range
+            nn.init.trunc_normal_(parameter, std=std, a=-2 * std, b=2 * std)
+
+    def forward(
+        self, token_ids: Tensor, *, positions: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """Logits of the next token at every place, (B, T) int64 -> (B, T, V).
+
+        `positions`, (B, T) int64, defaults to 0..T-1 in each row. With a `cache`, the keys and values of these tokens are
+        written to the slots of their positions, and each token attends to all slots up to its own: feed a text
+        in any chunks and the logits are those of the whole. Raises `ValueError` for ids outside the
+        vocabulary and positions past the last; inside `torch.compile` the same checks raise `RuntimeError`.
+        """
+        self._check_inputs(token_ids, positions, cache)
+        return self.logits(self.hidden_states(token_ids, positions=positions, cache=cache))
+
+    def hidden_states(
+        self, token_ids: Tensor, *, positions: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """The last block's output, (B, T) -> (B, T, D); inputs are not checked."""
+        B, T = token_ids.shape
+        mask = None
+        if positions is None:
+            positions = torch.arange(T, device=token_ids.device).expand(B, T)
+        if cache is not None:
+            slots = torch.arange(cache.length, device=token_ids.device)  # (S,)
+            mask = (slots <= positions[:, :, None])[:, None]  # (B, 1, T, S)
+        h = self.token_embedding(token_ids) + self.position_embedding(positions)
+        h = self.embedding_norm(h)  # (B, T, D); the original has no dropout here
+        for index, block in enumerate(self.blocks):
+            if self.gradient_checkpointing and self.training:
+                h = recompute_in_backward(block, h, use_reentrant=False)
+            else:
+                layer_cache = cache.layer(index) if cache is not None else None
+                h = block(h, positions=positions, mask=mask, cache=layer_cache)
+        return h
+
+    def logits(self, h: Tensor) -> Tensor:
+        """Scores of every token of the vocabulary, (..., D) -> (..., V); no bias, no final norm."""
+        return F.linear(h, self.token_embedding.weight)
+
+    def _check_inputs(
+        self, token_ids: Tensor, positions: Tensor | None, cache: KVCache | None
+    ) -> None:
+        if token_ids.ndim != 2 or token_ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                f"token_ids is {token_ids.dtype} of shape {tuple(token_ids.shape)}; "
+                "expected integers of shape (batch, tokens)"
+            )
+        limit = self.config.max_position_embeddings if cache is None else cache.length
+        what = "positions" if cache is None else "cache slots"
+        if positions is None and token_ids.shape[1] > limit:
+            raise ValueError(
+                f"{token_ids.shape[1]} tokens were given; the model has {limit} {what}: "
+                "cut the text, or decode it in windows with Generator"
+            )
+        if positions is not None and positions.shape != token_ids.shape:
+            raise ValueError(
+                f"positions has shape {tuple(positions.shape)}; expected that of token_ids, "
+                f"{tuple(token_ids.shape)}"
+            )
+        _check_range(token_ids, self.config.vocab_size, "token id")
+        if positions is not None:
+            _check_range(positions, limit, "position")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> GPT2ML:
+        """Load a converted file, memory-mapped, in evaluation mode; `dtype` defaults to the file's.
+
+        Raises `OSError` where there is no file to read, and `ValueError` where it is not one of ours or is damaged.
+        """
+        metadata = checkpoint.read_metadata(path)
+        with torch.device("meta"):
+            model = cls(metadata.config)
+        tensors = checkpoint.load_tensors(path, device=device, dtype=dtype)
+        model.load_state_dict(tensors, strict=True, assign=True)
+        return model.eval()
+
+
+def _check_range(values: Tensor, limit: int, what: str) -> None:
+    """Raise unless 0 <= values < limit, everywhere; inside a compiled graph, as an assertion of the graph."""
+    if torch.compiler.is_compiling():
+        inside = ((values >= 0) & (values < limit)).all()
+        torch._assert_async(inside, f"{what} out of range: expected 0 <= {what} < {limit}")
+    elif values.numel():
+        low, high = (int(bound) for bound in torch.aminmax(values))
+        if low < 0 or high >= limit:
+            found = low if low < 0 else high
+            raise ValueError(f"{what} {found} is out of range; expected 0 <= {what} < {limit}")
