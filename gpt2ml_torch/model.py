@@ -186,34 +186,53 @@ class GPT2ML(nn.Module):
             nn.init.trunc_normal_(parameter, std=std, a=-2 * std, b=2 * std)
 
     def forward(
-        self, token_ids: Tensor, *, positions: Tensor | None = None, cache: KVCache | None = None
+        self,
+        token_ids: Tensor,
+        *,
+        positions: Tensor | None = None,
+        cache: KVCache | None = None,
+        document_ids: Tensor | None = None,
     ) -> Tensor:
         """Logits of the next token at every place, (B, T) int64 -> (B, T, V).
 
         `positions`, (B, T) int64, defaults to 0..T-1 in each row. With a `cache`, the keys and values of these tokens are
         written to the slots of their positions, and each token attends to all slots up to its own: feed a text
-        in any chunks and the logits are those of the whole. Raises `ValueError` for ids outside the
-        vocabulary and positions past the last; inside `torch.compile` the same checks raise `RuntimeError`.
+        in any chunks and the logits are those of the whole. Without one, `document_ids`, (B, T), keeps several
+        documents of a row apart: a token attends only to those before it with its own id. Raises `ValueError` for
+        ids outside the vocabulary and positions past the last; inside `torch.compile` the same checks raise
+        `RuntimeError`.
         """
-        self._check_inputs(token_ids, positions, cache)
-        return self.logits(self.hidden_states(token_ids, positions=positions, cache=cache))
+        self._check_inputs(token_ids, positions, cache, document_ids)
+        h = self.hidden_states(
+            token_ids, positions=positions, cache=cache, document_ids=document_ids
+        )
+        return self.logits(h)
 
     def hidden_states(
-        self, token_ids: Tensor, *, positions: Tensor | None = None, cache: KVCache | None = None
+        self,
+        token_ids: Tensor,
+        *,
+        positions: Tensor | None = None,
+        cache: KVCache | None = None,
+        document_ids: Tensor | None = None,
     ) -> Tensor:
         """The last block's output, (B, T) -> (B, T, D); inputs are not checked."""
         B, T = token_ids.shape
-        mask = None
         if positions is None:
             positions = torch.arange(T, device=token_ids.device).expand(B, T)
+        mask = None  # plain causal attention among the tokens of this call
         if cache is not None:
             slots = torch.arange(cache.length, device=token_ids.device)  # (S,)
             mask = (slots <= positions[:, :, None])[:, None]  # (B, 1, T, S)
+        elif document_ids is not None:
+            places = torch.arange(T, device=token_ids.device)  # (T,)
+            same_document = document_ids[:, :, None] == document_ids[:, None, :]  # (B, T, T)
+            mask = (same_document & (places <= places[:, None]))[:, None]  # (B, 1, T, T)
         h = self.token_embedding(token_ids) + self.position_embedding(positions)
         h = self.embedding_norm(h)  # (B, T, D); the original has no dropout here
         for index, block in enumerate(self.blocks):
             if self.gradient_checkpointing and self.training:
-                h = recompute_in_backward(block, h, use_reentrant=False)
+                h = recompute_in_backward(block, h, mask=mask, use_reentrant=False)
             else:
                 layer_cache = cache.layer(index) if cache is not None else None
                 h = block(h, positions=positions, mask=mask, cache=layer_cache)
@@ -224,7 +243,11 @@ class GPT2ML(nn.Module):
         return F.linear(h, self.token_embedding.weight)
 
     def _check_inputs(
-        self, token_ids: Tensor, positions: Tensor | None, cache: KVCache | None
+        self,
+        token_ids: Tensor,
+        positions: Tensor | None,
+        cache: KVCache | None,
+        document_ids: Tensor | None,
     ) -> None:
         if token_ids.ndim != 2 or token_ids.dtype not in (torch.int64, torch.int32):
             raise ValueError(
@@ -238,11 +261,14 @@ class GPT2ML(nn.Module):
                 f"{token_ids.shape[1]} tokens were given; the model has {limit} {what}: "
                 "cut the text, or decode it in windows with Generator"
             )
-        if positions is not None and positions.shape != token_ids.shape:
-            raise ValueError(
-                f"positions has shape {tuple(positions.shape)}; expected that of token_ids, "
-                f"{tuple(token_ids.shape)}"
-            )
+        for name, value in (("positions", positions), ("document_ids", document_ids)):
+            if value is not None and value.shape != token_ids.shape:
+                raise ValueError(
+                    f"{name} has shape {tuple(value.shape)}; expected that of token_ids, "
+                    f"{tuple(token_ids.shape)}"
+                )
+        if cache is not None and document_ids is not None:
+            raise ValueError("document_ids and a cache exclude each other; give one of them")
         _check_range(token_ids, self.config.vocab_size, "token id")
         if positions is not None:
             _check_range(positions, limit, "position")
