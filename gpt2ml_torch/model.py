@@ -15,7 +15,8 @@ Shapes:
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,9 @@ from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 from gpt2ml_torch import checkpoint
 from gpt2ml_torch.config import GPT2MLConfig
+
+if TYPE_CHECKING:
+    from gpt2ml_torch.tokenizer import Tokenizer
 
 
 class KeysValues(NamedTuple):
@@ -291,6 +295,30 @@ class GPT2ML(nn.Module):
         tensors = checkpoint.load_tensors(path, device=device, dtype=dtype)
         model.load_state_dict(tensors, strict=True, assign=True)
         return model.eval()
+
+    def save_pretrained(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        tokenizer: Tokenizer | None = None,
+        source: Mapping[str, Any] | None = None,
+        generation: Mapping[str, Any] | None = None,
+        overwrite: bool = True,
+    ) -> None:
+        """Write the one file: weights, configuration, and the tokenizer's vocabulary if given.
+
+        `source` says where the weights come from, `generation` holds defaults for `Generator`. A file that stood
+        there is replaced only when the new one is complete. Raises `OSError` where it can't be written.
+        """
+        checkpoint.save(
+            path,
+            self.state_dict(),
+            self.config,
+            vocab=None if tokenizer is None else tokenizer.vocab_text,
+            source=source,
+            generation=generation,
+            overwrite=overwrite,
+        )
 
 
 def _check_range(values: Tensor, limit: int, what: str) -> None:
