@@ -1,7 +1,7 @@
 """The sizes of a GPT2_ML, validated once, so that no other module has to.
 
-Field names are Hugging Face's, because that is what users know; the two JSON dialects that circulate with the
-original checkpoints are the converter's business.
+Field names are Hugging Face's, because that is what users know; the two JSON dialects that
+circulate with the original checkpoints are the converter's business.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ MAX_DIMENSION = 2**24
 class GPT2MLConfig:
     """Sizes and constants of one GPT2_ML.
 
-    Raises `ValueError` for sizes that no model can have, such as a width that the heads do not divide.
+    Raises `ValueError` for sizes that no model can have, such as a width that the heads do not
+    divide.
     Source: imcaspar/gpt2-ml, train/modeling.py, GroverConfig.
     """
 
@@ -31,7 +32,8 @@ class GPT2MLConfig:
     hidden_dropout_prob: float = 0.1
     initializer_range: float = 0.0141421
 
-    # Constants of the architecture: no published model deviates, so they are not fields that a file could get wrong.
+    # Constants of the architecture: no published model deviates, so they are not fields that a file
+    # could get wrong.
     layer_norm_eps = 1e-5
     mlp_initializer_range = 0.02
     pad_token_id = 0
@@ -79,7 +81,7 @@ class GPT2MLConfig:
 
     @classmethod
     def mega(cls, *, vocab_size: int = 21130) -> GPT2MLConfig:
-        """48 layers, width 1536: the published model (21,130 rows for the 15G corpus, 8,021 for 30G)."""
+        """48 layers, width 1536: the published model; 21,130 rows for 15G, 8,021 for 30G."""
         return cls._sized(48, 1536, vocab_size)
 
     @classmethod
@@ -101,7 +103,8 @@ class GPT2MLConfig:
         unknown, missing = sorted(set(values) - known), sorted(required - set(values))
         if unknown or missing:
             raise ValueError(
-                f"not a configuration of this model: unknown fields {unknown}, missing fields {missing}"
+                f"not a configuration of this model: unknown fields {unknown}, "
+                f"missing fields {missing}"
             )
         return cls(**values)
 

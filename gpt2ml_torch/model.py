@@ -40,9 +40,10 @@ class KeysValues(NamedTuple):
 class KVCache(nn.Module):
     """The keys and values of the tokens seen so far, in buffers that never move or grow.
 
-    Slot s of a row holds the token at position s, so rows of different lengths need no padding on the left: a query at
-    position p reads slots 0..p, and what lies beyond is stale and never seen. Rows may be reordered, copied or
-    dropped with plain indexing of `keys` and `values`, both (layers, B, S, H, K).
+    Slot s of a row holds the token at position s, so rows of different lengths need no padding on
+    the left: a query at position p reads slots 0..p, and what lies beyond is stale and never seen.
+    Rows may be reordered, copied or dropped with plain indexing of `keys` and `values`, both
+    (layers, B, S, H, K).
     """
 
     keys: Tensor
@@ -126,7 +127,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer. Source: imcaspar/gpt2-ml, train/modeling.py, attention_layer and residual_mlp_layer."""
+    """One layer.
+
+    Source: imcaspar/gpt2-ml, train/modeling.py, attention_layer and residual_mlp_layer.
+    """
 
     def __init__(self, config: GPT2MLConfig) -> None:
         super().__init__()
@@ -153,8 +157,9 @@ class Block(nn.Module):
 class GPT2ML(nn.Module):
     """The language model: `model(token_ids)` gives next-token logits, (B, T) int64 -> (B, T, V).
 
-    Its parameters are those of the file (`gpt2ml_torch.checkpoint`), under the same names; the output layer is the token
-    embedding. `gradient_checkpointing` may be set to recompute each block in the backward pass while training.
+    Its parameters are those of the file (`gpt2ml_torch.checkpoint`), under the same names; the
+    output layer is the token embedding. `gradient_checkpointing` may be set to recompute each block
+    in the backward pass while training.
     Source: imcaspar/gpt2-ml, train/modeling.py, GroverModel.
     """
 
@@ -199,12 +204,12 @@ class GPT2ML(nn.Module):
     ) -> Tensor:
         """Logits of the next token at every place, (B, T) int64 -> (B, T, V).
 
-        `positions`, (B, T) int64, defaults to 0..T-1 in each row. With a `cache`, the keys and values of these tokens are
-        written to the slots of their positions, and each token attends to all slots up to its own: feed a text
-        in any chunks and the logits are those of the whole. Without one, `document_ids`, (B, T), keeps several
-        documents of a row apart: a token attends only to those before it with its own id. Raises `ValueError` for
-        ids outside the vocabulary and positions past the last; inside `torch.compile` the same checks raise
-        `RuntimeError`.
+        `positions`, (B, T) int64, defaults to 0..T-1 in each row. With a `cache`, the keys and
+        values of these tokens are written to the slots of their positions, and each token attends
+        to all slots up to its own: feed a text in any chunks and the logits are those of the whole.
+        Without one, `document_ids`, (B, T), keeps several documents of a row apart: a token attends
+        only to those before it with its own id. Raises `ValueError` for ids outside the vocabulary
+        and positions past the last; inside `torch.compile` the same checks raise `RuntimeError`.
         """
         self._check_inputs(token_ids, positions, cache, document_ids)
         h = self.hidden_states(
@@ -287,7 +292,8 @@ class GPT2ML(nn.Module):
     ) -> GPT2ML:
         """Load a converted file, memory-mapped, in evaluation mode; `dtype` defaults to the file's.
 
-        Raises `OSError` where there is no file to read, and `ValueError` where it is not one of ours or is damaged.
+        Raises `OSError` where there is no file to read, and `ValueError` where it is not one of
+        ours or is damaged.
         """
         metadata = checkpoint.read_metadata(path)
         with torch.device("meta"):
@@ -307,8 +313,9 @@ class GPT2ML(nn.Module):
     ) -> None:
         """Write the one file: weights, configuration, and the tokenizer's vocabulary if given.
 
-        `source` says where the weights come from, `generation` holds defaults for `Generator`. A file that stood
-        there is replaced only when the new one is complete. Raises `OSError` where it can't be written.
+        `source` says where the weights come from, `generation` holds defaults for `Generator`. A
+        file that stood there is replaced only when the new one is complete. Raises `OSError` where
+        it can't be written.
         """
         checkpoint.save(
             path,
@@ -322,7 +329,7 @@ class GPT2ML(nn.Module):
 
 
 def _check_range(values: Tensor, limit: int, what: str) -> None:
-    """Raise unless 0 <= values < limit, everywhere; inside a compiled graph, as an assertion of the graph."""
+    """Raise unless 0 <= values < limit; in a compiled graph, by an assertion of the graph."""
     if torch.compiler.is_compiling():
         inside = ((values >= 0) & (values < limit)).all()
         torch._assert_async(inside, f"{what} out of range: expected 0 <= {what} < {limit}")
