@@ -37,6 +37,7 @@ MAX_HEADER = 32 << 20  # bytes; ours take about 0.3 MB, and parsing costs ten ti
 # Bytes of mapped weights that may be resident while they are converted or moved.
 RELEASE_EVERY = 256 << 20
 
+_RESERVE = 2 << 10  # bytes of the header kept free for `CheckpointWriter.set_source`
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _CURE = "make it again with `python -m convert`"
@@ -117,18 +118,22 @@ class CheckpointWriter(SafetensorsWriter):
         if dtype not in _WEIGHT_DTYPES:
             raise ValueError(f"weights of {dtype}; expected one of {_names(_WEIGHT_DTYPES)}")
         _check_vocab(vocab, config)
-        metadata = {
+        self._custom = {
             "format": "pt",
             "gpt2ml_format": str(FORMAT_VERSION),
             "config": _to_json(config.to_dict()),
             "source": _to_json(dict(source or {})),
         }
         if generation:
-            metadata["generation"] = _to_json(dict(generation))
+            self._custom["generation"] = _to_json(dict(generation))
         if vocab is not None:
-            metadata["vocab"] = vocab
+            self._custom["vocab"] = vocab
         specs = {name: (dtype, shape) for name, shape in expected_shapes(config).items()}
-        super().__init__(path, specs, metadata, overwrite=overwrite)
+        super().__init__(path, specs, self._custom, overwrite=overwrite, reserve=_RESERVE)
+
+    def set_source(self, source: Mapping[str, Any]) -> None:
+        """Say where the weights come from, once that is known (a hash takes as long as reading)."""
+        self.replace_metadata({**self._custom, "source": _to_json(dict(source))})
 
 
 def save(

@@ -17,6 +17,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -40,6 +41,8 @@ CHUNK = 8 << 20  # bytes written, then read back while they are still in the pro
 
 TensorSpec = tuple[torch.dtype, Sequence[int]]
 
+_Writer = TypeVar("_Writer", bound="SafetensorsWriter")  # typing.Self, before Python 3.11
+
 
 class SafetensorsWriter:
     """Writes the declared tensors, in any order, from one thread at a time.
@@ -50,7 +53,8 @@ class SafetensorsWriter:
     writing the same file is an error.
 
     Raises `OSError` where the file can't be written (`FileExistsError` if it exists and `overwrite`
-    is false), and `ValueError` for a tensor that was not declared so.
+    is false), and `ValueError` for a tensor that was not declared so. `reserve` is room in the
+    header, in bytes, for `replace_metadata`.
     """
 
     def __init__(
@@ -60,12 +64,16 @@ class SafetensorsWriter:
         metadata: Mapping[str, str],
         *,
         overwrite: bool = False,
+        reserve: int = 0,
     ) -> None:
-        self.path = _resolve(Path(path), overwrite)
+        self.path = resolve_target(path, overwrite=overwrite)
         self._overwrite = overwrite
         self._specs = dict(specs)
         self._metadata = dict(metadata)
-        header, self._offsets, self.size = _layout(self._specs, self._metadata)
+        header, starts, size = _layout(self._specs, self._metadata, reserve)
+        self._header_size = len(header)
+        self._offsets = {name: len(header) + start for name, start in starts.items()}
+        self.size = len(header) + size
         self._missing = set(self._specs)
         self._partial = self.path.with_name(self.path.name + ".partial")
         self._check_free_space()
@@ -98,6 +106,16 @@ class SafetensorsWriter:
             self._compare(name, offset + start, flat[piece])
         self._missing.discard(name)
 
+    def replace_metadata(self, metadata: Mapping[str, str]) -> None:
+        """Replace the metadata by others that take at most `reserve` bytes more than the first."""
+        header, _, _ = _layout(self._specs, metadata)
+        spare = self._header_size - len(header)
+        if spare < 0:
+            raise ValueError(f"the metadata take {-spare} bytes more than was reserved for them")
+        text = header[8:] + b" " * spare
+        self._write_at(0, memoryview(struct.pack("<Q", len(text)) + text))
+        self._metadata = dict(metadata)
+
     def commit(self) -> None:
         """Check the whole file with the safetensors library, and give it its name."""
         if self._missing:
@@ -116,7 +134,7 @@ class SafetensorsWriter:
             self._partial.unlink(missing_ok=True)
             self._close()
 
-    def __enter__(self) -> SafetensorsWriter:
+    def __enter__(self: _Writer) -> _Writer:
         return self
 
     def __exit__(
@@ -195,13 +213,12 @@ class SafetensorsWriter:
 
 
 def _layout(
-    specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]
+    specs: Mapping[str, TensorSpec], metadata: Mapping[str, str], reserve: int = 0
 ) -> tuple[bytes, dict[str, int], int]:
-    """The header (padded, so that the data begins aligned), each tensor's place in the file, and
-    the file's size.
+    """The header, each tensor's place in the data, and the data's size.
 
-    The format allows no holes, so alignment comes from the order: tensors whose size keeps the next
-    one aligned first.
+    The header is padded so that the data begin aligned. The format allows no holes, so further
+    alignment comes from the order: tensors whose size keeps the next one aligned come first.
     """
     sizes = {
         name: torch.Size(shape).numel() * dtype.itemsize for name, (dtype, shape) in specs.items()
@@ -220,9 +237,9 @@ def _layout(
             "data_offsets": [starts[name], end],
         }
     text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * reserve
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
-    header = struct.pack("<Q", len(text)) + text
-    return header, {name: len(header) + start for name, start in starts.items()}, len(header) + end
+    return struct.pack("<Q", len(text)) + text, starts, end
 
 
 def _alignment(size: int) -> int:
@@ -241,9 +258,12 @@ def _same_bytes(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a, b)
 
 
-def _resolve(path: Path, overwrite: bool) -> Path:
-    """The real place of the file (a symbolic link stays one), or an `OSError` for why it can't be
-    written."""
+def resolve_target(path: str | os.PathLike[str], *, overwrite: bool) -> Path:
+    """The real place of a file to be written (a symbolic link stays one).
+
+    Raises `OSError` where it can't be written, `FileExistsError` if it exists and `overwrite` is
+    false.
+    """
     path = Path(os.path.realpath(path))
     parent = path.parent
     if not parent.is_dir():

@@ -1,0 +1,159 @@
+"""`python -m convert SRC OUT.safetensors`, and back with `--to-tf`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import shlex
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from convert.locate import Location, locate
+from convert.pipeline import Options, Progress, Report, convert
+from convert.sources import BinSource, Source
+
+_DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+_EXAMPLE_PROMPT = "今天天气不错"
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse's errors take several lines; ours are one."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        self.exit(2, f"convert: {message}; see python -m convert --help\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; 0 for success, 2 for an error, told in one line on stderr."""
+    options = _parser().parse_args(arguments)
+    warnings.simplefilter("ignore")
+    try:
+        with _progress_bar() as progress:
+            print(_run(options, progress))
+    except KeyboardInterrupt:
+        return _fail("stopped; nothing was changed", status=130)
+    except MemoryError:
+        return _fail("out of memory")
+    except (ValueError, OSError) as error:
+        return _fail(_one_line(error))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m convert",
+        description="Convert a GPT2_ML checkpoint to one safetensors file, or back.",
+    )
+    parser.add_argument("source", metavar="SRC", type=Path)
+    parser.add_argument("out", metavar="OUT", type=Path)
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="config.json, in either dialect"
+    )
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--vocab", type=Path, metavar="FILE", help="vocab.txt")
+    group.add_argument("--no-vocab", action="store_true", help="store no vocabulary")
+    parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="default: %(default)s")
+    parser.add_argument("--force", action="store_true", help="overwrite OUT")
+    parser.add_argument(
+        "--no-verify", action="store_true", help="accept a published size with another SHA-256"
+    )
+    parser.add_argument(
+        "--to-tf", action="store_true", help="SRC is a safetensors file, OUT a folder"
+    )
+    return parser
+
+
+def _run(arguments: argparse.Namespace, progress: Progress) -> str:
+    if arguments.to_tf:
+        from convert.to_tf import to_tf
+
+        return to_tf(arguments.source, arguments.out, overwrite=arguments.force, progress=progress)
+    location = locate(arguments.source)
+    source = _open(location)
+    options = Options(
+        dtype=_DTYPES[arguments.dtype],
+        config=arguments.config,
+        vocab=arguments.vocab,
+        with_vocab=not arguments.no_vocab,
+        verify=not arguments.no_verify,
+        overwrite=arguments.force,
+    )
+    report = convert(source, location.folder, arguments.out, options, progress=progress)
+    return _summary(report, arguments.out, arguments.dtype, location.notes)
+
+
+def _open(location: Location) -> Source:
+    if location.kind == "bin":
+        return BinSource(location.path)
+    from convert.tf_source import (
+        TFSource,
+    )  # TensorFlow takes seconds to import, and a .bin needs none
+
+    return TFSource(location)
+
+
+def _summary(report: Report, out: Path, dtype: str, notes: Sequence[str]) -> str:
+    config, source = report.config, report.source
+    what = source.get("published", "GPT2_ML")
+    dropped = (
+        ", ".join(f"{count} {reason}" for reason, count in report.dropped.items()) or "nothing"
+    )
+    vocabulary = report.vocabulary
+    words = f"{vocabulary.lines:,} tokens from {vocabulary.path}" if vocabulary else "none stored"
+    step = f", step {source['step']:,}" if "step" in source else ""
+    lines = [
+        f"{out}: {what} from {source['name']}{step}",
+        f"  model       {config.num_hidden_layers} layers, width {config.hidden_size}, "
+        f"{config.num_attention_heads} heads, {config.vocab_size:,} embeddings",
+        f"  tensors     {report.tensors:,}, {config.num_parameters:,} parameters, {dtype}; "
+        f"dropped: {dropped}",
+        f"  vocabulary  {words}",
+        *(f"  note        {note}" for note in (*notes, *report.notes)),
+        f"  written     {report.size:,} bytes in {report.seconds:.1f} s, read back and compared",
+        "next:",
+        f"  python -m gpt2ml_torch generate {shlex.quote(str(out))} {_EXAMPLE_PROMPT}",
+    ]
+    return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def _progress_bar() -> Iterator[Progress]:
+    """A bar on a terminal, nothing elsewhere."""
+    bar: tqdm[Any] | None = None
+
+    def progress(done: int, total: int) -> None:
+        nonlocal bar
+        if bar is None:
+            bar = tqdm(total=total, unit="B", unit_scale=True, disable=None, leave=False)
+        bar.update(done)
+
+    try:
+        yield progress
+    finally:
+        if bar is not None:
+            bar.close()
+
+
+def _one_line(error: ValueError | OSError) -> str:
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        text = f"{where}{error.strerror}"
+    if isinstance(error, FileExistsError):
+        text += "; --force overwrites it"
+    return " ".join(text.split())
+
+
+def _fail(message: str, *, status: int = 2) -> int:
+    print(f"convert: {message}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""The two dialects of config.json, both ways.
+
+`hidden_size`, `num_hidden_layers`, ... in the original repository; `n_embd`, `n_layer`, ... with
+the community's PyTorch conversion. Neither is to be trusted about sizes: the tensors' shapes are
+the truth.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gpt2ml_torch.config import GPT2MLConfig
+
+PUBLISHED_HEAD_SIZE = 64
+_MAX_BYTES = 1 << 20
+
+# Our field, and what it is called in the files; the first is what --to-tf writes.
+DIALECTS: dict[str, tuple[str, ...]] = {
+    "vocab_size": ("vocab_size", "vocab_size_or_config_json_file"),
+    "hidden_size": ("hidden_size", "n_embd"),
+    "num_hidden_layers": ("num_hidden_layers", "n_layer"),
+    "num_attention_heads": ("num_attention_heads", "n_head"),
+    "intermediate_size": ("intermediate_size", "n_inner"),
+    "max_position_embeddings": ("max_position_embeddings", "n_positions", "n_ctx"),
+    "hidden_dropout_prob": ("hidden_dropout_prob", "resid_pdrop"),
+    "initializer_range": ("initializer_range",),
+}
+_MARKS = ("hidden_size", "n_embd")
+_USUAL_NAMES = ("config.json", "bert_config.json", "gpt2_config.json", "model_config.json")
+
+
+def find_config(folder: Path) -> Path | None:
+    """The configuration in a folder: by its usual name, else the only JSON file that reads like
+    one.
+
+    Raises `ValueError` where several do.
+    """
+    for name in _USUAL_NAMES:
+        if (folder / name).is_file():
+            return folder / name
+    found = [path for path in sorted(folder.glob("*.json")) if _looks_like_config(path)]
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        raise ValueError(f"several configurations in {folder}: {names}; choose one with --config")
+    return found[0] if found else None
+
+
+def _looks_like_config(path: Path) -> bool:
+    try:
+        return any(mark in _load(path) for mark in _MARKS)
+    except (ValueError, OSError):
+        return False
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The fields that a configuration file gives, under our names.
+
+    Raises `ValueError` for a file in neither dialect, or in both at odds with itself, and
+    `OSError`.
+    """
+    values = _load(path)
+    if not any(mark in values for mark in _MARKS):
+        raise ValueError(
+            f"{path} is no configuration of this model: neither {' nor '.join(_MARKS)}"
+        )
+    result: dict[str, Any] = {}
+    for field, names in DIALECTS.items():
+        given = {name: values[name] for name in names if values.get(name) is not None}
+        if len({repr(value) for value in given.values()}) > 1:
+            raise ValueError(f"{path} contradicts itself: {_pairs(given)}")
+        for name, value in given.items():
+            number = (
+                (int,)
+                if field not in ("hidden_dropout_prob", "initializer_range")
+                else (int, float)
+            )
+            if type(value) not in number:
+                raise ValueError(f"{path}: {name} is {value!r}; expected a number")
+            result[field] = value
+    return result
+
+
+def _load(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > _MAX_BYTES:
+        raise ValueError(f"{path} is too large for a configuration; give another with --config")
+    try:
+        values = json.loads(path.read_bytes().decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is not JSON ({error}); mend it or give another with --config"
+        ) from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is not a JSON object; give another with --config")
+    return values
+
+
+def merge(
+    shapes: Mapping[str, int], given: Mapping[str, Any], *, origin: Path | None
+) -> tuple[GPT2MLConfig, list[str]]:
+    """The configuration by the tensors' sizes, completed from the file; and what there is to tell
+    about it.
+
+    Raises `ValueError` where the file contradicts the tensors, save for the vocabulary's size.
+    """
+    notes = []
+    wrong = []
+    for field, size in shapes.items():
+        said = given.get(field, size)
+        if said == size:
+            continue
+        if field == "vocab_size":
+            notes.append(
+                f"{origin} says vocab_size {said}; the tensor has {size} rows, which counts"
+            )
+        else:
+            wrong.append(f"{field} {said} against {size} in the tensors")
+    if wrong:
+        raise ValueError(
+            f"{origin} contradicts the checkpoint: {', '.join(wrong)}; give the right --config"
+        )
+    values = {**given, **shapes}
+    if "num_attention_heads" not in values:
+        width = shapes["hidden_size"]
+        if width % PUBLISHED_HEAD_SIZE:
+            raise ValueError(
+                f"no configuration found, and width {width} is no multiple of the published head "
+                "size "
+                f"{PUBLISHED_HEAD_SIZE}, so the number of heads is unknown; give a --config"
+            )
+        values["num_attention_heads"] = width // PUBLISHED_HEAD_SIZE
+        notes.append(
+            f"no configuration gives the number of heads; took width {width} / "
+            f"{PUBLISHED_HEAD_SIZE} "
+            f"= {values['num_attention_heads']}, as in all published sizes"
+        )
+    try:
+        return GPT2MLConfig(**values), notes
+    except ValueError as error:
+        raise ValueError(f"{origin or 'the checkpoint'}: {error}") from None
+
+
+def original_dialect(config: GPT2MLConfig) -> dict[str, Any]:
+    """The configuration as the original code reads it."""
+    values: dict[str, Any] = {DIALECTS[field][0]: v for field, v in config.to_dict().items()}
+    return {**values, "attention_probs_dropout_prob": 0.1, "hidden_act": "gelu"}
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value!r}" for name, value in values.items())

@@ -1,0 +1,80 @@
+"""Finding the vocabulary that belongs to a checkpoint: by the number of its lines, since nothing
+else tells them apart."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from gpt2ml_torch.checkpoint import count_lines
+
+# Rows of the published checkpoint of the 15G corpus, and lines of its vocabulary: two rows are
+# reserved.
+RESERVED_ROWS = (21_130, 21_128)
+_KNOWN = {21_130: "bert-base-chinese, 21,128 lines", 8_021: "CLUE, 8,021 lines"}
+_MAX_BYTES = 64 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    path: Path
+    text: str
+
+    @property
+    def lines(self) -> int:
+        return count_lines(self.text)
+
+    def fits(self, rows: int) -> bool:
+        return self.lines == rows or (rows, self.lines) == RESERVED_ROWS
+
+
+def find_vocabulary(folder: Path, given: Path | None, rows: int) -> Vocabulary:
+    """The vocabulary of a model with so many rows: the one given, else the one in the folder that
+    fits.
+
+    Raises `ValueError` where none fits, or more than one, saying which is needed; and `OSError`.
+    """
+    if given is not None:
+        candidates = [given]
+    else:
+        named = [path for path in sorted(folder.glob("*vocab*.txt")) if path.is_file()]
+        candidates = sorted(named, key=lambda path: path.name != "vocab.txt")
+    if not candidates:
+        raise ValueError(
+            f"no vocabulary (vocab.txt, *vocab*.txt) in {folder}; the checkpoint needs "
+            f"{needed(rows)}: "
+            "put it there, give --vocab, or go without by --no-vocab"
+        )
+    vocabularies = [read_vocabulary(path) for path in candidates]
+    fitting = [vocabulary for vocabulary in vocabularies if vocabulary.fits(rows)]
+    if not fitting:
+        found = ", ".join(
+            f"{vocabulary.path} has {vocabulary.lines}" for vocabulary in vocabularies
+        )
+        raise ValueError(f"wrong vocabulary: {found} lines; the checkpoint needs {needed(rows)}")
+    if len({vocabulary.text for vocabulary in fitting}) > 1 and fitting[0].path.name != "vocab.txt":
+        found = ", ".join(vocabulary.path.name for vocabulary in fitting)
+        raise ValueError(f"several vocabularies fit: {found}; choose one with --vocab")
+    return fitting[0]
+
+
+def needed(rows: int) -> str:
+    """The vocabulary that a checkpoint of so many rows needs, in words."""
+    return _KNOWN.get(rows, f"one of {rows:,} lines")
+
+
+def read_vocabulary(path: Path) -> Vocabulary:
+    """Read a vocabulary; `ValueError` with the line for bytes that are not UTF-8, and `OSError`."""
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise ValueError(f"{path} is too large for a vocabulary")
+        data = path.read_bytes()
+    except OSError as error:
+        raise OSError(error.errno, f"can't read the vocabulary {path}: {error.strerror}") from None
+    try:
+        return Vocabulary(path, data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{path}, line {line}: not UTF-8; a vocabulary is a UTF-8 text file"
+        ) from None
