@@ -1,0 +1,149 @@
+"""Tokenised documents in a memory-mapped folder, and their split into training and validation."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch.utils.data import Dataset
+
+Indices = npt.NDArray[np.int64]
+
+FORMAT = 1
+META_FILE, IDS_FILE, DOCUMENTS_FILE = "meta.json", "ids.bin", "documents.bin"
+DOCUMENT = np.dtype(
+    [
+        ("end", "<u8"),  # one past its last token
+        ("hash", "<u8"),  # of its tokens
+        ("prompt", "<u8"),  # tokens that are read but not learned
+        ("characters", "<u8"),  # learned ones, white space left out
+    ]
+)
+
+
+class Corpus(Dataset[npt.NDArray[Any]]):
+    """Documents as token ids, read from the disk as they are used: `corpus[i]` is the i-th
+    document's.
+
+    `tokenize_files` makes one. The documents stand in the order of the files, an end token included
+    where one was asked for. Sending a corpus to another process sends its path alone.
+
+    Raises `OSError` where there is nothing to read and `ValueError` for a folder that is no corpus
+    or a damaged one.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.meta = _read_meta(self.path)
+        dtype = np.dtype(self.meta["dtype"])
+        self.documents = _mapped(self.path / DOCUMENTS_FILE, DOCUMENT, self.meta["documents"])
+        self.ids = _mapped(self.path / IDS_FILE, dtype, self.meta["tokens"])  # (tokens,)
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def __getitem__(self, index: int) -> npt.NDArray[Any]:
+        index = range(len(self))[index]
+        start = int(self.documents["end"][index - 1]) if index else 0
+        return np.asarray(self.ids[start : int(self.documents["end"][index])])
+
+    def __reduce__(self) -> tuple[type[Corpus], tuple[Path]]:
+        return Corpus, (self.path,)
+
+    @property
+    def key(self) -> str:
+        """Names the content: files, tokenizer and options."""
+        return str(self.meta["key"])
+
+    def starts(self) -> Indices:
+        """Where in `ids` each document begins, (documents,)."""
+        return np.concatenate([[0], self.documents["end"][:-1]]).astype(np.int64)
+
+    def lengths(self) -> Indices:
+        """Tokens of each document, (documents,)."""
+        return self.documents["end"].astype(np.int64) - self.starts()
+
+    def characters(self, documents: Indices | None = None) -> int:
+        """Characters that are learned (for bits per character), white space left out."""
+        counts = self.documents["characters"]
+        return int((counts if documents is None else counts[documents]).sum())
+
+    def duplicates(self) -> int:
+        """How many documents say what an earlier one says."""
+        return len(self) - len(np.unique(self.documents["hash"]))
+
+    def split(self, fraction: float, *, seed: int = 0) -> tuple[Indices, Indices]:
+        """Numbers of the documents for training and for validation, each ascending.
+
+        A document goes by a hash of its tokens and the seed, so that equal documents never stand on
+        both sides, and one added later moves hardly any other.
+
+        Raises `ValueError` for a fraction outside 0..1, and where the documents cannot be divided.
+        """
+        if not 0 <= fraction < 1:
+            raise ValueError(f"the validation fraction is {fraction}; expected 0 <= fraction < 1")
+        everything = np.arange(len(self))
+        if fraction == 0:
+            return everything, everything[:0]
+        values = _mixed(self.documents["hash"], seed)
+        ordered = np.sort(values)
+        wanted = min(max(round(fraction * len(self)), 1), len(self) - 1)
+        chosen = values < ordered[wanted] if wanted else np.zeros(len(self), dtype=bool)
+        if not chosen.any():  # the first value alone is more than what was wanted
+            chosen = values <= ordered[0]
+        if chosen.all():
+            raise ValueError(
+                f"{len(self)} document(s), all alike, cannot be split into training and "
+                "validation; give more documents, or validation files of their own"
+            )
+        return everything[~chosen], everything[chosen]
+
+
+def _mixed(hashes: npt.NDArray[np.uint64], seed: int) -> npt.NDArray[np.uint64]:
+    """The finaliser of splitmix64, which spreads any change of seed over all bits."""
+    offset = (seed * 0x9E3779B97F4A7C15 + 0x632BE59BD9B4E019) % (1 << 64)
+    x = hashes + np.uint64(offset)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    try:
+        meta = json.loads((path / META_FILE).read_text("utf-8"))
+        if meta["format"] != FORMAT:
+            raise ValueError
+        np.dtype(meta["dtype"])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"{path} is not a token cache of this version; delete the folder, and it is made again"
+        ) from None
+    return meta
+
+
+def _mapped(path: Path, dtype: np.dtype[Any], count: int) -> npt.NDArray[Any]:
+    found, expected = path.stat().st_size, count * dtype.itemsize
+    if found != expected:
+        raise ValueError(
+            f"{path} has {found:,} bytes; expected {expected:,}: delete the folder, and it is "
+            "made again"
+        )
+    return np.memmap(path, dtype=dtype, mode="r", shape=(count,))
+
+
+def as_indices(documents: Sequence[int] | Indices | None, corpus: Corpus) -> Indices:
+    """The document numbers, all of them for None. Raises `ValueError` for one out of range."""
+    if documents is None:
+        return np.arange(len(corpus))
+    indices = np.asarray(documents, dtype=np.int64).reshape(-1)
+    if len(indices) and (indices.min() < 0 or indices.max() >= len(corpus)):
+        raise ValueError(
+            f"documents are numbered {indices.min()} to {indices.max()}; "
+            f"the corpus has numbers 0 to {len(corpus) - 1}"
+        )
+    return indices

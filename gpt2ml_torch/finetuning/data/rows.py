@@ -1,0 +1,232 @@
+"""Documents cut into rows of equal length: one a row, as the model was trained, or packed without
+waste.
+
+Every token but a document's first is a target exactly once: a long document is cut into windows
+that overlap, and what a window repeats is there to be read, not learned again.
+
+Shapes:
+    B  batch rows       T  tokens in a row
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from gpt2ml_torch.finetuning.data.corpus import Corpus, Indices, as_indices
+
+PAD_ID = 0  # as a target: not learned, which is the original's rule
+
+
+class Rows(NamedTuple):
+    """What one step reads: each (B, T) int64, or (T,) for a single row."""
+
+    token_ids: Tensor  # padded with 0 on the right
+    labels: Tensor  # the next token; 0 where nothing is learned
+    positions: Tensor  # 0, 1, ... in each document
+    document_ids: Tensor  # 1, 2, ... for the documents of a row, 0 for padding
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Rows:
+        """The same rows on another device."""
+        return Rows(*(field.to(device, non_blocking=non_blocking) for field in self))
+
+
+def collate(rows: Sequence[Rows], *, multiple_of: int | None = None) -> Rows:
+    """Stack rows to a batch, (T,) each -> (B, T).
+
+    With `multiple_of`, columns that are padding in every row are cut off, to a multiple of that
+    length; it changes no loss, and saves the time of computing padding.
+    """
+    batch = Rows(*(torch.stack(field) for field in zip(*rows, strict=True)))  # (B, T)
+    if multiple_of is None:
+        return batch
+    used = int((batch.document_ids != 0).sum(-1).max())
+    length = min(max(-(-used // multiple_of), 1) * multiple_of, batch.token_ids.shape[-1])
+    return Rows(*(field[:, :length].contiguous() for field in batch))
+
+
+class RowDataset(Dataset[Rows]):
+    """Documents of a corpus as rows of `length` tokens: `rows[i]` is a `Rows` of shape (T,).
+
+    A document of n tokens has n - 1 targets. Where they exceed `length` it is cut into windows that
+    share `overlap` tokens (an eighth of the length by default), each target learned in the first
+    window that has it. Documents of at most `min_tokens` are left out and counted in `too_short`
+    (the original left out those of 64 and fewer), and so are those without a target. With `pack`,
+    rows hold several documents, of which none is cut that fits into a row; use `attention_mask`.
+    What follows a prompt is learned, the prompt is not.
+
+    Raises `ValueError` for sizes that make no row, and where no document is left.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        *,
+        documents: Sequence[int] | Indices | None = None,
+        length: int = 1024,
+        overlap: int | None = None,
+        min_tokens: int = 0,
+        pack: bool = False,
+    ) -> None:
+        overlap = length // 8 if overlap is None else overlap
+        _check_sizes(length, overlap, min_tokens)
+        self.corpus, self.length, self.overlap, self.packed = corpus, length, overlap, pack
+        self.min_tokens = min_tokens
+        self.documents = as_indices(documents, corpus)
+        lengths = corpus.lengths()[self.documents]
+        prompts = corpus.documents["prompt"][self.documents].astype(np.int64)
+        # The last token of all is only a target, and the first never one.
+        usable = (lengths > max(min_tokens, 1)) & (prompts < lengths)
+        self.too_short = int(np.count_nonzero(~usable))
+        if not usable.any():
+            raise ValueError(
+                f"none of {len(lengths)} document(s) is long enough to learn from; expected more "
+                f"than {max(min_tokens, 1)} tokens: lower min_tokens or join the texts"
+            )
+        starts = corpus.starts()[self.documents]
+        windows = _cut(
+            starts[usable], lengths[usable], prompts[usable], length, overlap, shift_last=not pack
+        )
+        self.cut_documents = int(np.count_nonzero(lengths[usable] - 1 > length))
+        self._windows = windows  # columns: first token, tokens, first learned token
+        self._bounds = _pack(windows[:, 1] - 1, length) if pack else None
+
+    def __len__(self) -> int:
+        return len(self._windows) if self._bounds is None else len(self._bounds.rows) - 1
+
+    def __getitem__(self, index: int) -> Rows:
+        index = range(len(self))[index]
+        token_ids, labels, document_ids = np.zeros((3, self.length), dtype=np.int64)
+        positions = np.arange(self.length)
+        at = 0
+        for number, window in enumerate(self._windows_of(index), start=1):
+            start, size, learned = (int(value) for value in window)
+            tokens = self.corpus.ids[start : start + size]
+            stop = at + size - 1
+            token_ids[at:stop] = tokens[:-1]
+            labels[at + learned - 1 : stop] = tokens[learned:]
+            document_ids[at:stop] = number
+            positions[at:] = np.arange(self.length - at)
+            at = stop
+        if at < self.length and self.packed:
+            positions[at:] = np.arange(self.length - at)
+        return Rows(*map(torch.from_numpy, (token_ids, labels, positions, document_ids)))
+
+    def _windows_of(self, index: int) -> npt.NDArray[np.int64]:
+        if self._bounds is None:
+            return self._windows[index : index + 1]
+        order = self._bounds.order[self._bounds.rows[index] : self._bounds.rows[index + 1]]
+        return self._windows[order]
+
+    def fingerprint(self) -> str:
+        """Names the rows and their order: the corpus, its documents taken and the sizes."""
+        digest = hashlib.blake2b(digest_size=16)
+        sizes = self.length, self.overlap, self.min_tokens, self.packed
+        digest.update(repr((self.corpus.key, sizes)).encode())
+        digest.update(self.documents.tobytes())
+        return digest.hexdigest()
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens that are learned in one epoch."""
+        return int((self._windows[:, 1] - self._windows[:, 2]).sum())
+
+    @property
+    def fill(self) -> float:
+        """The share of all places in the rows that hold a token and not padding."""
+        return float((self._windows[:, 1] - 1).sum()) / (len(self) * self.length)
+
+    def learned_characters(self) -> int:
+        """Characters of the documents' learned parts, for bits per character."""
+        lengths = self.corpus.lengths()[self.documents]
+        prompts = self.corpus.documents["prompt"][self.documents].astype(np.int64)
+        usable = (lengths > max(self.min_tokens, 1)) & (prompts < lengths)
+        return self.corpus.characters(self.documents[usable])
+
+
+def _check_sizes(length: int, overlap: int, min_tokens: int) -> None:
+    if length < 1:
+        raise ValueError(f"the row length is {length}; expected at least 1 token")
+    if not 0 <= overlap < length:
+        raise ValueError(
+            f"the overlap is {overlap}; expected 0 <= overlap < {length}, the row length"
+        )
+    if min_tokens < 0:
+        raise ValueError(f"min_tokens is {min_tokens}; expected 0 or more")
+
+
+def _cut(
+    starts: Indices,
+    lengths: Indices,
+    prompts: Indices,
+    row_length: int,
+    overlap: int,
+    *,
+    shift_last: bool,
+) -> npt.NDArray[np.int64]:
+    """First token, number of tokens and first learned token (counted in the window), (windows, 3).
+
+    With `shift_last`, the last window begins so early that it is full: more to read in place of
+    padding.
+    """
+    stride = row_length - overlap
+    targets = lengths - 1
+    counts = 1 + np.maximum(0, -(-(targets - row_length) // stride))  # windows of each document
+    document = np.repeat(np.arange(len(lengths)), counts)
+    number = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)
+    begin = number * stride
+    learned = np.where(number == 0, 1, begin + overlap + 1)
+    if shift_last:
+        is_last = (number == counts[document] - 1) & (number > 0)
+        begin = np.where(is_last, targets[document] - row_length, begin)
+    stop = np.minimum(begin + row_length + 1, lengths[document])
+    learned = np.maximum(learned, prompts[document])
+    kept = learned < stop  # a window of a long prompt has nothing to learn
+    columns = (starts[document] + begin, stop - begin, learned - begin)
+    return np.stack(columns, axis=1)[kept].astype(np.int64)
+
+
+class _Bounds(NamedTuple):
+    """Which windows make up each row: `order[rows[i]:rows[i + 1]]`."""
+
+    order: Indices
+    rows: Indices
+
+
+def _pack(sizes: Indices, row_length: int) -> _Bounds:
+    """Best fit, longest first: the usual bound on waste for bin packing, in about a microsecond a
+    window.
+
+    Rows with the same room left are kept in one list, and the lists that are not empty in the bits
+    of one number, so that the tightest fit is its lowest bit at or above the size.
+    """
+    open_rows: list[list[int]] = [[] for _ in range(row_length + 1)]
+    rooms, num_rows = 0, 0
+    order = np.argsort(-sizes, kind="stable")
+    row_of: list[int] = []
+    for size in sizes[order].tolist():
+        fitting = rooms >> size
+        if fitting:
+            room = size + (fitting & -fitting).bit_length() - 1
+            row = open_rows[room].pop()
+            if not open_rows[room]:
+                rooms &= ~(1 << room)
+        else:
+            row, room = num_rows, row_length
+            num_rows += 1
+        row_of.append(row)
+        if room - size:
+            open_rows[room - size].append(row)
+            rooms |= 1 << (room - size)
+    rows = np.asarray(row_of, dtype=np.int64)
+    # Stable, so that the windows of a row stand longest first.
+    by_row: npt.NDArray[Any] = np.argsort(rows, kind="stable")
+    bounds = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=num_rows))])
+    return _Bounds(order[by_row], bounds)

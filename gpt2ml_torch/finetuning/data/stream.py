@@ -1,0 +1,144 @@
+"""The order of the rows: endless, fixed by a seed, resumable anywhere, the same for any number of
+processes.
+
+There is one global sequence, the epochs' permutations one after the other. Step k of N processes
+with b rows each reads its places kNb to (k+1)Nb - 1, process r every N-th of them from r on; so the
+state is a place in that sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch.utils.data import IterableDataset, get_worker_info
+
+from gpt2ml_torch.finetuning.data.rows import RowDataset, Rows, collate
+
+
+class BatchStream(IterableDataset[Rows]):
+    """Endless batches of this process's rows, (B, T) each, from where the state stands.
+
+    `batch_size` is that of one process; `rank` and `world_size` name it among N. A batch that
+    reaches over the end of an epoch is filled from the next. `multiple_of` cuts common padding off,
+    as in `collate`. In a `DataLoader` give it `batch_size=None`: workers take turns, so the order
+    stays, but their progress is not in this object's state: load a state with the index that was
+    reached.
+
+    Raises `ValueError` for sizes and ranks that make no sense.
+    """
+
+    def __init__(
+        self,
+        rows: RowDataset,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        shuffle: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+        multiple_of: int | None = None,
+    ) -> None:
+        _check(batch_size, rank, world_size)
+        self.rows, self.batch_size, self.seed, self.shuffle = rows, batch_size, seed, shuffle
+        self.rank, self.world_size, self.multiple_of = rank, world_size, multiple_of
+        self._fingerprint = rows.fingerprint()
+        self._place = 0  # in the global sequence: rows read by all processes together
+        self._permutation: tuple[int, npt.NDArray[np.integer[Any]]] | None = None
+
+    def __iter__(self) -> Iterator[Rows]:
+        info = get_worker_info()
+        workers, worker = (info.num_workers, info.id) if info else (1, 0)
+        step = self.batch_size * self.world_size
+        self._place += worker * step
+        while True:
+            batch = self.batch_at(self._place)
+            self._place += (
+                workers * step
+            )  # before, so that a state saved after this batch is past it
+            yield batch
+
+    def batch_at(self, place: int) -> Rows:
+        """This process's share of the step that begins at a place of the global sequence."""
+        first = place + self.rank
+        places = range(first, first + self.batch_size * self.world_size, self.world_size)
+        return collate([self.rows[self.row_at(p)] for p in places], multiple_of=self.multiple_of)
+
+    def row_at(self, place: int) -> int:
+        """The number of the row at a place of the global sequence."""
+        epoch, index = divmod(place, len(self.rows))
+        if not self.shuffle:
+            return index
+        if self._permutation is None or self._permutation[0] != epoch:
+            dtype = np.uint32 if len(self.rows) < 1 << 32 else np.uint64
+            order = np.arange(len(self.rows), dtype=dtype)
+            np.random.Generator(np.random.PCG64([self.seed, epoch])).shuffle(order)
+            self._permutation = epoch, order
+        return int(self._permutation[1][index])
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps until every row was read at least once."""
+        return -(-len(self.rows) // (self.batch_size * self.world_size))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands, the same in every process; also the number of processes may
+        change.
+        """
+        epoch, index = divmod(self._place, len(self.rows))
+        return {
+            "epoch": epoch,
+            "index": index,
+            "seed": self.seed,
+            "shuffle": self.shuffle,
+            "rows": self._fingerprint,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state. Raises `ValueError` where it belongs to other data, options or
+        another seed.
+        """
+        if state["rows"] != self._fingerprint:
+            raise ValueError(
+                "the run to resume read other data, or cut it otherwise; "
+                "give the same files and options, or start anew"
+            )
+        for name in ("seed", "shuffle"):
+            if state[name] != getattr(self, name):
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; the run to resume has {state[name]}"
+                )
+        self._place = state["epoch"] * len(self.rows) + state["index"]
+
+
+def evaluation_batches(
+    rows: RowDataset,
+    *,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    multiple_of: int | None = None,
+) -> Iterator[Rows]:
+    """Every row once, in order, (B, T) each; all processes get as many batches.
+
+    Where the rows do not suffice, batches end in rows of padding alone, in which nothing is
+    learned.
+    """
+    _check(batch_size, rank, world_size)
+    step = batch_size * world_size
+    padding = Rows(*(field * 0 for field in rows[0]))
+    for place in range(0, len(rows), step):
+        numbers = range(place + rank, place + rank + step, world_size)
+        batch = [rows[number] if number < len(rows) else padding for number in numbers]
+        yield collate(batch, multiple_of=multiple_of)
+
+
+def _check(batch_size: int, rank: int, world_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"the batch size is {batch_size}; expected at least 1 row")
+    if not 0 <= rank < world_size:
+        raise ValueError(
+            f"rank is {rank} of {world_size} processes; expected 0 <= rank < processes"
+        )
