@@ -2,5 +2,6 @@
 
 from gpt2ml_torch.config import GPT2MLConfig
 from gpt2ml_torch.model import GPT2ML, KVCache
+from gpt2ml_torch.tokenizer import StreamDecoder, Tokenizer
 
-__all__ = ["GPT2ML", "GPT2MLConfig", "KVCache"]
+__all__ = ["GPT2ML", "GPT2MLConfig", "KVCache", "StreamDecoder", "Tokenizer"]
