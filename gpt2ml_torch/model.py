@@ -85,6 +85,14 @@ class KVCache(nn.Module):
         return KeysValues(self.keys[index], self.values[index])
 
 
+class TokenEmbedding(nn.Embedding):
+    """The token embedding, which is the output layer too."""
+
+    def logits(self, h: Tensor) -> Tensor:
+        """Scores of every token, (..., D) -> (..., V)."""
+        return F.linear(h, self.weight)
+
+
 class Attention(nn.Module):
     """Causal multi-head self-attention, with no dropout on its weights."""
 
@@ -167,7 +175,7 @@ class GPT2ML(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
-        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.token_embedding = TokenEmbedding(config.vocab_size, config.hidden_size)
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.embedding_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
@@ -249,7 +257,7 @@ class GPT2ML(nn.Module):
 
     def logits(self, h: Tensor) -> Tensor:
         """Scores of every token of the vocabulary, (..., D) -> (..., V); no bias, no final norm."""
-        return F.linear(h, self.token_embedding.weight)
+        return self.token_embedding.logits(h)
 
     def _check_inputs(
         self,

@@ -1,0 +1,158 @@
+"""Layers with packed weights, and their way into a model, one layer at a time.
+
+`PackedLinear` and `PackedEmbedding` are an `nn.Linear` and an `nn.Embedding` to whoever asks
+(`in_features`, `embedding_dim`, LoRA's adapters), but `weight` is a buffer in the packed format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gpt2ml_torch.kernels import packing
+from gpt2ml_torch.kernels.ops import load_kernels, packed_linear
+
+
+class _Packed(nn.Module):
+    """Buffers `weight` and `weight_scale` (`None` at 16 bits); on `meta` until they are filled."""
+
+    weight: Tensor
+    weight_scale: Tensor | None
+
+    def _allocate(self, outputs: int, inputs: int, bits: int) -> None:
+        self.outputs, self.inputs, self.bits = outputs, inputs, bits
+        shapes = packing.packed_shapes(outputs, inputs, bits)
+        dtype = torch.bfloat16 if bits == 16 else torch.uint8
+        scale = None
+        if shapes.scale is not None:
+            scale = torch.empty(shapes.scale, dtype=torch.bfloat16, device="meta")
+        self.register_buffer("weight", torch.empty(shapes.weight, dtype=dtype, device="meta"))
+        self.register_buffer("weight_scale", scale)
+        load_kernels()
+
+    def _fill(self, weight: Tensor) -> None:
+        packed, scale = packing.pack(weight.detach().cpu(), self.bits)
+        self.weight = packed.to(weight.device)
+        self.weight_scale = None if scale is None else scale.to(weight.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Moves with the model but keeps the buffers' dtypes: they are a format, no precision."""
+        kept = {name: self._buffers.pop(name) for name in ("weight", "weight_scale")}
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            moved = None if buffer is None else fn(buffer)
+            if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
+                moved = buffer.to(moved.device)
+            self.register_buffer(name, moved)
+        return self
+
+    def dequantized(self) -> Tensor:
+        """The weight that the packed one stands for, float32 (outputs, inputs)."""
+        return packing.unpack(self.weight, self.weight_scale, self.bits, self.outputs, self.inputs)
+
+
+class PackedLinear(_Packed, nn.Linear):
+    """x Wᵀ + b with a packed weight: (..., K) -> (..., N), in the dtype of x."""
+
+    weight: Tensor  # a buffer, where nn.Linear has a parameter
+
+    def __init__(self, in_features: int, out_features: int, *, bits: int, bias: bool) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+        self._allocate(out_features, in_features, bits)
+        values = torch.empty(out_features, device="meta") if bias else None
+        self.register_parameter("bias", None if values is None else nn.Parameter(values, False))
+
+    @classmethod
+    def pack(cls, linear: nn.Linear, bits: int) -> PackedLinear:
+        """A packed copy of `linear`; the bias is shared, and frozen."""
+        packed = cls(linear.in_features, linear.out_features, bits=bits, bias=False)
+        packed._fill(linear.weight)
+        if linear.bias is not None:
+            packed.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
+        return packed
+
+    def forward(self, x: Tensor) -> Tensor:
+        return packed_linear(
+            x, self.weight, self.weight_scale, self.bias, bits=self.bits, outputs=self.outputs
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, bits={self.bits}"
+
+
+class PackedEmbedding(_Packed, nn.Embedding):
+    """Embedding rows, and the scores against all of them, from one packed weight."""
+
+    weight: Tensor  # a buffer, where nn.Embedding has a parameter
+
+    def __init__(
+        self, num_embeddings: int, embedding_dim: int, *, bits: int, dtype: torch.dtype
+    ) -> None:
+        nn.Module.__init__(self)
+        self.num_embeddings, self.embedding_dim, self.dtype = num_embeddings, embedding_dim, dtype
+        self.padding_idx = self.max_norm = None
+        self.norm_type, self.scale_grad_by_freq, self.sparse = 2.0, False, False
+        self._allocate(num_embeddings, embedding_dim, bits)
+
+    @classmethod
+    def pack(cls, embedding: nn.Embedding, bits: int) -> PackedEmbedding:
+        weight = embedding.weight
+        packed = cls(*weight.shape, bits=bits, dtype=weight.dtype)
+        packed._fill(weight)
+        return packed
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        panel, lane = token_ids // packing.PANEL, token_ids % packing.PANEL
+        steps = self.weight[panel, :, lane]  # (..., K * bits / 32, 4 or 2)
+        if self.weight_scale is None:
+            rows = steps.flatten(-2)
+        else:
+            rows = packing.dequantize(steps, self.weight_scale[panel, :, lane], self.bits)
+        return rows[..., : self.embedding_dim].to(self.dtype)  # (..., D)
+
+    def logits(self, h: Tensor) -> Tensor:
+        """Scores of every row: (..., D) -> (..., V)."""
+        return packed_linear(
+            h, self.weight, self.weight_scale, None, bits=self.bits, outputs=self.outputs
+        )
+
+
+def pack_model(model: nn.Module, quantize: str) -> nn.Module:
+    """Replace the linear layers and the token embedding of a GPT2ML by packed ones, in place.
+
+    `quantize` is "bfloat16", "int8" or "int4" (the embedding, which is the output layer too, then
+    has 8 bits). Each weight is freed as soon as it is packed. On `meta` the layers are only
+    replaced, for packed tensors to be loaded into. Raises `ValueError` for another name.
+    """
+    if quantize not in packing.BITS:
+        raise ValueError(f"quantize is {quantize!r}; expected one of {', '.join(packing.BITS)}")
+    bits = packing.BITS[quantize]
+    for parent, name, layer in list(_layers(model)):
+        setattr(parent, name, _replacement(layer, bits))
+    return model
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """The layers to pack: (parent, attribute, layer)."""
+    for parent in model.modules():
+        for name, layer in parent.named_children():
+            is_linear = isinstance(layer, nn.Linear)
+            if (is_linear or name == "token_embedding") and not isinstance(layer, _Packed):
+                yield parent, name, layer
+
+
+def _replacement(layer: nn.Module, bits: int) -> nn.Module:
+    if isinstance(layer, nn.Embedding):
+        bits = max(bits, 8)
+        if layer.weight.is_meta:
+            return PackedEmbedding(*layer.weight.shape, bits=bits, dtype=layer.weight.dtype)
+        return PackedEmbedding.pack(layer, bits)
+    assert isinstance(layer, nn.Linear)
+    if layer.weight.is_meta:
+        has_bias = layer.bias is not None
+        return PackedLinear(layer.in_features, layer.out_features, bits=bits, bias=has_bias)
+    return PackedLinear.pack(layer, bits)

@@ -1,0 +1,150 @@
+"""Weights in 16, 8 or 4 bits, packed the way `packed_linear.cpp` reads them; both directions.
+
+Rows come in panels of 16, so that one vector register holds one step of 16 outputs. Values are
+symmetric with one scale for each row and group of inputs: 128 inputs at 8 bits, 32 at 4. Scales are
+bfloat16 and rounded before the values are, so that their rounding costs nothing.
+
+Shapes:
+    N  outputs, padded to a multiple of 16      K  inputs, padded to a multiple of 32
+    P  panels, N / 16                           G  groups of inputs
+"""
+
+from __future__ import annotations
+
+import mmap
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PANEL = 16
+STEP = 32
+GROUP = {8: 128, 4: 32}
+LARGEST = {8: 127, 4: 7}  # of a value; the smallest is -LARGEST at 8 bits and -LARGEST - 1 at 4
+OFFSET = {8: 128, 4: 8}  # values are stored unsigned
+BITS = {"bfloat16": 16, "int8": 8, "int4": 4}
+
+_ROWS_AT_ONCE = 1024  # packed together, to keep the temporary memory small; a multiple of PANEL
+_HUGE_PAGE = 2 << 20
+
+
+class PackedShapes(NamedTuple):
+    """Shapes of the packed weight and its scale (`None` at 16 bits)."""
+
+    weight: tuple[int, ...]
+    scale: tuple[int, ...] | None
+
+
+def packed_shapes(outputs: int, inputs: int, bits: int) -> PackedShapes:
+    panels, padded = -(-outputs // PANEL), -(-inputs // STEP) * STEP
+    if bits == 16:
+        return PackedShapes((panels, padded // 2, PANEL, 2), None)
+    if bits not in GROUP:
+        raise ValueError(f"weights of {bits} bits were asked for; expected 16, 8 or 4")
+    groups = -(-padded // GROUP[bits])
+    return PackedShapes((panels, padded * bits // 32, PANEL, 4), (panels, groups, PANEL))
+
+
+def empty_packed(outputs: int, inputs: int, bits: int) -> tuple[Tensor, Tensor | None]:
+    """Memory for a packed weight and its scale, in huge pages where the system has them.
+
+    With 4 KiB pages, address translation alone costs a quarter of the read bandwidth.
+    """
+    shapes = packed_shapes(outputs, inputs, bits)
+    weight = _empty(shapes.weight, torch.bfloat16 if bits == 16 else torch.uint8)
+    return weight, None if shapes.scale is None else _empty(shapes.scale, torch.bfloat16)
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    tensor = torch.empty(shape, dtype=dtype, device="meta")
+    size = tensor.nbytes
+    if size < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype)
+    memory = mmap.mmap(-1, size)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+@torch.no_grad()
+def pack(weight: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
+    """Round and pack a weight, (N, K) floating; returns the packed weight and its scale.
+
+    NaN and infinity can't be quantised: raises `ValueError` at 8 and 4 bits.
+    """
+    outputs, inputs = weight.shape
+    packed, scale = empty_packed(outputs, inputs, bits)
+    for begin in range(0, outputs, _ROWS_AT_ONCE):
+        rows = weight[begin : begin + _ROWS_AT_ONCE].float()
+        panels = slice(begin // PANEL, begin // PANEL - (-len(rows) // PANEL))
+        rows = F.pad(rows, (0, -inputs % STEP, 0, -len(rows) % PANEL))
+        if scale is None:
+            packed[panels].copy_(
+                rows.unflatten(0, (-1, PANEL)).unflatten(2, (-1, 2)).transpose(1, 2)
+            )
+        else:
+            values, row_scale = quantize(rows, bits)
+            packed[panels] = _pack_values(values, bits)
+            scale[panels] = row_scale.unflatten(0, (-1, PANEL)).transpose(1, 2)
+    return packed, scale
+
+
+def quantize(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Nearest values and their scales: (N, K) -> int8 (N, K) and bfloat16 (N, G)."""
+    grouped = _group(rows, bits)  # (N, G, group)
+    magnitude = grouped.abs().amax(2)
+    if not magnitude.isfinite().all():
+        raise ValueError(f"a weight with NaN or infinity can't be stored in {bits} bits")
+    scale = (magnitude / LARGEST[bits]).bfloat16()
+    if bits == 4:
+        scale = _refine(grouped, scale)
+    return _round(grouped, scale, bits).flatten(1)[:, : rows.shape[1]].to(torch.int8), scale
+
+
+def _group(rows: Tensor, bits: int) -> Tensor:
+    return F.pad(rows, (0, -rows.shape[1] % GROUP[bits])).unflatten(1, (-1, GROUP[bits]))
+
+
+def _round(grouped: Tensor, scale: Tensor, bits: int) -> Tensor:
+    inverse = torch.where(scale == 0, 0, 1 / scale.float())[:, :, None]
+    return (grouped * inverse).round_().clamp_(-LARGEST[bits] - (bits == 4), LARGEST[bits])
+
+
+def _refine(grouped: Tensor, widest: Tensor) -> Tensor:
+    """Of a few scales, either sign, the one with the least squared error in each group.
+
+    A negative scale lets the group's largest weight, if positive, use the value -8.
+    """
+    best, least = widest, torch.full_like(widest, torch.inf, dtype=torch.float32)
+    for ratio in (1.0, 0.95, 0.875, -0.95, -0.875, -0.8):
+        scale = (widest.float() * ratio).bfloat16()
+        rounded = _round(grouped, scale, 4).mul_(scale.float()[:, :, None])
+        error = rounded.sub_(grouped).square_().sum(2)
+        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+    return best
+
+
+def _pack_values(values: Tensor, bits: int) -> Tensor:
+    unsigned = (values.to(torch.int16) + OFFSET[bits]).to(torch.uint8).unflatten(0, (-1, PANEL))
+    if bits == 8:
+        return unsigned.unflatten(2, (-1, 4)).transpose(1, 2)  # (P, K/4, 16, 4)
+    low, high = unsigned.unflatten(2, (-1, 2, 4)).unbind(3)  # each (P, 16, K/8, 4)
+    return (low | (high << 4)).transpose(1, 2)
+
+
+def unpack(weight: Tensor, scale: Tensor | None, bits: int, outputs: int, inputs: int) -> Tensor:
+    """The weight that a packed one stands for, float32 (N, K)."""
+    if scale is None:
+        return weight.transpose(1, 2).flatten(2).flatten(0, 1)[:outputs, :inputs].float()
+    return dequantize(weight.transpose(1, 2), scale.transpose(1, 2), bits).flatten(0, 1)[
+        :outputs, :inputs
+    ]
+
+
+def dequantize(steps: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Rows' stored steps, (..., K * bits / 32, 4), and scales, (..., G) -> float32 (..., K)."""
+    if bits == 4:
+        steps = torch.stack((steps & 15, steps >> 4), dim=-2).flatten(-3, -2)
+    values = steps.flatten(-2).float() - OFFSET[bits]  # (..., K)
+    scales = scale.float().repeat_interleave(GROUP[bits], dim=-1)
+    return values * scales[..., : values.shape[-1]]

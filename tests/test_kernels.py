@@ -1,0 +1,206 @@
+"""Packed weights: the kernel against float64, rows independent of each other, odd sizes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gpt2ml_torch import GPT2ML, GPT2MLConfig, kernels
+from gpt2ml_torch.kernels import ops, packing
+
+BITS = (16, 8, 4)
+SIZES = ((16, 32), (17, 33), (100, 200), (33, 7), (48, 640), (1, 1), (515, 160))  # (N, K)
+
+# Relative error (root mean square) that rounding the inputs may cost: half a bfloat16 step spread
+# evenly is 2**-9 / sqrt(3), and 1/127 of a group's largest value in int8 likewise. Twice that.
+INPUT_ROUNDING = {16: 0.004, 8: 0.015, 4: 0.015}
+
+needs_kernels = pytest.mark.skipif(
+    not kernels.load_kernels(), reason="no compiler or no AVX-512: PyTorch's operators run instead"
+)
+
+
+def packed(outputs: int, inputs: int, bits: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return kernels.pack(torch.randn(outputs, inputs), bits)
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("outputs", "inputs"), SIZES)
+def test_product_agrees_with_float64_of_the_unpacked_weight(
+    outputs: int, inputs: int, bits: int
+) -> None:
+    weight, scale = packed(outputs, inputs, bits)
+    plain = kernels.unpack(weight, scale, bits, outputs, inputs).double()
+    bias = torch.randn(outputs)
+    for rows in (1, 2, 3, 4, 5, 6, 7, 8, 9, 33, 128):
+        x = torch.randn(rows, inputs)
+        found = kernels.packed_linear(x, weight, scale, bias, bits=bits, outputs=outputs)
+        expected = F.linear(x.double(), plain, bias.double())
+        assert found.dtype == torch.float32
+        assert relative_error(found, expected) < INPUT_ROUNDING[bits]
+
+
+@needs_kernels
+@pytest.mark.parametrize("bits", BITS)
+def test_inputs_on_the_quantised_grid_are_multiplied_exactly(bits: int) -> None:
+    """With inputs that need no rounding only the float32 sums differ from float64."""
+    weight, scale = packed(80, 256, bits)
+    plain = kernels.unpack(weight, scale, bits, 80, 256).double()
+    x = torch.randint(-127, 128, (9, 256)).float()
+    x[:, ::32] = 127  # every group's scale is then 1
+    found = kernels.packed_linear(x, weight, scale, None, bits=bits, outputs=80)
+    assert relative_error(found, F.linear(x.double(), plain)) < 1e-6
+
+
+@needs_kernels
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_row_does_not_depend_on_its_neighbours_or_the_threads(
+    bits: int, dtype: torch.dtype
+) -> None:
+    weight, scale = packed(100, 200, bits)
+    x = torch.randn(200, 200, dtype=dtype)
+
+    def product(rows: torch.Tensor) -> torch.Tensor:
+        return kernels.packed_linear(rows, weight, scale, None, bits=bits, outputs=100)
+
+    together = product(x)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            for rows in (1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 64, 200):
+                assert torch.equal(product(x[-rows:]), together[-rows:])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_shapes_strides_and_dtypes_of_the_input_are_free(bits: int) -> None:
+    weight, scale = packed(20, 40, bits)
+
+    def product(x: torch.Tensor) -> torch.Tensor:
+        return kernels.packed_linear(x, weight, scale, None, bits=bits, outputs=20)
+
+    x = torch.randn(40, 3, 2)
+    assert torch.equal(product(x.permute(2, 1, 0)), product(x.permute(2, 1, 0).contiguous()))
+    assert product(torch.randn(40)).shape == (20,)
+    assert product(torch.randn(0, 5, 40)).shape == (0, 5, 20)
+    for dtype in (torch.bfloat16, torch.float16):
+        y = product(x.permute(2, 1, 0).to(dtype))
+        assert y.dtype == dtype
+        assert relative_error(y, product(x.permute(2, 1, 0)).double()) < 0.02
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_value_that_is_not_finite_reaches_its_own_row_only(bits: int, bad: float) -> None:
+    weight, scale = packed(20, 40, bits)
+    x = torch.randn(3, 40)
+    x[1, 17] = bad
+    y = kernels.packed_linear(x, weight, scale, None, bits=bits, outputs=20)
+    assert not y[1].isfinite().any()
+    assert y[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_kernel_and_fallback_agree(bits: int) -> None:
+    weight, scale = packed(100, 200, bits)
+    x, bias = torch.randn(5, 200), torch.randn(100)
+    fast = kernels.packed_linear(x, weight, scale, bias, bits=bits, outputs=100)
+    slow = ops._unpacked_linear(x, weight, scale, bias, bits, 100)
+    assert relative_error(fast, slow.double()) < INPUT_ROUNDING[bits]
+
+
+def test_unpacking_gives_back_what_was_packed() -> None:
+    weight = torch.randn(100, 200)
+    assert torch.equal(
+        kernels.unpack(*kernels.pack(weight, 16), 16, 100, 200), weight.bfloat16().float()
+    )
+    for bits, bound in ((8, 0.007), (4, 0.095)):  # of normal weights
+        found = kernels.unpack(*kernels.pack(weight, bits), bits, 100, 200)
+        assert relative_error(found, weight.double()) < bound
+        # Packing again must change nothing, or saving a packed model would wear it down.
+        again = kernels.unpack(*kernels.pack(found, 8), 8, 100, 200)
+        assert relative_error(again, found.double()) < 0.007
+
+
+def test_weights_that_are_zero_or_not_finite() -> None:
+    for bits in (8, 4):
+        assert not kernels.unpack(*kernels.pack(torch.zeros(16, 32), bits), bits, 16, 32).any()
+        with pytest.raises(ValueError, match="NaN or infinity"):
+            kernels.pack(torch.full((16, 32), float("nan")), bits)
+
+
+def test_a_weight_that_does_not_fit_is_an_error() -> None:
+    weight, scale = packed(20, 40, 8)
+    with pytest.raises(RuntimeError):
+        kernels.packed_linear(torch.randn(2, 100), weight, scale, None, bits=8, outputs=20)
+    with pytest.raises(ValueError, match="16, 8 or 4"):
+        packing.packed_shapes(16, 32, 5)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_the_operator_is_declared_as_it_behaves(bits: int) -> None:
+    weight, scale = packed(20, 40, bits)
+    x = torch.randn(3, 40, requires_grad=True)
+    torch.library.opcheck(
+        torch.ops.gpt2ml.packed_linear.default, (x, weight, scale, None, bits, 20)
+    )
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_gradient_of_the_input_is_that_of_the_unpacked_weight(bits: int) -> None:
+    weight, scale = packed(20, 40, bits)
+    plain = kernels.unpack(weight, scale, bits, 20, 40)
+    x, towards = torch.randn(3, 40, requires_grad=True), torch.randn(3, 20)
+    kernels.packed_linear(x, weight, scale, None, bits=bits, outputs=20).backward(towards)
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, towards @ plain)
+
+
+@pytest.mark.parametrize("quantize", packing.BITS)
+def test_a_packed_model_agrees_with_its_unpacked_twin(quantize: str) -> None:
+    config = GPT2MLConfig(
+        vocab_size=100,
+        hidden_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=256,
+        max_position_embeddings=32,
+    )
+    model, twin = GPT2ML(config).eval(), GPT2ML(config).eval()
+    kernels.pack_model(model, quantize)
+    twin.load_state_dict(
+        {
+            name: module.dequantized()
+            if name.endswith("weight")
+            and isinstance(
+                module := model.get_submodule(name.rpartition(".")[0]),
+                kernels.PackedLinear | kernels.PackedEmbedding,
+            )
+            else model.state_dict()[name]
+            for name in twin.state_dict()
+        }
+    )
+    token_ids = torch.randint(0, 100, (2, 9))
+    with torch.no_grad():
+        found, expected = model(token_ids), twin.double()(token_ids)
+    assert relative_error(found, expected) < 3 * INPUT_ROUNDING[packing.BITS[quantize]]
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(token_ids), found)
+    empty = kernels.pack_model(GPT2ML(config).to("meta").eval(), quantize)
+    empty.load_state_dict(model.state_dict(), assign=True)
+    with torch.no_grad():
+        assert torch.equal(empty(token_ids), found)
