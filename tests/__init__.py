@@ -1,0 +1,1 @@
+"""One file for each module, and the TensorFlow reference they are held against."""

@@ -1,0 +1,55 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import pytest
+import torch
+
+if TYPE_CHECKING:
+    from tests.tf_reference import Sizes, Weights
+
+
+class TFCheckpoint(NamedTuple):
+    """A TensorFlow checkpoint on disk, with what went into it; `prefix` lacks the file endings."""
+
+    folder: Path
+    prefix: Path
+    sizes: Sizes
+    weights: Weights
+
+
+@pytest.fixture(scope="session")
+def tf_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> TFCheckpoint:
+    """The published layout at odd sizes and with loud weights, written by TensorFlow's own Saver;
+    don't write into it.
+    """
+    from tests.tf_reference import Sizes, loud_weights, write_checkpoint  # TensorFlow takes seconds
+
+    sizes = Sizes(layers=4, width=60, heads=5, mlp=141, vocab=233, positions=37)
+    weights = loud_weights(sizes, seed=7)
+    folder = tmp_path_factory.mktemp("checkpoint")
+    return TFCheckpoint(folder, write_checkpoint(folder, sizes, weights), sizes, weights)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def no_tf32() -> Iterator[None]:
+    """CUDA's float32 products in float32."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    yield
+    matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device here")
