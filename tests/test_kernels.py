@@ -118,7 +118,7 @@ def test_kernel_and_fallback_agree(bits: int) -> None:
     weight, scale = packed(100, 200, bits)
     x, bias = torch.randn(5, 200), torch.randn(100)
     fast = kernels.packed_linear(x, weight, scale, bias, bits=bits, outputs=100)
-    slow = ops._unpacked_linear(x, weight, scale, bias, bits, 100)
+    slow = ops._unpacked_linear(x, weight, scale, bias, bits, 100, False)
     assert relative_error(fast, slow.double()) < INPUT_ROUNDING[bits]
 
 
@@ -155,7 +155,7 @@ def test_the_operator_is_declared_as_it_behaves(bits: int) -> None:
     weight, scale = packed(20, 40, bits)
     x = torch.randn(3, 40, requires_grad=True)
     torch.library.opcheck(
-        torch.ops.gpt2ml.packed_linear.default, (x, weight, scale, None, bits, 20)
+        torch.ops.gpt2ml.packed_linear.default, (x, weight, scale, None, bits, 20, False)
     )
 
 

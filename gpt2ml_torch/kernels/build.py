@@ -1,4 +1,4 @@
-"""Compiles `packed_linear.cpp` at run time, once for each machine, and keeps the result on disk."""
+"""Compiles the kernels at run time, once for each machine, and keeps the result on disk."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-SOURCE = Path(__file__).with_name("packed_linear.cpp")
+FOLDER = Path(__file__).parent
+SOURCES = tuple(FOLDER / name for name in ("packed_linear.cpp", "cached_attention.cpp"))
 NEEDED = ("avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16")
 TIMEOUT_SECONDS = 300
 # No contraction: a * b + c would otherwise round differently in differently unrolled loops.
@@ -41,8 +42,8 @@ def build() -> Path:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise OSError("no C++ compiler was found; install g++ or set CXX")
-    folder = cache_folder() / "kernels"
-    library = folder / f"packed_linear-{_key(compiler, features)}.so"
+    folder = cache_folder()
+    library = folder / f"kernels-{_key(compiler, features)}.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
         _compile(compiler, library)
@@ -63,7 +64,7 @@ def _key(compiler: str, features: frozenset[str]) -> str:
     """Changes with everything that the compiled code depends on."""
     version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
     parts = (
-        SOURCE.read_bytes(),
+        *(path.read_bytes() for path in (*SOURCES, FOLDER / "vectors.h")),
         version,
         " ".join(sorted(features)).encode(),
         " ".join(FLAGS).encode(),
@@ -78,7 +79,7 @@ def _compile(compiler: str, library: Path) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         output = Path(scratch) / library.name
         command = [
-            *(compiler, *FLAGS, str(SOURCE), "-o", str(output)),
+            *(compiler, *FLAGS, *map(str, SOURCES), "-o", str(output)),
             *("-I", str(torch_folder / "include")),
             *("-L", str(torch_folder / "lib"), "-ltorch_cpu", "-lc10"),
         ]

@@ -1,4 +1,4 @@
-// y = x Wᵀ + b for packed weights of 16, 8 and 4 bits, with AVX-512 (VNNI, BF16).
+// y = x Wᵀ + b, or its GELU, for packed weights of 16, 8 and 4 bits, with AVX-512 (VNNI, BF16).
 //
 // Decoding reads every weight once for each token, so a matrix-vector product has to keep up with the memory, and the
 // same packed weights have to serve the prompt's matrix product at the speed of the arithmetic units: there is no room
@@ -15,23 +15,24 @@
 // at -offset * sum(x). An output's sum always runs along K in the same order, whatever M, the tile and the number of
 // threads are, so a row's result never depends on its neighbours: batched and alone agree bit for bit.
 
-#include <immintrin.h>
+#include "vectors.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <memory>
 #include <optional>
-#include <utility>
+#include <vector>
 
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kPanel = 16;       // outputs in a panel: the 32-bit lanes of a register
+constexpr int64_t kPanel = kLanes;   // outputs in a panel
 constexpr int64_t kMultiple = 32;    // K is padded to a multiple of it
 constexpr int64_t kSerialWork = 1 << 16;  // elements of x that one thread prepares faster than two
 
@@ -39,24 +40,6 @@ constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + mu
 
 template <int kBits> constexpr int64_t kGroup = kBits == 8 ? 128 : kBits == 4 ? 32 : 0;  // inputs that share a scale
 template <int kBits> constexpr int32_t kOffset = kBits == 8 ? 128 : 8;
-
-// ---- one vector of 16 floats from and to the three floating types
-
-__m512 load16(const void* source, ScalarType type, int64_t index, __mmask16 mask) {
-  if (type == ScalarType::Float) return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(source) + index);
-  __m256i half = _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(source) + index);
-  if (type == ScalarType::Half) return _mm512_cvtph_ps(half);
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-}
-
-void store16(void* target, ScalarType type, int64_t index, __mmask16 mask, __m512 value) {
-  if (type == ScalarType::Float) return _mm512_mask_storeu_ps(static_cast<float*>(target) + index, mask, value);
-  __m256i half = type == ScalarType::Half ? _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT)
-                                          : (__m256i)_mm512_cvtneps_pbh(value);
-  _mm256_mask_storeu_epi16(static_cast<uint16_t*>(target) + index, mask, half);
-}
-
-__mmask16 first_lanes(int64_t count) { return count >= kPanel ? 0xffff : (__mmask16)((1u << std::max<int64_t>(count, 0)) - 1); }
 
 // ---- the inputs: bfloat16, or int8 with a scale and a starting sum for each group
 
@@ -134,6 +117,7 @@ struct Job {
   const uint16_t* scale;  // bfloat16; null for 16 bits
   const void* bias;       // or null
   ScalarType bias_type, out_type;
+  bool gelu;
   void* out;
   int64_t M, N, padded;   // padded: K rounded up
   int64_t panel_bytes;    // of one panel's weights
@@ -213,8 +197,10 @@ template <int kBits, int kRows, int kCols> void tile(const Job& job, int64_t row
     const int64_t n = (panel + c) * kPanel;
     const __mmask16 mask = first_lanes(job.N - n);
     const __m512 bias = job.bias ? load16(job.bias, job.bias_type, n, mask) : _mm512_setzero_ps();
-    for (int r = 0; r < kRows; ++r)
-      store16(job.out, job.out_type, (row + r) * job.N + n, mask, _mm512_add_ps(sum[r][c], bias));
+    for (int r = 0; r < kRows; ++r) {
+      const __m512 y = _mm512_add_ps(sum[r][c], bias);
+      store16(job.out, job.out_type, (row + r) * job.N + n, mask, job.gelu ? gelu16(y) : y);
+    }
   }
 }
 
@@ -236,7 +222,7 @@ template <int kBits> void multiply(const Job& job) {
 }
 
 template <int kBits>
-Tensor run(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scale, const std::optional<Tensor>& bias, int64_t N) {
+Tensor run(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scale, const std::optional<Tensor>& bias, int64_t N, bool gelu) {
   const int64_t K = x.size(x.dim() - 1), M = K ? x.numel() / K : 0, padded = round_up(K, kMultiple);
   const int64_t panels = (N + kPanel - 1) / kPanel;
   STD_TORCH_CHECK(weight.is_contiguous() && (int64_t)(weight.numel() * weight.element_size()) == panels * kPanel * padded * kBits / 8,
@@ -252,7 +238,7 @@ Tensor run(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& s
   if (M == 0 || N == 0) return out;
   Job job{prepare<kBits>(torch::stable::contiguous(x), M, K), static_cast<const uint8_t*>(weight.const_data_ptr()),
           scale ? static_cast<const uint16_t*>(scale->const_data_ptr()) : nullptr,
-          bias ? bias->const_data_ptr() : nullptr, bias ? bias->scalar_type() : ScalarType::Float, x.scalar_type(),
+          bias ? bias->const_data_ptr() : nullptr, bias ? bias->scalar_type() : ScalarType::Float, x.scalar_type(), gelu,
           out.mutable_data_ptr(), M, N, padded, kPanel * padded * kBits / 8};
   multiply<kBits>(job);
   return out;
@@ -263,13 +249,13 @@ bool is_floating(ScalarType type) {
 }
 
 Tensor packed_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scale, const std::optional<Tensor>& bias,
-                     int64_t bits, int64_t outputs) {
+                     int64_t bits, int64_t outputs, bool gelu) {
   STD_TORCH_CHECK(is_floating(x.scalar_type()) && (!bias || is_floating(bias->scalar_type())),
                   "packed_linear: inputs and bias must be float32, bfloat16 or float16");
-  if (bits == 16) return run<16>(x, weight, scale, bias, outputs);
-  if (bits == 8) return run<8>(x, weight, scale, bias, outputs);
+  if (bits == 16) return run<16>(x, weight, scale, bias, outputs, gelu);
+  if (bits == 8) return run<8>(x, weight, scale, bias, outputs, gelu);
   STD_TORCH_CHECK(bits == 4, "packed_linear: bits must be 16, 8 or 4, not ", bits);
-  return run<4>(x, weight, scale, bias, outputs);
+  return run<4>(x, weight, scale, bias, outputs, gelu);
 }
 
 }  // namespace

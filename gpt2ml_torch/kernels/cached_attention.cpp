@@ -1,0 +1,148 @@
+// Causal attention over the key-value cache: stores the new keys and values, then attends.
+//
+// B rows, T new tokens, S slots, H heads, K head size. A token at position p reads the slots 0..p and no other, however
+// long the cache is: empty slots cost nothing. Every score, softmax and sum runs in an order that depends on p alone, so
+// a token's result is the same bit for bit whether it came alone, in a chunk or in a batch.
+
+#include "vectors.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+using torch::stable::Tensor;
+
+struct Strided {  // (B, T or S, H, K), the last two contiguous
+  char* data;
+  int64_t row, token, head;  // strides in bytes
+
+  explicit Strided(const Tensor& t)
+      : data(static_cast<char*>(t.mutable_data_ptr())), row(t.stride(0) * t.element_size()), token(t.stride(1) * t.element_size()),
+        head(t.size(3) * t.element_size()) {}
+  char* at(int64_t b, int64_t t, int64_t h) const { return data + b * row + t * token + h * head; }
+};
+
+struct Job {
+  Strided q, k, v, keys, values, out;
+  const int64_t* positions;
+  int64_t B, T, S, H;
+  float scale;
+};
+
+template <ScalarType kType> __m512 load(const char* source, int v) { return load16(source, kType, v * kLanes, 0xffff); }
+
+// Lane i of the result is the sum over the lanes of dots[i].
+__m512 sum_each(__m512 (&dots)[16]) {
+  __m512 eighths[8], fours[4], twos[2];
+  for (int i = 0; i < 8; ++i)
+    eighths[i] = _mm512_add_ps(_mm512_unpacklo_ps(dots[2 * i], dots[2 * i + 1]), _mm512_unpackhi_ps(dots[2 * i], dots[2 * i + 1]));
+  for (int i = 0; i < 4; ++i) {
+    __m512d a = _mm512_castps_pd(eighths[2 * i]), b = _mm512_castps_pd(eighths[2 * i + 1]);
+    fours[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  }
+  for (int i = 0; i < 2; ++i)
+    twos[i] = _mm512_add_ps(_mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0x88),
+                            _mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0xdd));
+  return _mm512_add_ps(_mm512_shuffle_f32x4(twos[0], twos[1], 0x88), _mm512_shuffle_f32x4(twos[0], twos[1], 0xdd));
+}
+
+// kVectors registers hold one head of a token. `scores` has room for the slots, rounded up to 16.
+template <ScalarType kType, int kVectors> void attend(const Job& job, int64_t b, int64_t t, int64_t h, float* scores) {
+  const int64_t length = job.positions[b * job.T + t] + 1;
+  __m512 q[kVectors];
+  for (int v = 0; v < kVectors; ++v) q[v] = _mm512_mul_ps(load<kType>(job.q.at(b, t, h), v), _mm512_set1_ps(job.scale));
+  __m512 largest = _mm512_set1_ps(-INFINITY);
+  for (int64_t slot = 0; slot < length; slot += kLanes) {
+    __m512 dots[16];
+    for (int i = 0; i < 16; ++i) {
+      const char* key = job.keys.at(b, std::min(slot + i, length - 1), h);
+      dots[i] = _mm512_mul_ps(q[0], load<kType>(key, 0));
+      for (int v = 1; v < kVectors; ++v) dots[i] = _mm512_fmadd_ps(q[v], load<kType>(key, v), dots[i]);
+    }
+    __m512 score = _mm512_mask_blend_ps(first_lanes(length - slot), _mm512_set1_ps(-INFINITY), sum_each(dots));
+    largest = _mm512_max_ps(largest, score);
+    _mm512_storeu_ps(scores + slot, score);
+  }
+  const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(largest));
+  __m512 total = _mm512_setzero_ps();
+  for (int64_t slot = 0; slot < length; slot += kLanes) {
+    const __m512 weight = exp16(_mm512_sub_ps(_mm512_loadu_ps(scores + slot), top));
+    total = _mm512_add_ps(total, weight);
+    _mm512_storeu_ps(scores + slot, weight);
+  }
+  __m512 sum[kVectors];
+  for (int v = 0; v < kVectors; ++v) sum[v] = _mm512_setzero_ps();
+  for (int64_t slot = 0; slot < length; ++slot) {
+    const __m512 weight = _mm512_set1_ps(scores[slot]);
+    const char* value = job.values.at(b, slot, h);
+    for (int v = 0; v < kVectors; ++v) sum[v] = _mm512_fmadd_ps(weight, load<kType>(value, v), sum[v]);
+  }
+  const __m512 inverse = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(total));
+  for (int v = 0; v < kVectors; ++v) store16(job.out.at(b, t, h), kType, v * kLanes, 0xffff, _mm512_mul_ps(sum[v], inverse));
+}
+
+void store_new(const Job& job, int64_t bytes) {
+  for (int64_t b = 0; b < job.B; ++b)
+    for (int64_t t = 0; t < job.T; ++t) {
+      const int64_t slot = job.positions[b * job.T + t];
+      std::memcpy(job.keys.at(b, slot, 0), job.k.at(b, t, 0), bytes);
+      std::memcpy(job.values.at(b, slot, 0), job.v.at(b, t, 0), bytes);
+    }
+}
+
+template <ScalarType kType, int kVectors> void attend_all(const Job& job) {
+  // Late tokens read more slots than early ones: the token runs fastest, so that threads share them evenly.
+  torch::stable::parallel_for(0, job.B * job.H * job.T, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> scores(job.S + kLanes);
+    for (int64_t i = begin; i < end; ++i)
+      attend<kType, kVectors>(job, i / job.T / job.H, i % job.T, i / job.T % job.H, scores.data());
+  });
+}
+
+template <ScalarType kType> void dispatch(const Job& job, int64_t head_size) {
+  switch (head_size) {
+    case 16: return attend_all<kType, 1>(job);
+    case 32: return attend_all<kType, 2>(job);
+    case 64: return attend_all<kType, 4>(job);
+    case 128: return attend_all<kType, 8>(job);
+    default: STD_TORCH_CHECK(false, "cached_attention: the head size must be 16, 32, 64 or 128, not ", head_size);
+  }
+}
+
+bool heads_contiguous(const Tensor& t) {
+  return t.dim() == 4 && t.stride(3) == 1 && (t.size(2) == 1 || t.stride(2) == t.size(3));
+}
+
+Tensor cached_attention(const Tensor& q, const Tensor& k, const Tensor& v, Tensor keys, Tensor values, const Tensor& positions) {
+  for (const Tensor* t : {&q, &k, &v, static_cast<const Tensor*>(&keys), static_cast<const Tensor*>(&values)})
+    STD_TORCH_CHECK(heads_contiguous(*t) && t->scalar_type() == q.scalar_type(),
+                    "cached_attention: tensors must share a dtype and have contiguous heads");
+  const int64_t B = q.size(0), T = q.size(1), H = q.size(2), K = q.size(3), S = keys.size(1);
+  STD_TORCH_CHECK(positions.scalar_type() == ScalarType::Long && positions.numel() == B * T,
+                  "cached_attention: positions must be int64 of shape (B, T)");
+  const Tensor places = torch::stable::contiguous(positions);
+  const int64_t* position = static_cast<const int64_t*>(places.const_data_ptr());
+  for (int64_t i = 0; i < B * T; ++i)
+    STD_TORCH_CHECK(position[i] >= 0 && position[i] < S, "position ", position[i], " is outside the cache of ", S, " slots");
+  Tensor out = torch::stable::new_empty(q, {B, T, H, K});
+  Job job{Strided(q), Strided(k), Strided(v), Strided(keys), Strided(values), Strided(out), position, B, T, S, H,
+          1.0f / std::sqrt(static_cast<float>(K))};
+  store_new(job, H * K * static_cast<int64_t>(q.element_size()));
+  switch (q.scalar_type()) {
+    case ScalarType::Float: dispatch<ScalarType::Float>(job, K); break;
+    case ScalarType::BFloat16: dispatch<ScalarType::BFloat16>(job, K); break;
+    case ScalarType::Half: dispatch<ScalarType::Half>(job, K); break;
+    default: STD_TORCH_CHECK(false, "cached_attention: the dtype must be float32, bfloat16 or float16");
+  }
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(gpt2ml, CPU, m) { m.impl("cached_attention", TORCH_BOX(&cached_attention)); }
