@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from convert.locate import Location, locate
+from convert.locate import locate
 from convert.pipeline import Options, Progress, Report, convert
-from convert.sources import BinSource, Source
 
 _DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 _EXAMPLE_PROMPT = "今天天气不错"
@@ -75,7 +74,6 @@ def _run(arguments: argparse.Namespace, progress: Progress) -> str:
 
         return to_tf(arguments.source, arguments.out, overwrite=arguments.force, progress=progress)
     location = locate(arguments.source)
-    source = _open(location)
     options = Options(
         dtype=_DTYPES[arguments.dtype],
         config=arguments.config,
@@ -84,18 +82,8 @@ def _run(arguments: argparse.Namespace, progress: Progress) -> str:
         verify=not arguments.no_verify,
         overwrite=arguments.force,
     )
-    report = convert(source, location.folder, arguments.out, options, progress=progress)
+    report = convert(location, arguments.out, options, progress=progress)
     return _summary(report, arguments.out, arguments.dtype, location.notes)
-
-
-def _open(location: Location) -> Source:
-    if location.kind == "bin":
-        return BinSource(location.path)
-    from convert.tf_source import (
-        TFSource,
-    )  # TensorFlow takes seconds to import, and a .bin needs none
-
-    return TFSource(location)
 
 
 def _summary(report: Report, out: Path, dtype: str, notes: Sequence[str]) -> str:

@@ -24,6 +24,10 @@ class Location:
     def folder(self) -> Path:
         return self.path.parent
 
+    def data_files(self) -> list[Path]:
+        """The files that hold the weights, as far as they are there."""
+        return [self.path] if self.kind == "bin" else _shards_of(self.path)
+
     @property
     def index(self) -> Path:
         return self.path.with_name(self.path.name + ".index")

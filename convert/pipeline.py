@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from convert import configs, mapping, published
-from convert.sources import Source, total_bytes
+from convert.locate import Location
+from convert.sources import BinSource, Source, total_bytes
 from convert.vocabulary import Vocabulary, find_vocabulary
 from gpt2ml_torch.checkpoint import CheckpointWriter, expected_shapes
 from gpt2ml_torch.config import MAX_LAYERS, GPT2MLConfig
@@ -26,7 +27,8 @@ from gpt2ml_torch.safetensors_writer import resolve_target
 
 # Bytes of finished tensors that may wait for the disk; with those being made, the memory that
 # conversion takes.
-_IN_FLIGHT = 64 << 20
+_IN_FLIGHT = 80 << 20
+_WRITERS = 2  # while one waits for the kernel the other compares
 _MAX_FAULTS = 200  # named in one error; a hostile file may have millions
 
 
@@ -60,46 +62,81 @@ Progress = Callable[[int, int], None]  # bytes done since the last call, bytes i
 
 
 def convert(
-    source: Source, folder: Path, out: Path, options: Options, *, progress: Progress | None = None
+    location: Location, out: Path, options: Options, *, progress: Progress | None = None
 ) -> Report:
-    """Convert a source, whose config.json and vocabulary are looked for in `folder`, to the file
-    `out`.
+    """Convert a checkpoint, with the config.json and the vocabulary beside it, to the file `out`.
 
     Raises `ValueError` for a source that is damaged or no complete model, and `OSError`.
     """
     started = time.monotonic()
-    check_target(out, source.data_files, overwrite=options.overwrite)
-    plan, config, notes, inventory = _inspect(source, folder, options)
-    source.check()
-    vocabulary = None
-    if options.with_vocab:
-        vocabulary = find_vocabulary(folder, options.vocab, config.vocab_size)
-        notes += _vocabulary_notes(vocabulary, config)
-    step = source.step()
-    with (
-        _hashing(source.data_files) as digest,
-        CheckpointWriter(
+    check_target(out, location.data_files(), overwrite=options.overwrite)
+    with _hashing(location.data_files()) as digest:  # it takes a while: TensorFlow starts beside it
+        source = open_source(location)
+        job = _prepare(source, location.folder, options)
+        with CheckpointWriter(
             out,
-            config,
+            job.config,
             dtype=options.dtype,
-            vocab=vocabulary.text if vocabulary else None,
+            vocab=job.vocabulary.text if job.vocabulary else None,
             overwrite=options.overwrite,
-        ) as writer,
-    ):
-        _copy(source, plan, config, writer, options.dtype, progress)
-        origin = _identify(source, step, digest(), options, notes)
-        writer.set_source(origin)
-    if vocabulary and "published" in origin:
-        notes += _published_vocabulary_notes(origin, vocabulary)
+        ) as writer:
+            _copy(source, job, writer, options.dtype, progress)
+            origin, notes = _identify(source, digest(), options)
+            writer.set_source(origin)
+    if job.vocabulary:
+        notes += _vocabulary_notes(job.vocabulary, job.config, origin)
     return Report(
-        config=config,
+        config=job.config,
         source=origin,
-        tensors=len(plan),
-        dropped={reason: len(names) for reason, names in inventory.dropped.items()},
-        vocabulary=vocabulary,
-        notes=notes,
+        tensors=len(job.plan),
+        dropped={reason: len(names) for reason, names in job.dropped.items()},
+        vocabulary=job.vocabulary,
+        notes=job.notes + notes,
         size=out.stat().st_size,
         seconds=time.monotonic() - started,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Job:
+    """What is to be done, once the source is known to be a complete model with its vocabulary."""
+
+    plan: dict[str, mapping.Recipe]
+    config: GPT2MLConfig
+    vocabulary: Vocabulary | None
+    dropped: dict[str, list[str]]
+    notes: list[str]
+
+
+def open_source(location: Location) -> Source:
+    """Open a checkpoint for reading."""
+    if location.kind == "bin":
+        return BinSource(location.path)
+    from convert.tf_source import TFSource  # takes seconds to import, and a .bin needs none of it
+
+    return TFSource(location)
+
+
+def _prepare(source: Source, folder: Path, options: Options) -> _Job:
+    inventory = mapping.take_inventory(source.entries, source.format)
+    plan = mapping.recipes(min(inventory.layers, MAX_LAYERS), source.format)
+    sizes = _sizes(source, plan, inventory)
+    origin = options.config or configs.find_config(folder)
+    given = configs.read_config(origin) if origin else {}
+    config, notes = configs.merge(sizes, given, origin=origin)
+    shapes = expected_shapes(config)
+    faults = mapping.find_faults(source.entries, plan, shapes, inventory.unknown)
+    if faults:
+        raise ValueError(f"{source.name} is no complete GPT2_ML: {_enumerate(faults)}")
+    source.check()
+    return _Job(
+        plan={key: plan[key] for key in shapes},
+        config=config,
+        vocabulary=find_vocabulary(folder, options.vocab, config.vocab_size)
+        if options.with_vocab
+        else None,
+        dropped=inventory.dropped,
+        notes=notes,
     )
 
 
@@ -109,23 +146,6 @@ def check_target(out: Path, inputs: Iterable[Path], *, overwrite: bool) -> None:
         if out.exists() and out.samefile(path):
             raise FileExistsError(f"{out} is the source itself; give another name")
     resolve_target(out, overwrite=overwrite)
-
-
-def _inspect(
-    source: Source, folder: Path, options: Options
-) -> tuple[dict[str, mapping.Recipe], GPT2MLConfig, list[str], mapping.Inventory]:
-    """The plan of the conversion, once the source is known to be a complete model."""
-    inventory = mapping.take_inventory(source.entries, source.format)
-    plan = mapping.recipes(min(inventory.layers, MAX_LAYERS), source.format)
-    sizes = _sizes(source, plan, inventory)
-    origin = options.config or configs.find_config(folder)
-    given = configs.read_config(origin) if origin else {}
-    config, notes = configs.merge(sizes, given, origin=origin)
-    faults = mapping.find_faults(source.entries, plan, expected_shapes(config), inventory.unknown)
-    if faults:
-        raise ValueError(f"{source.name} is no complete GPT2_ML: {_enumerate(faults)}")
-    plan = {key: plan[key] for key in expected_shapes(config)}
-    return plan, config, notes, inventory
 
 
 def _sizes(
@@ -167,29 +187,24 @@ def _enumerate(faults: list[str]) -> str:
 
 def _copy(
     source: Source,
-    plan: dict[str, mapping.Recipe],
-    config: GPT2MLConfig,
+    job: _Job,
     writer: CheckpointWriter,
     dtype: torch.dtype,
     progress: Progress | None,
 ) -> None:
-    """Make each tensor here and write it in a second thread, with a bounded number of bytes between
-    the two."""
-    shapes = expected_shapes(config)
-    total = total_bytes(
-        source.entries, (name for recipe in plan.values() for name in recipe.sources)
-    )
+    """Make each tensor here and write it in other threads, a bounded number of bytes at a time."""
+    shapes = expected_shapes(job.config)
     pending: collections.deque[tuple[concurrent.futures.Future[None], Tensor]] = collections.deque()
-    buffers = _Buffers()
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    in_layers = (recipe for key, recipe in job.plan.items() if key.startswith("blocks."))
+    buffers = _Buffers(max(_source_bytes(source, recipe) for recipe in in_layers))
+    total = sum(_source_bytes(source, recipe) for recipe in job.plan.values())
+    with concurrent.futures.ThreadPoolExecutor(_WRITERS) as pool:
         try:
-            for key, recipe in plan.items():
-                parts = [source.read(name) for name in recipe.sources]
-                size = sum(part.nbytes for part in parts)
-                tensor = _make(key, recipe, parts, shapes[key], dtype, buffers)
-                del parts
-                while pending and sum(t.nbytes for _, t in pending) + tensor.nbytes > _IN_FLIGHT:
+            for key, recipe in job.plan.items():
+                size = _source_bytes(source, recipe)
+                while pending and sum(t.nbytes for _, t in pending) + size > _IN_FLIGHT:
                     _finish(pending, buffers)
+                tensor = _make(source, key, recipe, shapes[key], dtype, buffers)
                 pending.append((pool.submit(writer.write, key, tensor), tensor))
                 del tensor
                 if progress:
@@ -201,6 +216,10 @@ def _copy(
                 future.cancel()
 
 
+def _source_bytes(source: Source, recipe: mapping.Recipe) -> int:
+    return total_bytes(source.entries, recipe.sources)
+
+
 def _finish(
     pending: collections.deque[tuple[concurrent.futures.Future[None], Tensor]], buffers: _Buffers
 ) -> None:
@@ -210,27 +229,23 @@ def _finish(
 
 
 class _Buffers:
-    """Memory used over and over: the kernel takes longer to hand out fresh pages than a transpose
-    to fill them."""
+    """Memory used over and over, since fresh pages cost the kernel more than filling them costs us.
 
-    def __init__(self) -> None:
+    All are of one size, that of the largest tensor in a layer; what is larger is allocated as it comes.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
         self._lent: dict[int, Tensor] = {}
         self._free: list[Tensor] = []
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        count = torch.Size(shape).numel()
-        size = count * dtype.itemsize
-        for index, buffer in enumerate(self._free):
-            if buffer.nbytes >= size:
-                del self._free[index]
-                break
-        else:
-            if self._free:
-                self._free.pop()
-            buffer = torch.empty(size, dtype=torch.uint8)
-        tensor = buffer[:size].view(dtype).view(shape)
-        self._lent[tensor.data_ptr()] = buffer
-        return tensor
+        size = torch.Size(shape).numel() * dtype.itemsize
+        if size > self._size:
+            return torch.empty(shape, dtype=dtype)
+        buffer = self._free.pop() if self._free else torch.empty(self._size, dtype=torch.uint8)
+        self._lent[buffer.data_ptr()] = buffer
+        return buffer[:size].view(dtype).view(shape)
 
     def give_back(self, tensor: Tensor) -> None:
         """Take back what was lent; anything else is none of ours."""
@@ -240,20 +255,20 @@ class _Buffers:
 
 
 def _make(
+    source: Source,
     key: str,
     recipe: mapping.Recipe,
-    parts: list[Tensor],
     shape: tuple[int, ...],
     dtype: torch.dtype,
     buffers: _Buffers,
 ) -> Tensor:
     """The file's tensor from the source's."""
-    if len(parts) == 1 and not recipe.transpose:
-        exact = parts[0]
+    if len(recipe.sources) == 1 and not recipe.transpose:
+        exact = source.read(recipe.sources[0])
     else:
-        common = functools.reduce(torch.promote_types, (part.dtype for part in parts))
-        exact = buffers.take(shape, common)
-        recipe.apply(parts, exact)
+        dtypes = [source.entries[name][0] or torch.float32 for name in recipe.sources]
+        exact = buffers.take(shape, functools.reduce(torch.promote_types, dtypes))
+        recipe.apply(map(source.read, recipe.sources), exact)
     if exact.dtype == dtype:
         return exact
     rounded = buffers.take(shape, dtype)
@@ -306,52 +321,45 @@ def _hashing(files: list[Path]) -> Iterator[Callable[[], str | None]]:
 
 
 def _identify(
-    source: Source, step: int | None, sha256: str | None, options: Options, notes: list[str]
-) -> dict[str, Any]:
-    """What the file will say of its origin.
+    source: Source, sha256: str | None, options: Options
+) -> tuple[dict[str, Any], list[str]]:
+    """What the file will say of its origin, and what to tell the user about it.
 
     Raises `ValueError` for a data file of a published size with another hash.
     """
     origin: dict[str, Any] = {"name": source.name}
+    step = source.step()
     if step is not None:
         origin["step"] = step
     if sha256 is None:
-        return origin
+        return origin, []
     origin["sha256"] = sha256
     if known := published.by_hash(sha256):
         # The same words for TensorFlow's and PyTorch's copy, which hold the same weights.
-        step = int(known.prefix.rpartition("-")[2])
-        return {
-            "name": known.prefix,
-            "step": step,
-            "sha256": known.data_sha256,
-            "published": known.name,
-        }
+        return known.source(), []
     size = sum(path.stat().st_size for path in source.data_files)
-    if source.format == "tf" and (known := published.by_size(size)):
-        what = (
-            f"{source.data_files[0]} has the size of the published {known.name} but another "
-            "SHA-256, "
-            f"{sha256} instead of {known.data_sha256}"
-        )
-        if options.verify:
-            raise ValueError(
-                f"{what}: the download is damaged (fetch it again), or it is another training "
-                "(--no-verify goes on)"
-            )
-        notes.append(what)
-    return origin
-
-
-def _vocabulary_notes(vocabulary: Vocabulary, config: GPT2MLConfig) -> list[str]:
-    spare = config.vocab_size - vocabulary.lines
-    return (
-        [f"{spare} rows of the embedding have no token (reserved; never produced)"] if spare else []
+    known = published.by_size(size) if source.format == "tf" else None
+    if known is None:
+        return origin, []
+    what = (
+        f"{source.data_files[0]} has the size of the published {known.name} but another SHA-256, "
+        f"{sha256} instead of {known.data_sha256}"
     )
+    if options.verify:
+        raise ValueError(
+            f"{what}: the download is damaged (fetch it again), or this is another training "
+            "(--no-verify goes on)"
+        )
+    return origin, [what]
 
 
-def _published_vocabulary_notes(origin: dict[str, Any], vocabulary: Vocabulary) -> list[str]:
-    known = next(known for known in published.PUBLISHED if known.name == origin["published"])
-    if published.vocabulary_matches(known, vocabulary.text):
-        return []
-    return [f"{vocabulary.path} has the right number of lines, but is not the published vocabulary"]
+def _vocabulary_notes(
+    vocabulary: Vocabulary, config: GPT2MLConfig, origin: dict[str, Any]
+) -> list[str]:
+    notes = []
+    if spare := config.vocab_size - vocabulary.lines:
+        notes.append(f"{spare} rows of the embedding have no token (reserved; never produced)")
+    known = published.by_hash(origin["sha256"]) if "published" in origin else None
+    if known and not published.vocabulary_matches(known, vocabulary.text):
+        notes.append(f"{vocabulary.path} has the right length, but is not the published vocabulary")
+    return notes

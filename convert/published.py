@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import threading
 from pathlib import Path
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +20,16 @@ class Published:
     data_sha256: str
     bin_sha256: str
     vocab_sha256: str
+
+    def source(self) -> dict[str, Any]:
+        """What a converted file says of its origin."""
+        step = int(self.prefix.rpartition("-")[2])
+        return {
+            "name": self.prefix,
+            "step": step,
+            "sha256": self.data_sha256,
+            "published": self.name,
+        }
 
 
 PUBLISHED = (
@@ -61,7 +72,7 @@ def vocabulary_matches(known: Published, text: str) -> bool:
 def file_sha256(path: Path, stop: threading.Event) -> str | None:
     """The SHA-256 of a file, read once, None if stopped; other threads run meanwhile."""
     digest = hashlib.sha256()
-    buffer = bytearray(4 << 20)
+    buffer = bytearray(1 << 20)  # stays in the processor's cache
     view = memoryview(buffer)
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):

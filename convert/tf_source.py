@@ -19,21 +19,8 @@ from convert.sources import Entries, total_bytes
 
 # Integers are listed so that a variable of the wrong kind is called by its name; what is not here
 # holds no numbers.
-_DTYPES: dict[str, torch.dtype] = {
-    name: getattr(torch, name)
-    for name in [
-        "float64",
-        "float32",
-        "bfloat16",
-        "float16",
-        "int64",
-        "int32",
-        "int16",
-        "int8",
-        "uint8",
-        "bool",
-    ]
-}
+_NAMES = ("float64", "float32", "bfloat16", "float16", "int64", "int32", "int16", "int8", "uint8")
+_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in _NAMES}
 
 
 def import_tensorflow() -> ModuleType:

@@ -37,7 +37,7 @@ DTYPE_NAMES: dict[torch.dtype, str] = {
 }
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector load
-CHUNK = 8 << 20  # bytes written, then read back while they are still in the processor's cache
+CHUNK = 2 << 20  # bytes written, then read back while they are still in the processor's cache
 
 TensorSpec = tuple[torch.dtype, Sequence[int]]
 
@@ -45,7 +45,7 @@ _Writer = TypeVar("_Writer", bound="SafetensorsWriter")  # typing.Self, before P
 
 
 class SafetensorsWriter:
-    """Writes the declared tensors, in any order, from one thread at a time.
+    """Writes the declared tensors, in any order and from any number of threads.
 
     A context manager. The file is built as `NAME.partial` beside its place. Leaving the `with`
     block normally checks that every tensor was written and renames it; leaving it by an exception
@@ -77,7 +77,6 @@ class SafetensorsWriter:
         self._missing = set(self._specs)
         self._partial = self.path.with_name(self.path.name + ".partial")
         self._check_free_space()
-        self._back = torch.empty(CHUNK, dtype=torch.uint8)
         self._fd = _open_locked(self._partial)
         try:
             os.ftruncate(self._fd, 0)
@@ -100,10 +99,11 @@ class SafetensorsWriter:
         flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         data = _memory_of(flat)
         offset = self._offsets[name]
+        back = torch.empty(min(CHUNK, len(data)), dtype=torch.uint8)
         for start in range(0, len(data), CHUNK):
             piece = slice(start, min(start + CHUNK, len(data)))
             self._write_at(offset + start, data[piece])
-            self._compare(name, offset + start, flat[piece])
+            self._compare(name, offset + start, flat[piece], back)
         self._missing.discard(name)
 
     def replace_metadata(self, metadata: Mapping[str, str]) -> None:
@@ -173,8 +173,8 @@ class SafetensorsWriter:
             offset += written
             data = data[written:]
 
-    def _compare(self, name: str, offset: int, written: Tensor) -> None:
-        back = self._back[: len(written)]
+    def _compare(self, name: str, offset: int, written: Tensor, back: Tensor) -> None:
+        back = back[: len(written)]
         count = self._guard(os.preadv, self._fd, [_memory_of(back)], offset)
         if count != len(written) or not _same_bytes(back, written):
             raise OSError(
