@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import logging
 import os
 import pickle
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gpt2ml_torch.finetuning.data import Corpus, default_cache_dir, tokenize_files
+from gpt2ml_torch.finetuning.data import Corpus, Piece, default_cache_dir, tokenize_files
 from gpt2ml_torch.finetuning.data import cache as cache_module
 from gpt2ml_torch.finetuning.data import encoding as encoding_module
 from gpt2ml_torch.finetuning.data import reading as reading_module
@@ -133,7 +134,8 @@ def test_worker_processes_give_the_same_as_one(tmp_path: Path, monkeypatch: Any)
 def test_a_worker_that_dies_or_a_tokenizer_that_cannot_travel_is_one_line(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encoding_module, "_WORKER", "import os; os._exit(9)")
+    (tmp_path / "worker.py").write_text("import os; os._exit(9)")
+    monkeypatch.setattr(encoding_module, "_WORKER", tmp_path / "worker.py")
     with pytest.raises(OSError, match=r"a tokenising process ended with status 9.*workers=1"):
         tokenize_files(file, small_tokenizer(), cache_dir=tmp_path / "cache", workers=2)
     tokenizer = Counting()
@@ -328,3 +330,28 @@ def test_what_cannot_be_split_is_one_line(tmp_path: Path) -> None:
 def test_the_default_cache_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert default_cache_dir() == tmp_path / "gpt2ml" / "tokens"
+
+
+def test_a_worker_loads_no_torch_but_may_be_given_a_class_that_needs_the_package(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Reporting(Tokenizer):
+        def __reduce__(self) -> tuple[Any, ...]:
+            return exec, ("import sys; sys.exit(7 if 'torch' in sys.modules else 8)",)
+
+    tokenizer = Reporting(small_tokenizer().vocab_text)
+    with pytest.raises(OSError, match="ended with status 8"):
+        tokenize_files(file, tokenizer, cache_dir=tmp_path / "cache", workers=2)
+
+    (tmp_path / "their_tokenizer.py").write_text(
+        "from gpt2ml_torch import GPT2ML\n"
+        "from gpt2ml_torch.tokenizer import Tokenizer\n"
+        "class Theirs(Tokenizer): pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    theirs = importlib.import_module("their_tokenizer").Theirs(tokenizer.vocab_text)
+    worker = encoding_module._Worker(theirs, None)
+    try:
+        assert worker.encode([Piece("春眠不觉晓")]).ids.tolist() == tokenizer.encode("春眠不觉晓")
+    finally:
+        worker.stop()

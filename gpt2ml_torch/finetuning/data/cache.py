@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all
 
-_WORTH_A_WORKER = 16 << 20  # bytes: with less, a process starts for longer than it works
+_WORTH_A_WORKER = 4 << 20  # bytes: with less, a process starts for longer than it works
 _HASH_BYTES = 1 << 20
 
 

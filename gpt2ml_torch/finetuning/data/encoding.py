@@ -18,6 +18,7 @@ import subprocess
 import sys
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -28,10 +29,8 @@ from gpt2ml_torch.finetuning.data.reading import Piece
 BATCH_CHARACTERS = 1 << 18
 _BATCH_PIECES = 1 << 14
 _SAMPLED_CHARACTERS = 1 << 13  # of each batch, searched for characters outside the vocabulary
-_WORKER = (
-    "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); "
-    "from gpt2ml_torch.finetuning.data.encoding import serve; serve()"
-)
+_WORKER = Path(__file__).with_name("worker.py")
+_PACKAGES = ("gpt2ml_torch", "gpt2ml_torch.finetuning", "gpt2ml_torch.finetuning.data")
 
 
 class TextTokenizer(Protocol):
@@ -177,13 +176,13 @@ class _Worker:
 
     def __init__(self, tokenizer: TextTokenizer, end_id: int | None) -> None:
         try:
-            first = pickle.dumps(sys.path) + pickle.dumps((tokenizer, end_id))
+            packed = pickle.dumps(tokenizer)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise ValueError(
                 f"the tokenizer cannot be sent to worker processes ({error}); use workers=1"
             ) from None
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _WORKER],
+            [sys.executable, str(_WORKER)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             # One that dies says why in the parent's error; with Ctrl-C its own traceback would only
@@ -195,7 +194,8 @@ class _Worker:
         assert self._process.stdout is not None
         self._input, self._output = self._process.stdin, self._process.stdout
         with contextlib.suppress(BrokenPipeError):  # `encode` says it
-            self._input.write(first)
+            packages = {name: list(sys.modules[name].__path__) for name in _PACKAGES}
+            pickle.dump((sys.path, packages, packed, end_id), self._input)
             self._input.flush()
 
     def encode(self, batch: list[Piece]) -> EncodedPieces:
@@ -218,21 +218,3 @@ class _Worker:
             with contextlib.suppress(OSError):  # what it never read
                 pipe.close()
         self._process.wait()
-
-
-def serve() -> None:
-    """Be a worker: the tokenizer and then batches on the standard input, their tokens on the
-    output.
-    """
-    source, sink = sys.stdin.buffer, os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(2, 1)  # so that nothing printed on import gets among the answers
-    tokenizer, end_id = pickle.load(source)
-    with contextlib.suppress(EOFError, KeyboardInterrupt, BrokenPipeError):
-        while True:
-            batch = pickle.load(source)
-            try:
-                answer: Any = encode_pieces(tokenizer, batch, end_id=end_id)
-            except Exception as error:
-                answer = error
-            pickle.dump(answer, sink, pickle.HIGHEST_PROTOCOL)
-            sink.flush()
