@@ -13,7 +13,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from gpt2ml_torch.checkpoint import read_metadata
 from gpt2ml_torch.words import WordSplitter, is_cjk, is_punctuation
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -87,6 +86,9 @@ class Tokenizer:
         if path.suffix != ".safetensors":
             text = _read_text(path)
         else:
+            # Here, so that processes which only tokenise need not load torch.
+            from gpt2ml_torch.checkpoint import read_metadata
+
             metadata = read_metadata(path)
             if metadata.vocab is None:
                 raise ValueError(f"{path} holds no vocabulary: convert it again with --vocab")
