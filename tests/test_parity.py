@@ -106,6 +106,10 @@ def test_the_square_model_itself_passes() -> None:
 # and breaks it in one place.
 
 
+def norms_of(model: GPT2ML) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
+
+
 def tanh_gelu(model: Any) -> None:
     for block in model.blocks:
         mlp = block.mlp
@@ -113,9 +117,8 @@ def tanh_gelu(model: Any) -> None:
 
 
 def eps_1e_12(model: Any) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.LayerNorm):
-            module.eps = 1e-12
+    for norm in norms_of(model):
+        norm.eps = 1e-12
 
 
 def eps_1e_12_in_one_norm(model: Any) -> None:
@@ -127,9 +130,8 @@ def eps_outside_the_root(model: Any) -> None:
         std = x.var(-1, keepdim=True, correction=0).sqrt()
         return (x - x.mean(-1, keepdim=True)) / (std + norm.eps) * norm.weight + norm.bias
 
-    for module in model.modules():
-        if isinstance(module, nn.LayerNorm):
-            module.forward = functools.partial(forward, norm=module)
+    for norm in norms_of(model):
+        norm.forward = functools.partial(forward, norm=norm)
 
 
 def unbiased_variance(model: Any) -> None:
@@ -139,9 +141,8 @@ def unbiased_variance(model: Any) -> None:
             variance + norm.eps
         ).rsqrt() * norm.weight + norm.bias
 
-    for module in model.modules():
-        if isinstance(module, nn.LayerNorm):
-            module.forward = functools.partial(forward, norm=module)
+    for norm in norms_of(model):
+        norm.forward = functools.partial(forward, norm=norm)
 
 
 def swapped_norms(model: Any) -> None:
