@@ -37,6 +37,22 @@ class KeysValues(NamedTuple):
     values: Tensor
 
 
+class CacheTensors(NamedTuple):
+    """All layers' cache as bare tensors, (layers, B, S, H, K): a `KVCache` for compiled graphs, in
+    which a module's buffers would have fixed sizes.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    @property
+    def length(self) -> int:
+        return self.keys.shape[2]
+
+    def layer(self, index: int) -> KeysValues:
+        return KeysValues(self.keys[index], self.values[index])
+
+
 class KVCache(nn.Module):
     """The keys and values of the tokens seen so far, in buffers that never move or grow.
 
@@ -111,7 +127,8 @@ class Attention(nn.Module):
         cache: KeysValues | None = None,
     ) -> Tensor:
         B, T, D = h.shape
-        q, k, v = self.qkv(h).view(B, T, 3, self.num_heads, -1).unbind(2)  # each (B, T, H, K)
+        qkv = self.qkv(h).view(B, T, 3, self.num_heads, D // self.num_heads)
+        q, k, v = qkv.unbind(2)  # each (B, T, H, K)
         if cache is not None:
             rows = torch.arange(B, device=h.device)[:, None]  # (B, 1)
             cache.keys.index_put_((rows, positions), k)
@@ -175,6 +192,7 @@ class GPT2ML(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
+        self.generation_defaults: dict[str, Any] = {}  # for `Generator`; kept in the file
         self.token_embedding = TokenEmbedding(config.vocab_size, config.hidden_size)
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.embedding_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -230,7 +248,7 @@ class GPT2ML(nn.Module):
         token_ids: Tensor,
         *,
         positions: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | CacheTensors | None = None,
         document_ids: Tensor | None = None,
     ) -> Tensor:
         """The last block's output, (B, T) -> (B, T, D); inputs are not checked."""
@@ -248,11 +266,12 @@ class GPT2ML(nn.Module):
         h = self.token_embedding(token_ids) + self.position_embedding(positions)
         h = self.embedding_norm(h)  # (B, T, D); the original has no dropout here
         for index, block in enumerate(self.blocks):
-            if self.gradient_checkpointing and self.training:
+            if self.gradient_checkpointing and self.training and cache is None:
                 h = recompute_in_backward(block, h, mask=mask, use_reentrant=False)
             else:
                 layer_cache = cache.layer(index) if cache is not None else None
-                h = block(h, positions=positions, mask=mask, cache=layer_cache)
+                run = _run_block if cache is None else _run_block_once_compiled
+                h = run(block, h, positions, mask, layer_cache)
         return h
 
     def logits(self, h: Tensor) -> Tensor:
@@ -284,11 +303,34 @@ class GPT2ML(nn.Module):
                     f"{name} has shape {tuple(value.shape)}; expected that of token_ids, "
                     f"{tuple(token_ids.shape)}"
                 )
+        if positions is not None and positions.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"positions is {positions.dtype}; expected integers")
         if cache is not None and document_ids is not None:
             raise ValueError("document_ids and a cache exclude each other; give one of them")
+        if cache is not None:
+            self._check_cache(cache, rows=token_ids.shape[0])
         _check_range(token_ids, self.config.vocab_size, "token id")
         if positions is not None:
             _check_range(positions, limit, "position")
+
+    def _check_cache(self, cache: KVCache, *, rows: int) -> None:
+        config = self.config
+        layers, heads, size = (
+            config.num_hidden_layers,
+            config.num_attention_heads,
+            config.head_size,
+        )
+        found, expected = tuple(cache.keys.shape), (layers, rows, cache.length, heads, size)
+        if found != expected:
+            raise ValueError(
+                f"the cache has shape {found} (layers, rows, slots, heads, head size); this model "
+                f"with {rows} rows of tokens needs {expected}: make a KVCache for them"
+            )
+        if cache.keys.dtype != self.dtype:
+            raise ValueError(
+                f"the cache is {cache.keys.dtype} and the model {self.dtype}; make the cache with "
+                "dtype=model.dtype"
+            )
 
     @classmethod
     def from_pretrained(
@@ -308,6 +350,7 @@ class GPT2ML(nn.Module):
             model = cls(metadata.config)
         tensors = checkpoint.load_tensors(path, device=device, dtype=dtype)
         model.load_state_dict(tensors, strict=True, assign=True)
+        model.generation_defaults = metadata.generation
         return model.eval()
 
     def save_pretrained(
@@ -321,7 +364,8 @@ class GPT2ML(nn.Module):
     ) -> None:
         """Write the one file: weights, configuration, and the tokenizer's vocabulary if given.
 
-        `source` says where the weights come from, `generation` holds defaults for `Generator`. A
+        `source` says where the weights come from, `generation` holds defaults for `Generator`
+        (the model's own, if None). A
         file that stood there is replaced only when the new one is complete. Raises `OSError` where
         it can't be written.
         """
@@ -331,9 +375,25 @@ class GPT2ML(nn.Module):
             self.config,
             vocab=None if tokenizer is None else tokenizer.vocab_text,
             source=source,
-            generation=generation,
+            generation=self.generation_defaults if generation is None else generation,
             overwrite=overwrite,
         )
+
+
+def _run_block(
+    block: nn.Module,
+    h: Tensor,
+    positions: Tensor,
+    mask: Tensor | None,
+    cache: KeysValues | None,
+) -> Tensor:
+    result: Tensor = block(h, positions=positions, mask=mask, cache=cache)
+    return result
+
+
+# In a compiled graph, code for one layer that serves all of them; elsewhere the same function.
+# PyTorch has it since 2.8; it takes gradients too, but dropout and LoRA may break in it.
+_run_block_once_compiled = getattr(torch.compiler, "nested_compile_region", lambda f: f)(_run_block)
 
 
 def _check_range(values: Tensor, limit: int, what: str) -> None:

@@ -1,0 +1,68 @@
+"""The command line: `gpt2ml COMMAND ...`, or `python -m gpt2ml_torch COMMAND ...`.
+
+A command's module is imported only when it runs, so that help comes at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {  # name: module with add_arguments and run, help
+    "generate": ("gpt2ml_torch.commands.generate", "continue texts"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; errors that the user can cure are one line on stderr and exit status 2."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(arguments)
+    except BrokenPipeError:
+        _silence_stdout()
+        return 128 + 13
+    except KeyboardInterrupt:
+        return 128 + 2
+    except (ValueError, OSError) as error:
+        print(f"gpt2ml: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+
+
+def _run(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="gpt2ml", description="GPT2_ML: Chinese text with a converted checkpoint."
+    )
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    wanted = arguments[0] if arguments else None
+    module = None
+    for name, (path, summary) in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=summary, description=summary)
+        if name == wanted:
+            module = importlib.import_module(path)
+            module.add_arguments(subparser)
+    parsed = parser.parse_args(arguments)
+    assert module is not None  # argparse has exited for every other name
+    status: int = module.run(parsed)
+    sys.stdout.flush()
+    return status
+
+
+def _silence_stdout() -> None:
+    """Keep Python from flushing into the closed pipe when it exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        return str(error.strerror)
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

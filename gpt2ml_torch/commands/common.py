@@ -1,0 +1,76 @@
+"""What several commands share: loading a model, and log lines on stderr."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+
+import torch
+
+from gpt2ml_torch import GPT2ML, Generator, Tokenizer
+from gpt2ml_torch.kernels import pack_model
+
+_logger = logging.getLogger(__name__)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a .safetensors file made by the converter")
+    parser.add_argument("--vocab", metavar="FILE", help="vocabulary, where the model holds none")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: auto)")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="default: the file's"
+    )
+    parser.add_argument(
+        "--quantize", choices=["bfloat16", "int8", "int4"], help="pack the weights for the CPU"
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
+    parser.add_argument("--no-compile", action="store_true", help="start at once, run slower")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="texts decoded at once")
+    parser.add_argument("--quiet", action="store_true", help="no progress lines")
+
+
+def load_generator(arguments: argparse.Namespace) -> Generator:
+    show_log(quiet=arguments.quiet)
+    if arguments.threads is not None:
+        if arguments.threads < 1:
+            raise ValueError(f"--threads is {arguments.threads}; expected 1 or more")
+        torch.set_num_threads(arguments.threads)
+    began = time.perf_counter()
+    device = choose_device(arguments.device)
+    dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
+    tokenizer = load_tokenizer(arguments)
+    model = GPT2ML.from_pretrained(arguments.model, device=device, dtype=dtype)
+    if arguments.quantize is not None:
+        pack_model(model, arguments.quantize)
+    _logger.info("loaded %s in %.1f s", arguments.model, time.perf_counter() - began)
+    return Generator(
+        model, tokenizer, compile=not arguments.no_compile, batch_size=arguments.batch_size
+    )
+
+
+def load_tokenizer(arguments: argparse.Namespace) -> Tokenizer:
+    return Tokenizer.from_pretrained(arguments.vocab or arguments.model)
+
+
+def choose_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device is {name!r}; expected cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device is {name!r}; PyTorch sees {torch.cuda.device_count()} GPUs")
+    return device
+
+
+def show_log(*, quiet: bool) -> None:
+    """The package's log lines on stderr; warnings only, if quiet."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("gpt2ml: %(message)s"))
+    logger = logging.getLogger("gpt2ml_torch")
+    logger.handlers = [handler]
+    logger.propagate = False
+    logger.setLevel(logging.WARNING if quiet else logging.INFO)

@@ -1,0 +1,7 @@
+"""Continue texts: the configuration, the compiled engine, and the Generator on top of them."""
+
+from gpt2ml_torch.generation.config import GenerationConfig
+from gpt2ml_torch.generation.generator import Generator
+from gpt2ml_torch.generation.text import Completion
+
+__all__ = ["Completion", "GenerationConfig", "Generator"]

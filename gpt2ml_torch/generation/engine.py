@@ -1,0 +1,200 @@
+"""Engine: the two steps that decoding is made of, as plain functions, compiled if wanted.
+
+A step is one graph, in which the blocks are one nested region, compiled once for all layers (see
+`model.py`). Rows and tokens are padded up to a few sizes, each with a graph of its own; the number
+of cache slots is symbolic on the CPU, so that a growing text compiles nothing anew. On CUDA it is
+one of a few sizes too, since a CUDA graph replays fixed addresses.
+
+Shapes:
+    B  batch rows       T  tokens in this call      S  slots of the cache      V  vocabulary
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import shutil
+import sysconfig
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpt2ml_torch.kernels.build import cache_folder
+from gpt2ml_torch.model import GPT2ML, CacheTensors, KVCache
+
+_logger = logging.getLogger(__name__)
+
+SLOTS = 128  # a cache holds a multiple of this many slots
+SMALLEST_PREFILL = 16
+
+
+def prefill(model: GPT2ML, token_ids: Tensor, last: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Read a text from its start into the cache; logits after place `last`, (1, T) -> (1, V)."""
+    positions = torch.arange(token_ids.shape[1], device=token_ids.device)[None]
+    h = model.hidden_states(token_ids, positions=positions, cache=CacheTensors(keys, values))
+    return model.logits(h[:, last])
+
+
+def decode(
+    model: GPT2ML, token_ids: Tensor, positions: Tensor, keys: Tensor, values: Tensor
+) -> Tensor:
+    """Read T more tokens of each row; logits after each, (B, T) -> (B, T, V)."""
+    h = model.hidden_states(token_ids, positions=positions, cache=CacheTensors(keys, values))
+    return model.logits(h)
+
+
+class Engine:
+    """A model's two steps, eager or compiled, and caches of the sizes that they like.
+
+    Compiling happens at the first call of a size; where it can't, steps run eagerly, and the log
+    says why, once. No method checks ids or positions: `Generator` does.
+    """
+
+    def __init__(self, model: GPT2ML, *, compile: bool = True) -> None:
+        self.model = model
+        self.on_cuda = model.device.type == "cuda"
+        self._steps: dict[tuple[str, int, int, int], Callable[..., Tensor]] = {}
+        self.compiled = compile and self._can_compile()
+
+    def _can_compile(self) -> bool:
+        obstacle = None if self.on_cuda else why_no_compiler()
+        if obstacle is not None:
+            _logger.warning("generation runs uncompiled: %s", obstacle)
+            return False
+        keep_compiled_code()
+        return True
+
+    @property
+    def limit(self) -> int:
+        """Tokens that the model can see at once."""
+        return self.model.config.max_position_embeddings
+
+    @torch.inference_mode()
+    def new_cache(self, rows: int, length: int) -> KVCache:
+        """An empty cache of at least so many rows and slots (but no more than the positions)."""
+        model = self.model
+        cache = KVCache(
+            model.config,
+            batch_size=self.padded_rows(rows),
+            length=self._slots(length),
+            device=model.device,
+            dtype=model.dtype,
+        )
+        if self.compiled:
+            for tensor in (cache.keys, cache.values):
+                self._mark(tensor)
+        return cache
+
+    def _mark(self, cached: Tensor) -> None:
+        if self.on_cuda:
+            torch._dynamo.mark_static_address(cached)
+        elif cached.shape[2] != self.limit:
+            torch._dynamo.maybe_mark_dynamic(cached, 2)
+
+    def padded_rows(self, wanted: int) -> int:
+        """The size of batch that serves so many rows."""
+        return 1 << (wanted - 1).bit_length() if self.compiled else wanted
+
+    def padded_tokens(self, wanted: int) -> int:
+        """The size of prefill that serves so many tokens."""
+        if not self.compiled:
+            return wanted
+        return min(max(1 << (wanted - 1).bit_length(), SMALLEST_PREFILL), self.limit)
+
+    def _slots(self, wanted: int) -> int:
+        blocks = -(-wanted // SLOTS)
+        if self.on_cuda:
+            blocks = 1 << (blocks - 1).bit_length()
+        return min(blocks * SLOTS, self.limit)
+
+    @torch.inference_mode()
+    def prefill(self, token_ids: Sequence[int], cache: KVCache) -> Tensor:
+        """Read a whole text into a cache of one row; logits after its last token, (1, V)."""
+        padding = self.padded_tokens(len(token_ids)) - len(token_ids)
+        device = self.model.device
+        ids = torch.tensor([[*token_ids, *[0] * padding]], device=device)
+        last = torch.tensor(len(token_ids) - 1, device=device)
+        return self._run("prefill", prefill, ids, last, cache=cache)
+
+    @torch.inference_mode()
+    def decode(self, token_ids: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
+        """Read T more tokens of each of the cache's rows, (B, T) -> (B, T, V)."""
+        return self._run("decode", decode, token_ids, positions, cache=cache)
+
+    def _run(
+        self,
+        name: str,
+        function: Callable[..., Tensor],
+        ids: Tensor,
+        *others: Tensor,
+        cache: KVCache,
+    ) -> Tensor:
+        arguments = (self.model, ids, *others, cache.keys, cache.values)
+        if not self.compiled:
+            return function(*arguments)
+        key = (name, *ids.shape, cache.length if self.on_cuda or cache.length == self.limit else 0)
+        if key in self._steps:
+            return self._steps[key](*arguments)
+        step = self._compile(function, replay=name == "decode")
+        _logger.info(
+            "compiling %s (%d x %d tokens), once for each machine; kept in %s",
+            *(name, *ids.shape, os.environ.get("TORCHINDUCTOR_CACHE_DIR")),
+        )
+        began = time.perf_counter()
+        try:
+            result = step(*arguments)
+        except Exception as error:
+            self.compiled = False
+            _logger.warning("generation runs uncompiled: %s", _one_line(error))
+            return function(*arguments)
+        _logger.info("compiled %s in %.1f s", name, time.perf_counter() - began)
+        self._steps[key] = step
+        return result
+
+    def _compile(self, function: Callable[..., Tensor], *, replay: bool) -> Callable[..., Tensor]:
+        # Two pools of threads, PyTorch's and the generated code's, would fight over the cores; the
+        # products, in which the time goes, run in PyTorch's.
+        options: dict[str, Any] = {"cpp.threads": 1}
+        if self.on_cuda:
+            options = {"triton.cudagraphs": True} if replay else {}
+        extra: dict[str, Any] = {}
+        if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+            extra["isolate_recompiles"] = True  # each size has its own cache of code
+        compiled: Callable[..., Tensor] = torch.compile(
+            function, fullgraph=True, options=options, **extra
+        )
+        return compiled
+
+
+def why_no_compiler() -> str | None:
+    """What keeps `torch.compile` from working on the CPU here, or None."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None or shutil.which(compiler) is None:
+        return f"no C++ compiler {compiler or ''}was found; install g++ or set CXX"
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    if not header.exists():
+        return f"Python's headers are missing ({header}); install python3-dev"
+    return None
+
+
+def keep_compiled_code() -> None:
+    """Let PyTorch keep compiled code beside our own, unless its own variable names a place."""
+    folder = cache_folder() / "inductor"
+    if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return  # PyTorch then takes the folder for temporary files
+    if os.access(folder, os.W_OK):
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+
+
+def _one_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {(lines or [''])[0]}"

@@ -1,0 +1,173 @@
+"""One text being written: its ids, its characters as they become certain, and where it ends."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+
+from gpt2ml_torch.generation.config import GenerationConfig
+from gpt2ml_torch.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """A finished text.
+
+    `text` is what was written after `prompt`; `token_ids` and `logprobs` (natural logarithms under
+    the model itself, before temperature and bans; empty unless asked for) are of the same tokens.
+    `finish_reason` is "stop" (a stop string or end token) or "length".
+    """
+
+    prompt: str
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: str
+    score: float | None = None  # beam search: what the beams were ranked by
+
+    @property
+    def full_text(self) -> str:
+        return self.prompt + self.text
+
+
+class ContinuationDecoder:
+    """Decodes what follows a prompt: pieces, joined to the prompt as typed, read as one text."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: str, prompt_ids: Sequence[int]) -> None:
+        self._decoder = tokenizer.stream_decoder()
+        shown = "".join([self._decoder.put(id_) for id_ in prompt_ids])
+        # What the decoder still holds back of the prompt itself must not come out again.
+        self._withheld = tokenizer.decode(prompt_ids)[len(shown) :].strip()
+        self._after_space = not prompt or prompt[-1].isspace()
+
+    def put(self, id_: int) -> str:
+        return self._trim(self._decoder.put(id_))
+
+    def end(self) -> str:
+        return self._trim(self._decoder.end())
+
+    def copy(self) -> ContinuationDecoder:
+        twin = copy.copy(self)
+        twin._decoder = copy.copy(self._decoder)
+        return twin
+
+    def _trim(self, piece: str) -> str:
+        if not piece:
+            return piece
+        if self._withheld:
+            piece, self._withheld = piece.lstrip().removeprefix(self._withheld), ""
+        elif self._after_space:
+            piece = piece.lstrip()
+        self._after_space = self._after_space and not piece
+        return piece
+
+
+class Text:
+    """A text in the making: `put` takes the next id and returns what can be shown of it."""
+
+    def __init__(
+        self,
+        *,
+        row: int,
+        prompt: str,
+        prompt_ids: Sequence[int],
+        tokenizer: Tokenizer,
+        config: GenerationConfig,
+        end_ids: frozenset[int] = frozenset(),
+    ) -> None:
+        self.row = row
+        self.prompt = prompt
+        self.ids = list(prompt_ids)
+        self.start = 0  # the first id inside the model's window
+        self.logprobs: list[float] = []
+        self.written = ""
+        self.finish_reason: str | None = None
+        self.score: float | None = None
+        self._prompt_length = len(prompt_ids)
+        self._config = config
+        self._end_ids = end_ids
+        self._decoder = ContinuationDecoder(tokenizer, prompt, prompt_ids)
+        self._stops = _with_lower_case(config.stop)
+        self._bad_words = _with_lower_case(config.bad_words)
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+    @property
+    def new_ids(self) -> list[int]:
+        return self.ids[self._prompt_length :]
+
+    @property
+    def count(self) -> int:
+        """Tokens written so far."""
+        return len(self.ids) - self._prompt_length
+
+    @property
+    def position(self) -> int:
+        """Where the last id stands in the model's window."""
+        return len(self.ids) - 1 - self.start
+
+    def put(self, id_: int) -> str:
+        """Take the next id; returns the text that it makes certain."""
+        if id_ in self._end_ids:
+            self.finish_reason = "stop"
+            return self._show(self._decoder.end())
+        self.ids.append(id_)
+        piece = self._show(self._decoder.put(id_))
+        if not self.finished and self.count >= self._config.max_new_tokens:
+            piece += self._show(self._decoder.end())
+            self.finish_reason = self.finish_reason or "length"
+        return piece
+
+    def _show(self, piece: str) -> str:
+        if self.count >= self._config.min_new_tokens:
+            end = _earliest_end(self.written, piece, self._stops)
+            if end is not None:
+                self.finish_reason = "stop"
+                piece = piece[:end]
+        self.written += piece
+        return piece
+
+    def offends(self, id_: int) -> bool:
+        """Whether this id would complete one of the bad words."""
+        if not self._bad_words or id_ in self._end_ids:
+            return False
+        before = self.prompt.lower() + self.written
+        decoder = self._decoder.copy()
+        piece = decoder.put(id_) + decoder.end()
+        return _earliest_end(before, piece, self._bad_words) is not None
+
+    def copy(self) -> Text:
+        twin = copy.copy(self)
+        twin.ids, twin.logprobs = list(self.ids), list(self.logprobs)
+        twin._decoder = self._decoder.copy()
+        return twin
+
+    def completion(self) -> Completion:
+        return Completion(
+            prompt=self.prompt,
+            text=self.written,
+            token_ids=tuple(self.new_ids),
+            logprobs=tuple(self.logprobs),
+            finish_reason=self.finish_reason or "length",
+            score=self.score,
+        )
+
+
+def _with_lower_case(strings: Sequence[str]) -> tuple[str, ...]:
+    """The vocabulary has no upper case, so that is how such a string is written."""
+    return tuple(dict.fromkeys([*strings, *(string.lower() for string in strings)]))
+
+
+def _earliest_end(before: str, piece: str, strings: Sequence[str]) -> int | None:
+    """Where in `piece` the first of the strings is complete that was not so before."""
+    ends = []
+    for string in strings:
+        tail = before[len(before) - len(string) + 1 :] if len(string) > 1 else ""
+        tail = tail if len(string) - 1 <= len(before) else before
+        found = (tail + piece).find(string)
+        if found >= 0:
+            ends.append(found + len(string) - len(tail))
+    return min(ends, default=None)

@@ -1,0 +1,205 @@
+"""From logits to the next token: pure tensor functions, the same eager, compiled and on any device.
+
+A rule that keeps some tokens sets the logits of the others to -inf. Each row has a random stream of
+its own, a counter-based hash of (key of the row, number of the token, id) in integer arithmetic, so
+that what a row draws depends neither on its neighbours nor on the order of execution.
+
+Shapes:
+    B  batch rows       V  vocabulary       L  tokens of history
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Constants of splitmix64 (Steele, Lea and Flood, 2014), as the signed integers that PyTorch has.
+_GAMMA = 0x9E3779B97F4A7C15 - 2**64
+_MULTIPLY_1 = 0xBF58476D1CE4E5B9 - 2**64
+_MULTIPLY_2 = 0x94D049BB133111EB - 2**64
+
+
+class Knobs(NamedTuple):
+    """What shapes the distribution, as 0-dimensional tensors, so that new values recompile nothing.
+
+    None leaves a rule out; without `sample`, a bool, or where it is False, the best token is taken.
+    """
+
+    sample: Tensor | None = None
+    temperature: Tensor | None = None  # float32, > 0
+    top_k: Tensor | None = None  # int64, >= 1
+    top_p: Tensor | None = None  # float32, in (0, 1]
+    grover_top_p: Tensor | None = None  # the same, with the original's rule
+    min_p: Tensor | None = None  # float32, in [0, 1]
+    typical_p: Tensor | None = None  # float32, in (0, 1]
+    repetition_penalty: Tensor | None = None  # float32, > 0
+
+
+def choose(
+    logits: Tensor,
+    knobs: Knobs,
+    *,
+    keys: Tensor,
+    steps: Tensor,
+    blocked: Tensor | None = None,
+    seen: Tensor | None = None,
+) -> Tensor:
+    """The next token of each row, (B, V) logits -> (B,) int64.
+
+    `keys` and `steps`, (B,) int64, are the row's random stream and the number of the token in it.
+    `blocked`, bool, (V,) or (B, V), is never chosen; `seen`, (B, V), is what the repetition
+    penalty applies to.
+    """
+    scores = process(logits, knobs, blocked=blocked, seen=seen)
+    if knobs.sample is None:
+        return scores.argmax(-1)  # of equal scores the lowest id
+    kept = keep(scores, knobs)
+    noisy = kept.double() - torch.log(exponential(keys, steps, logits.shape[-1]))
+    return torch.where(knobs.sample, noisy, scores.double()).argmax(-1)
+
+
+def process(
+    logits: Tensor, knobs: Knobs, *, blocked: Tensor | None = None, seen: Tensor | None = None
+) -> Tensor:
+    """The logits, in float32, after what applies to greedy and beam search too."""
+    scores = logits.float()
+    if knobs.repetition_penalty is not None and seen is not None:
+        scores = penalize_repetition(scores, seen, knobs.repetition_penalty)
+    if blocked is not None:
+        scores = scores.masked_fill(blocked, -torch.inf)
+    return scores
+
+
+def keep(scores: Tensor, knobs: Knobs) -> Tensor:
+    """Temperature, then each rule in the order in which transformers applies them."""
+    if knobs.temperature is not None:
+        scores = scores / knobs.temperature
+    if knobs.top_k is not None:
+        scores = keep_top_k(scores, knobs.top_k)
+    if knobs.top_p is not None:
+        scores = keep_top_p(scores, knobs.top_p)
+    if knobs.grover_top_p is not None:
+        scores = keep_top_p_grover(scores, knobs.grover_top_p)
+    if knobs.min_p is not None:
+        scores = keep_min_p(scores, knobs.min_p)
+    if knobs.typical_p is not None:
+        scores = keep_typical(scores, knobs.typical_p)
+    return scores
+
+
+def keep_top_k(scores: Tensor, k: Tensor) -> Tensor:
+    """The k best, and what ties with the last of them. Source: transformers, TopKLogitsWarper."""
+    best_first = scores.sort(dim=-1, descending=True).values
+    last = (k.clamp(1, scores.shape[-1]) - 1).expand(scores.shape[0], 1)
+    return scores.masked_fill(scores < best_first.gather(-1, last), -torch.inf)
+
+
+def keep_top_p(scores: Tensor, p: Tensor) -> Tensor:
+    """The fewest of the best whose probabilities sum to p or more: the one that crosses p is kept.
+
+    Of equal scores the higher ids stay. Source: transformers, TopPLogitsWarper.
+    """
+    worst_first, order = scores.sort(dim=-1, descending=False, stable=True)
+    dropped = worst_first.softmax(-1).cumsum(-1) <= 1 - p
+    dropped[..., -1] = False
+    return _drop(scores, order, dropped)
+
+
+def keep_top_p_grover(scores: Tensor, p: Tensor) -> Tensor:
+    """Those of the best whose probabilities sum to less than p, and the best one in any case.
+
+    The token that crosses p is dropped; of equal scores the lower ids come first.
+    Source: imcaspar/gpt2-ml, train/modeling.py, top_p_sample.
+    """
+    best_first, order = scores.sort(dim=-1, descending=True, stable=True)
+    dropped = (best_first.softmax(-1).cumsum(-1) >= p) & (p < 1)
+    dropped[..., 0] = False
+    return _drop(scores, order, dropped)
+
+
+def keep_min_p(scores: Tensor, p: Tensor) -> Tensor:
+    """Those at least p times as probable as the best. Source: transformers, MinPLogitsWarper."""
+    probabilities = scores.softmax(-1)
+    best = probabilities.amax(-1, keepdim=True)
+    dropped = (probabilities < p * best) & (scores < scores.amax(-1, keepdim=True))
+    return scores.masked_fill(dropped, -torch.inf)
+
+
+def keep_typical(scores: Tensor, p: Tensor) -> Tensor:
+    """The tokens whose surprise is nearest to the expected one, until their probabilities reach p.
+
+    Source: Meister et al. 2022; transformers, TypicalLogitsWarper.
+    """
+    log_p = scores.log_softmax(-1)
+    entropy = -(log_p * log_p.exp()).nansum(-1, keepdim=True)
+    typical_first, order = (-log_p - entropy).abs().sort(dim=-1, stable=True)
+    reached = scores.gather(-1, order).softmax(-1).cumsum(-1) < p
+    last = reached.sum(-1, keepdim=True).clamp(max=scores.shape[-1] - 1)
+    return _drop(scores, order, (typical_first > typical_first.gather(-1, last)) & (p < 1))
+
+
+def penalize_repetition(scores: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
+    """Make seen tokens less likely: divide a positive logit, multiply a negative one.
+
+    Source: Keskar et al. 2019, CTRL; transformers, RepetitionPenaltyLogitsProcessor.
+    """
+    penalized = torch.where(scores < 0, scores * penalty, scores / penalty)
+    return torch.where(seen, penalized, scores)
+
+
+def repeated_ngrams(history: Tensor, lengths: Tensor, size: int, vocab_size: int) -> Tensor:
+    """The tokens that would complete an n-gram that the row already holds, (B, V) bool.
+
+    `history` is (B, L), of which the first `lengths`, (B,), tokens of a row count.
+    Source: transformers, NoRepeatNGramLogitsProcessor.
+    """
+    B, L = history.shape
+    starts = max(L - size + 1, 0)
+    place = torch.arange(starts, device=history.device)
+    match = place + size <= lengths[:, None]  # (B, starts): an n-gram begins here
+    for offset in range(size - 1):
+        recent = (lengths - (size - 1) + offset).clamp(min=0)[:, None]
+        match &= history[:, offset : offset + starts] == history.gather(1, recent)
+    completing = history[:, size - 1 : size - 1 + starts]
+    counts = torch.zeros(B, vocab_size, dtype=torch.int32, device=history.device)
+    counts.scatter_add_(1, completing, match.int())
+    return counts > 0
+
+
+def row_key(seed: int, row: int) -> int:
+    """The random stream of a row; those of different (seed, row) are unrelated."""
+    mixed = _mix_int(seed % 2**64)
+    mixed = _mix_int((mixed + (row + 1) * (_GAMMA % 2**64)) % 2**64)
+    return mixed - 2**64 if mixed >= 2**63 else mixed
+
+
+def exponential(keys: Tensor, steps: Tensor, size: int) -> Tensor:
+    """Independent draws of the exponential distribution, (B,) keys and steps -> (B, size) float64.
+
+    argmax(logits - log(draws)) follows softmax(logits): the Gumbel-max method.
+    """
+    ids = torch.arange(1, size + 1, device=keys.device)
+    bits = _mix(_mix(keys + steps * _GAMMA)[:, None] + ids * _GAMMA)
+    mantissa = (bits >> 11) & (2**53 - 1)  # (B, size), uniform on 53 bits
+    return -torch.log((mantissa.double() + 0.5) * 2.0**-53)
+
+
+def _mix(z: Tensor) -> Tensor:
+    """splitmix64's finalizer; int64 products wrap, and a mask makes each shift a logical one."""
+    z = (z ^ ((z >> 30) & (2**34 - 1))) * _MULTIPLY_1
+    z = (z ^ ((z >> 27) & (2**37 - 1))) * _MULTIPLY_2
+    return z ^ ((z >> 31) & (2**33 - 1))
+
+
+def _mix_int(z: int) -> int:
+    """`_mix` on Python's integers, 0 <= z < 2**64."""
+    z = (z ^ (z >> 30)) * (_MULTIPLY_1 % 2**64) % 2**64
+    z = (z ^ (z >> 27)) * (_MULTIPLY_2 % 2**64) % 2**64
+    return z ^ (z >> 31)
+
+
+def _drop(scores: Tensor, order: Tensor, dropped: Tensor) -> Tensor:
+    """Set to -inf what is marked in sorted order."""
+    return scores.masked_fill(torch.zeros_like(dropped).scatter(-1, order, dropped), -torch.inf)
