@@ -1,0 +1,1 @@
+"""Benchmarks behind `scripts/bench`; each contestant runs in a process of its own."""

@@ -1,0 +1,208 @@
+"""Prefill and decode speed by precision, ours and the peers', interleaved in one run.
+
+    scripts/bench                      # everything, the published size
+    scripts/bench --size base --groups 16-bit --repeats 2
+
+Contestants of one precision class stay loaded side by side and take turns, so that a machine whose
+speed drifts slows all of them; figures are medians. Writes RESULT.json, RESULT.md and RESULT.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scripts.benchmarks import machine, report
+from scripts.benchmarks.weights import SIZES
+
+ROOT = Path(__file__).resolve().parents[2]
+logger = logging.getLogger("bench")
+
+GROUPS: dict[str, list[tuple[str, str]]] = {
+    "16-bit": [
+        ("ours", "bfloat16"),
+        ("ours, eager", "bfloat16"),
+        ("llama.cpp", "bfloat16"),
+        ("llama.cpp", "float16"),
+        ("transformers GPT-2, eager", "bfloat16"),
+        ("transformers GPT-2, compiled", "bfloat16"),
+    ],
+    "8-bit": [
+        ("ours", "int8"),
+        ("ours, eager", "int8"),
+        ("llama.cpp", "int8"),
+        ("CTranslate2", "int8"),
+    ],
+    "4-bit": [("ours", "int4"), ("ours, eager", "int4"), ("llama.cpp", "int4")],
+    "32-bit": [
+        ("ours", "float32"),
+        ("ours, eager", "float32"),
+        ("transformers GPT-2, eager", "float32"),
+    ],
+    "32-bit, others": [
+        ("CTranslate2", "float32"),
+        ("TensorFlow, with cache", "float32"),
+        ("ours, no cache", "float32"),
+    ],
+}
+PREFILL = (128, 512, 1000)
+BATCHES = (1, 8, 32)
+# (batch, contestant) pairs that would take minutes each and tell nothing
+SLOW = ("ours, no cache", "TensorFlow, with cache")
+
+
+@dataclasses.dataclass
+class Contestant:
+    """A process that answers requests, and what it measured so far, in seconds."""
+
+    name: str
+    precision: str
+    process: subprocess.Popen[str]
+    facts: dict[str, Any]
+    seconds: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+
+    def ask(self, what: str, *arguments: int) -> float | None:
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(json.dumps({"what": what, "arguments": arguments}) + "\n")
+            self.process.stdin.flush()
+            return float(_answer(self.process)["seconds"])
+        except (OSError, EOFError):
+            return None  # it died: too little memory, or a size that it does not support
+
+
+def _answer(process: subprocess.Popen[str]) -> dict[str, Any]:
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    if not line:
+        raise EOFError("the contestant ended")
+    return dict(json.loads(line))
+
+
+def start(name: str, precision: str, options: argparse.Namespace, folder: Path) -> Contestant:
+    """Start a contestant and wait until it is loaded (and compiled)."""
+    logger.info("starting %s, %s", name, precision)
+    command = [sys.executable, "-m", "scripts.benchmarks.contestant"]
+    process = subprocess.Popen(
+        [*command, name, precision, options.size, options.device, str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=None if options.verbose else subprocess.DEVNULL,
+        text=True,
+        cwd=ROOT,
+    )
+    try:
+        facts = _answer(process)
+    except EOFError:
+        facts = {"absent": "it failed to start"}
+    return Contestant(name, precision, process, facts)
+
+
+def requests(contestant: Contestant, options: argparse.Namespace) -> list[tuple[str, int, int]]:
+    """What to ask of a contestant: (what, size, new tokens)."""
+    if contestant.name in SLOW:
+        return [("decode", 1, 8)]
+    prefills = [("prefill", tokens, 0) for tokens in options.prefill]
+    return prefills + [("decode", batch, options.new_tokens) for batch in options.batches]
+
+
+def run_group(group: str, options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """Measure one group; a row for each contestant and request."""
+    contestants = [start(*pair, options, folder) for pair in GROUPS[group]]
+    present = [c for c in contestants if "absent" not in c.facts]
+    for turn in range(options.repeats + 1):  # the first turn warms up
+        for contestant in present:
+            for what, size, new_tokens in requests(contestant, options):
+                arguments = (size,) if what == "prefill" else (size, new_tokens)
+                seconds = contestant.ask(what, *arguments)
+                if seconds is None:
+                    break
+                logger.info(
+                    "%s, %s: %s %d: %.2f s",
+                    contestant.name,
+                    contestant.precision,
+                    what,
+                    size,
+                    seconds,
+                )
+                if turn:
+                    contestant.seconds.setdefault(f"{what} {size} {new_tokens}", []).append(seconds)
+    rows = [row for contestant in contestants for row in _rows(group, contestant)]
+    for contestant in contestants:
+        contestant.process.kill()
+        contestant.process.wait()
+    return rows
+
+
+def _rows(group: str, contestant: Contestant) -> list[dict[str, Any]]:
+    common = {"group": group, "name": contestant.name, "precision": contestant.precision}
+    if "absent" in contestant.facts:
+        return [{**common, "absent": contestant.facts["absent"]}]
+    rows: list[dict[str, Any]] = [{**common, "what": "start", **contestant.facts}]
+    for request, seconds in contestant.seconds.items():
+        what, size, new_tokens = request.split()
+        tokens = int(size) if what == "prefill" else int(size) * int(new_tokens)
+        rates = [tokens / max(value, 1e-9) for value in seconds]
+        rows.append(
+            {
+                **common,
+                "what": what,
+                "size": int(size),
+                "tokens_per_second": statistics.median(rates),
+                "slowest": min(rates),
+                "fastest": max(rates),
+                "repeats": len(rates),
+            }
+        )
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__.split("\n")[0])
+    parser.add_argument("--size", choices=SIZES, default="mega")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--prefill", type=int, nargs="+", default=PREFILL)
+    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
+    parser.add_argument("--folder", type=Path, help="keep the random weights here")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "generation")
+    parser.add_argument("--verbose", action="store_true")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    with tempfile.TemporaryDirectory(prefix="gpt2ml-bench-") as temporary:
+        folder = options.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        bandwidth = [machine.read_bandwidth(options.device)]
+        rows: list[dict[str, Any]] = []
+        for group in options.groups:
+            rows += run_group(group, options, folder)
+            bandwidth.append(machine.read_bandwidth(options.device))
+    result = {
+        "machine": machine.describe(),
+        "size": options.size,
+        "new_tokens": options.new_tokens,
+        "read_bandwidth": statistics.median(bandwidth),
+        "rows": rows,
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    table = report.markdown(result)
+    options.out.with_suffix(".md").write_text(table)
+    report.plot(result, options.out.with_suffix(".png"))
+    print(table)
+
+
+if __name__ == "__main__":
+    main()

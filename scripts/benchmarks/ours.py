@@ -1,0 +1,72 @@
+"""GPT2_ML itself, measured through the public `Generator`, as a user would call it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+
+from gpt2ml_torch import GPT2ML, Generator, GPT2MLConfig, Tokenizer
+from scripts.benchmarks import weights
+from scripts.benchmarks.peers import PROMPT
+
+
+class GPT2MLGenerator:
+    """Sampling with top-k 5; `precision` is a dtype or a quantisation."""
+
+    def __init__(
+        self, config: GPT2MLConfig, precision: str, folder: Path, *, compile: bool, device: str
+    ) -> None:
+        quantized = precision in ("int8", "int4")
+        dtype = torch.bfloat16 if quantized else getattr(torch, precision)
+        path = folder / f"random-{str(dtype).removeprefix('torch.')}.safetensors"
+        if not path.exists():
+            weights.write_random_model(path, config, dtype)
+        started = time.perf_counter()
+        model = GPT2ML.from_pretrained(
+            path, device=device, quantize=precision if quantized else None
+        )
+        self.generator = Generator(
+            model, Tokenizer.from_pretrained(path), compile=compile, batch_size=32
+        )
+        self.load_seconds = time.perf_counter() - started
+        started = time.perf_counter()
+        self._generate(1, PROMPT, 2)
+        self.first_seconds = time.perf_counter() - started
+        self.weight_bytes = self.generator.weight_bytes
+
+    def _generate(self, batch: int, tokens: int, new_tokens: int) -> float:
+        prompts = [weights.prompt(tokens, row=row) for row in range(batch)]
+        started = time.perf_counter()
+        self.generator.generate(
+            prompts, top_k=5, min_new_tokens=new_tokens, max_new_tokens=new_tokens, seed=0
+        )
+        return time.perf_counter() - started
+
+    def prefill(self, tokens: int) -> float:
+        """Seconds from the prompt to its first new token."""
+        return self._generate(1, tokens, 1)
+
+    def decode(self, batch: int, new_tokens: int) -> float:
+        """Seconds for so many more tokens of each row, the prompts' own time taken off."""
+        return self._generate(batch, PROMPT, new_tokens + 1) - self._generate(batch, PROMPT, 1)
+
+
+class NoCache:
+    """The same model without a cache: the whole text anew for each token, as bert4keras decodes."""
+
+    def __init__(self, config: GPT2MLConfig, precision: str, folder: Path) -> None:
+        path = folder / f"random-{precision}.safetensors"
+        if not path.exists():
+            weights.write_random_model(path, config, getattr(torch, precision))
+        self.model = GPT2ML.from_pretrained(path)
+
+    @torch.inference_mode()
+    def decode(self, batch: int, new_tokens: int) -> float:
+        ids = torch.randint(200, self.model.config.vocab_size - 200, (batch, PROMPT))
+        started = time.perf_counter()
+        for _ in range(new_tokens):
+            scores = self.model.logits(self.model.hidden_states(ids)[:, -1])
+            ids = torch.cat([ids, scores.argmax(-1, keepdim=True)], dim=1)
+        return time.perf_counter() - started

@@ -1,0 +1,269 @@
+"""The other ways to decode a model of these dimensions, each measured through its own fast path.
+
+No other library runs GPT2_ML's block, so the peers run GPT-2 with the same layers, widths and
+vocabulary: the same matrices and the same cache, with the norms in other places. Every class
+answers `prefill(tokens) -> seconds` and `decode(batch, new_tokens) -> seconds`, prompts of 128
+tokens excluded. A peer that is not installed raises `ImportError`, and the table says so.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gpt2ml_torch.config import GPT2MLConfig
+
+PROMPT = 128
+GGUF_TYPES = {"bfloat16": "BF16", "float16": "F16", "int8": "Q8_0", "int4": "Q4_0"}
+
+
+def _random_ids(batch: int, tokens: int, vocab_size: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(200, vocab_size - 200, (batch, tokens))
+
+
+class TransformersGPT2:
+    """`transformers`' GPT2LMHeadModel: eager, or static cache with `torch.compile`."""
+
+    def __init__(
+        self, config: GPT2MLConfig, precision: str, folder: Path, *, compile: bool
+    ) -> None:
+        import transformers
+
+        settings = transformers.GPT2Config(
+            vocab_size=config.vocab_size,
+            n_positions=config.max_position_embeddings,
+            n_embd=config.hidden_size,
+            n_layer=config.num_hidden_layers,
+            n_head=config.num_attention_heads,
+            n_inner=config.intermediate_size,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+        dtype = getattr(torch, precision)
+        with torch.device("meta"):
+            self.model = transformers.GPT2LMHeadModel(settings)
+        self.model = self.model.to(dtype).to_empty(device="cpu").eval()
+        for parameter in self.model.parameters():
+            torch.nn.init.normal_(parameter, std=0.02)
+        self.vocab_size = config.vocab_size
+        self.compile = compile
+
+    def _generate(self, batch: int, tokens: int, new_tokens: int) -> float:
+        ids = torch.from_numpy(_random_ids(batch, tokens, self.vocab_size))
+        options: dict[str, Any] = {}
+        if self.compile:
+            options["cache_implementation"] = "static"
+        started = time.perf_counter()
+        with torch.inference_mode():
+            self.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=True,
+                top_k=5,
+                min_new_tokens=new_tokens,
+                max_new_tokens=new_tokens,
+                pad_token_id=0,
+                disable_compile=not self.compile,
+                **options,
+            )
+        return time.perf_counter() - started
+
+    def prefill(self, tokens: int) -> float:
+        return self._generate(1, tokens, 1)
+
+    def decode(self, batch: int, new_tokens: int) -> float:
+        return self._generate(batch, PROMPT, new_tokens + 1) - self._generate(batch, PROMPT, 1)
+
+
+class LlamaCpp:
+    """llama.cpp through the C API that llama-cpp-python binds, one token of every row a batch."""
+
+    def __init__(self, config: GPT2MLConfig, precision: str, folder: Path) -> None:
+        import llama_cpp
+
+        path = folder / f"{GGUF_TYPES[precision]}.gguf"
+        if not path.exists():
+            write_gguf(path, config, GGUF_TYPES[precision])
+        self.api, self.vocab_size = llama_cpp, config.vocab_size
+        llama_cpp.llama_backend_init()
+        self._silence = llama_cpp.llama_log_callback(lambda *_: None)
+        llama_cpp.llama_log_set(self._silence, ctypes.c_void_p(0))
+        model_options = llama_cpp.llama_model_default_params()
+        model_options.use_mmap = False
+        model = llama_cpp.llama_model_load_from_file(str(path).encode(), model_options)
+        options = llama_cpp.llama_context_default_params()
+        options.n_ctx, options.n_seq_max = 32 * 256, 32
+        options.n_batch = options.n_ubatch = 1024
+        options.n_threads = options.n_threads_batch = torch.get_num_threads()
+        self.context = llama_cpp.llama_init_from_model(model, options)
+        self.memory = llama_cpp.llama_get_memory(self.context)
+
+    def _feed(self, ids: np.ndarray, start: int, *, logits: str = "last") -> None:
+        """Rows of ids, (batch, tokens), at positions from `start` on."""
+        rows, tokens = ids.shape
+        batch = self.api.llama_batch_init(ids.size, 0, 1)
+        batch.n_tokens = ids.size
+        for place, ((row, column), token) in enumerate(np.ndenumerate(ids)):
+            batch.token[place], batch.pos[place] = int(token), start + column
+            batch.n_seq_id[place], batch.seq_id[place][0] = 1, row
+            batch.logits[place] = column == tokens - 1
+        if self.api.llama_decode(self.context, batch):
+            raise RuntimeError(f"llama_decode failed for {rows} x {tokens} tokens")
+        self.api.llama_synchronize(self.context)
+        self.api.llama_batch_free(batch)
+
+    def prefill(self, tokens: int) -> float:
+        self.api.llama_memory_clear(self.memory, True)
+        ids = _random_ids(1, tokens, self.vocab_size)
+        started = time.perf_counter()
+        self._feed(ids, 0)
+        return time.perf_counter() - started
+
+    def decode(self, batch: int, new_tokens: int) -> float:
+        self.api.llama_memory_clear(self.memory, True)
+        prompts = _random_ids(batch, PROMPT, self.vocab_size)
+        for begin in range(0, PROMPT, 32):
+            self._feed(prompts[:, begin : begin + 32], begin)
+        steps = _random_ids(batch, new_tokens, self.vocab_size)
+        started = time.perf_counter()
+        for step in range(new_tokens):
+            self._feed(steps[:, step : step + 1], PROMPT + step)
+        return time.perf_counter() - started
+
+
+def write_gguf(path: Path, config: GPT2MLConfig, kind: str) -> None:
+    """A GPT-2 of these dimensions with random weights, quantised by the `gguf` package."""
+    import gguf
+
+    quantisation = getattr(gguf.GGMLQuantizationType, kind)
+    file_type = {"BF16": 32, "F16": 1, "Q8_0": 7, "Q4_0": 2}[kind]
+    random = np.random.default_rng(0)
+    made: dict[tuple[int, int], np.ndarray] = {}  # one matrix of each shape serves all layers
+
+    def matrix(rows: int, columns: int) -> np.ndarray:
+        if (rows, columns) not in made:
+            values = random.standard_normal((rows, columns), dtype=np.float32) * 0.02
+            made[rows, columns] = gguf.quants.quantize(values, quantisation)
+        return made[rows, columns].copy()
+
+    width, mlp, rows = config.hidden_size, config.intermediate_size, config.vocab_size
+    writer = gguf.GGUFWriter(path, "gpt2")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(width)
+    writer.add_feed_forward_length(mlp)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_layer_norm_eps(config.layer_norm_eps)
+    writer.add_file_type(file_type)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([f"t{index}".encode() for index in range(rows)])
+    writer.add_token_types([1] * rows)
+    writer.add_token_merges(["t 0"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+    zeros, ones = (lambda n: np.zeros(n, np.float32)), (lambda n: np.ones(n, np.float32))
+    writer.add_tensor("token_embd.weight", matrix(rows, width), raw_dtype=quantisation)
+    positions = random.standard_normal((config.max_position_embeddings, width), dtype=np.float32)
+    writer.add_tensor("position_embd.weight", positions * np.float32(0.02))
+    writer.add_tensor("output_norm.weight", ones(width))
+    writer.add_tensor("output_norm.bias", zeros(width))
+    shapes = {
+        "attn_qkv": (3 * width, width),
+        "attn_output": (width, width),
+        "ffn_up": (mlp, width),
+        "ffn_down": (width, mlp),
+    }
+    for layer in range(config.num_hidden_layers):
+        for name, (outputs, inputs) in shapes.items():
+            weight = matrix(outputs, inputs)
+            writer.add_tensor(f"blk.{layer}.{name}.weight", weight, raw_dtype=quantisation)
+            writer.add_tensor(f"blk.{layer}.{name}.bias", zeros(outputs))
+        for name in ("attn_norm", "ffn_norm"):
+            writer.add_tensor(f"blk.{layer}.{name}.weight", ones(width))
+            writer.add_tensor(f"blk.{layer}.{name}.bias", zeros(width))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+class CTranslate2:
+    """CTranslate2's Generator, converted from a `transformers` GPT-2."""
+
+    def __init__(self, config: GPT2MLConfig, precision: str, folder: Path) -> None:
+        import ctranslate2
+
+        path = folder / f"ct2-{precision}"
+        if not path.exists():
+            self._convert(config, precision, path)
+        self.generator = ctranslate2.Generator(
+            str(path), device="cpu", intra_threads=torch.get_num_threads(), inter_threads=1
+        )
+        self.vocab_size = config.vocab_size
+
+    def _convert(self, config: GPT2MLConfig, precision: str, path: Path) -> None:
+        from ctranslate2.specs import common_spec, transformer_spec
+
+        spec = transformer_spec.TransformerDecoderModelSpec.from_config(
+            config.num_hidden_layers,
+            config.num_attention_heads,
+            pre_norm=True,
+            activation=common_spec.Activation.GELUTanh,
+        )
+        random = np.random.default_rng(0)
+        width, mlp = config.hidden_size, config.intermediate_size
+
+        def matrix(rows: int, columns: int) -> np.ndarray:
+            return random.standard_normal((rows, columns), dtype=np.float32) * np.float32(0.02)
+
+        def linear(target: Any, outputs: int, inputs: int) -> None:
+            target.weight, target.bias = matrix(outputs, inputs), np.zeros(outputs, np.float32)
+
+        def norm(target: Any) -> None:
+            target.gamma, target.beta = np.ones(width, np.float32), np.zeros(width, np.float32)
+
+        decoder = spec.decoder
+        decoder.scale_embeddings = False
+        decoder.embeddings.weight = matrix(config.vocab_size, width)
+        decoder.position_encodings.encodings = matrix(config.max_position_embeddings, width)
+        decoder.projection.weight = decoder.embeddings.weight
+        norm(decoder.layer_norm)
+        for layer in decoder.layer:
+            norm(layer.self_attention.layer_norm)
+            linear(layer.self_attention.linear[0], 3 * width, width)
+            linear(layer.self_attention.linear[1], width, width)
+            norm(layer.ffn.layer_norm)
+            linear(layer.ffn.linear_0, mlp, width)
+            linear(layer.ffn.linear_1, width, mlp)
+        spec.register_vocabulary([f"t{index}" for index in range(config.vocab_size)])
+        spec.config.unk_token = "t0"
+        spec.config.bos_token = spec.config.eos_token = "t1"
+        spec.validate()
+        spec.optimize(quantization=precision)
+        spec.save(str(path))
+
+    def _generate(self, batch: int, tokens: int, new_tokens: int) -> float:
+        ids = _random_ids(batch, tokens, self.vocab_size)
+        prompts = [[f"t{token}" for token in row] for row in ids]
+        started = time.perf_counter()
+        self.generator.generate_batch(
+            prompts,
+            max_length=new_tokens,
+            min_length=new_tokens,
+            sampling_topk=5,
+            include_prompt_in_result=False,
+            cache_static_prompt=False,
+        )
+        return time.perf_counter() - started
+
+    def prefill(self, tokens: int) -> float:
+        return self._generate(1, tokens, 1)
+
+    def decode(self, batch: int, new_tokens: int) -> float:
+        return self._generate(batch, PROMPT, new_tokens + 1) - self._generate(batch, PROMPT, 1)

@@ -1,0 +1,44 @@
+"""Models of the published sizes with random weights, made on the fly for whoever is measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from gpt2ml_torch.checkpoint import CheckpointWriter, expected_shapes
+from gpt2ml_torch.config import GPT2MLConfig
+
+SIZES = {"base": GPT2MLConfig.base, "large": GPT2MLConfig.large, "mega": GPT2MLConfig.mega}
+
+
+def vocabulary(config: GPT2MLConfig) -> list[str]:
+    """A BERT-like vocabulary in which every Chinese character is one token."""
+    head = ["[PAD]", *(f"[unused{i}]" for i in range(1, 100)), "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    characters = [chr(code) for code in range(0x4E00, 0x9FA6)]
+    return (head + ["，", "。"] + characters + [f"[unused{i}]" for i in range(100, 400)])[
+        : config.vocab_size - 2
+    ]
+
+
+def prompt(tokens: int, *, row: int = 0) -> str:
+    """A text of exactly so many tokens, another one for each row."""
+    generator = torch.Generator().manual_seed(row)
+    codes = torch.randint(0x4E00, 0x8000, (tokens,), generator=generator)
+    return "".join(chr(int(code)) for code in codes)
+
+
+def write_random_model(path: Path, config: GPT2MLConfig, dtype: torch.dtype) -> None:
+    """Initialised as for training, but for the norms and biases, which a trained model has too."""
+    generator = torch.Generator().manual_seed(0)
+    with CheckpointWriter(
+        path, config, dtype=dtype, vocab="\n".join(vocabulary(config)) + "\n", overwrite=True
+    ) as writer:
+        for name, shape in expected_shapes(config).items():
+            if "norm.weight" in name:
+                tensor = torch.ones(shape)
+            elif name.endswith("bias"):
+                tensor = torch.zeros(shape)
+            else:
+                tensor = torch.empty(shape).normal_(std=0.02, generator=generator)
+            writer.write(name, tensor.to(dtype))
