@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gpt2ml_torch.finetuning.data import find_sources, read_pieces, tokenize_files
@@ -103,6 +103,7 @@ TEXTS = st.text(alphabet="春眠,。 abΣsσ\u0301\u3000\t\x0c\x1f\u200bé\U0001
 
 
 @given(text=TEXTS, size=st.integers(1, 12))
+@example(text="aaa\x1fb", size=1)  # a control that joins what it stands between
 def test_the_tokens_of_the_pieces_are_those_of_the_whole(text: str, size: int) -> None:
     tokenizer = small_tokenizer()
     with pytest.MonkeyPatch.context() as patch:
