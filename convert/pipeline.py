@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from gpt2ml_torch.safetensors_writer import resolve_target
 # Bytes of finished tensors that may wait for the disk; with those being made, the memory that
 # conversion takes.
 _IN_FLIGHT = 80 << 20
+_ROUND_CHUNK = 1 << 20  # numbers
 _WRITERS = 2  # while one waits for the kernel the other compares
 _MAX_FAULTS = 200  # named in one error; a hostile file may have millions
 
@@ -192,32 +193,46 @@ def _copy(
     dtype: torch.dtype,
     progress: Progress | None,
 ) -> None:
+    """Copy the layers, then the embeddings: TensorFlow keeps what its largest tensor took."""
+    sizes = {key: total_bytes(source.entries, r.sources) for key, r in job.plan.items()}
+    total = sum(sizes.values())
+    in_layers = {key: size for key, size in sizes.items() if key.startswith("blocks.")}
+    outside = {key: size for key, size in sizes.items() if key not in in_layers}
+
+    def report(done: int) -> None:
+        if progress:
+            progress(done, total)
+
+    _copy_group(source, job, in_layers, writer, dtype, report)
+    _copy_group(source, job, outside, writer, dtype, report)
+
+
+def _copy_group(
+    source: Source,
+    job: _Job,
+    sizes: Mapping[str, int],
+    writer: CheckpointWriter,
+    dtype: torch.dtype,
+    report: Callable[[int], None],
+) -> None:
     """Make each tensor here and write it in other threads, a bounded number of bytes at a time."""
     shapes = expected_shapes(job.config)
     pending: collections.deque[tuple[concurrent.futures.Future[None], Tensor]] = collections.deque()
-    in_layers = (recipe for key, recipe in job.plan.items() if key.startswith("blocks."))
-    buffers = _Buffers(max(_source_bytes(source, recipe) for recipe in in_layers))
-    total = sum(_source_bytes(source, recipe) for recipe in job.plan.values())
+    buffers = _Buffers(max(sizes.values()))
     with concurrent.futures.ThreadPoolExecutor(_WRITERS) as pool:
         try:
-            for key, recipe in job.plan.items():
-                size = _source_bytes(source, recipe)
+            for key, size in sizes.items():
                 while pending and sum(t.nbytes for _, t in pending) + size > _IN_FLIGHT:
                     _finish(pending, buffers)
-                tensor = _make(source, key, recipe, shapes[key], dtype, buffers)
+                tensor = _make(source, key, job.plan[key], shapes[key], dtype, buffers)
                 pending.append((pool.submit(writer.write, key, tensor), tensor))
                 del tensor
-                if progress:
-                    progress(size, total)
+                report(size)
             while pending:
                 _finish(pending, buffers)
         finally:
             for future, _ in pending:
                 future.cancel()
-
-
-def _source_bytes(source: Source, recipe: mapping.Recipe) -> int:
-    return total_bytes(source.entries, recipe.sources)
 
 
 def _finish(
@@ -231,7 +246,7 @@ def _finish(
 class _Buffers:
     """Memory used over and over, since fresh pages cost the kernel more than filling them costs us.
 
-    All are of one size, that of the largest tensor in a layer; what is larger is allocated as it comes.
+    All are of one size, enough for any tensor of the group.
     """
 
     def __init__(self, size: int) -> None:
@@ -241,7 +256,7 @@ class _Buffers:
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         size = torch.Size(shape).numel() * dtype.itemsize
-        if size > self._size:
+        if size > self._size:  # joined from several dtypes, the wider one counts
             return torch.empty(shape, dtype=dtype)
         buffer = self._free.pop() if self._free else torch.empty(self._size, dtype=torch.uint8)
         self._lent[buffer.data_ptr()] = buffer
@@ -264,31 +279,45 @@ def _make(
 ) -> Tensor:
     """The file's tensor from the source's."""
     if len(recipe.sources) == 1 and not recipe.transpose:
-        exact = source.read(recipe.sources[0])
+        exact, ours = source.read(recipe.sources[0]), source.gives_away
     else:
         dtypes = [source.entries[name][0] or torch.float32 for name in recipe.sources]
-        exact = buffers.take(shape, functools.reduce(torch.promote_types, dtypes))
+        exact, ours = buffers.take(shape, functools.reduce(torch.promote_types, dtypes)), True
         recipe.apply(map(source.read, recipe.sources), exact)
-    if exact.dtype == dtype:
-        return exact
-    rounded = buffers.take(shape, dtype)
-    _round(key, exact, rounded)
-    buffers.give_back(exact)
-    return rounded
+    return exact if exact.dtype == dtype else _round(key, exact, dtype, in_place=ours)
 
 
-def _round(key: str, exact: Tensor, out: Tensor) -> None:
-    """Round to nearest, once. Raises `ValueError` where a finite number becomes infinite."""
-    if exact.dtype == torch.float64 and out.dtype.itemsize == 2:
-        exact = _to_odd_float32(exact)
-    out.copy_(exact)
-    if not out.isfinite().all() and (out.isinf() & exact.isfinite()).any():
-        largest = exact[exact.isfinite()].abs().max().item()
-        name = str(out.dtype).removeprefix("torch.")
-        raise ValueError(
-            f"tensor {key!r} has values up to {largest:.6g}, beyond {name}'s "
-            f"{torch.finfo(out.dtype).max:.6g}; choose a wider --dtype, bfloat16 or float32"
-        )
+def _round(key: str, exact: Tensor, dtype: torch.dtype, *, in_place: bool) -> Tensor:
+    """Round to nearest, once; in place where it fits, so that no second tensor is needed.
+
+    Raises `ValueError` where a finite number becomes infinite.
+    """
+    flat = exact.contiguous().view(-1)
+    if in_place and dtype.itemsize <= exact.dtype.itemsize:
+        out = flat.view(torch.uint8)[: len(flat) * dtype.itemsize].view(dtype)
+    else:
+        out = torch.empty(len(flat), dtype=dtype)
+    for start in range(0, len(flat), _ROUND_CHUNK):
+        piece = flat[start : start + _ROUND_CHUNK]
+        rounded = _to_odd_float32(piece) if _rounds_twice(piece.dtype, dtype) else piece
+        rounded = rounded.to(dtype)
+        if rounded.isinf().any() and (rounded.isinf() & piece.isfinite()).any():
+            largest = piece[piece.isfinite()].abs().max().item()
+            raise ValueError(
+                f"tensor {key!r} has values like {largest:.6g}, beyond the largest of "
+                f"{_name(dtype)}, {torch.finfo(dtype).max:.6g}; choose --dtype float32 or bfloat16"
+            )
+        out[start : start + len(piece)] = rounded  # never past the piece that it was made from
+    return out.view(exact.shape)
+
+
+def _rounds_twice(source: torch.dtype, target: torch.dtype) -> bool:
+    """Whether PyTorch converts through float32."""
+    return source == torch.float64 and target.itemsize == 2
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _to_odd_float32(exact: Tensor) -> Tensor:

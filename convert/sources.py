@@ -25,6 +25,7 @@ class Source(Protocol):
     name: str
     entries: Entries  # dtype None: no numbers
     data_files: list[Path]
+    gives_away: bool  # whether tensors that were read may be overwritten
 
     def read(self, name: str) -> Tensor: ...
 
@@ -40,6 +41,7 @@ class BinSource:
     """
 
     format: mapping.Format = "bin"
+    gives_away = False  # they are the mapped file itself
 
     def __init__(self, path: Path) -> None:
         self.name = path.name

@@ -63,6 +63,7 @@ class TFSource:
     """
 
     format: mapping.Format = "tf"
+    gives_away = True
 
     def __init__(self, location: locate.Location) -> None:
         self._prefix = str(location.path)
