@@ -40,12 +40,15 @@ template <ScalarType kType> __m512 load(const char* source, int v) { return load
 // Lane i of the result is the sum over the lanes of dots[i].
 __m512 sum_each(__m512 (&dots)[16]) {
   __m512 eighths[8], fours[4], twos[2];
+#pragma GCC unroll 16
   for (int i = 0; i < 8; ++i)
     eighths[i] = _mm512_add_ps(_mm512_unpacklo_ps(dots[2 * i], dots[2 * i + 1]), _mm512_unpackhi_ps(dots[2 * i], dots[2 * i + 1]));
+#pragma GCC unroll 16
   for (int i = 0; i < 4; ++i) {
     __m512d a = _mm512_castps_pd(eighths[2 * i]), b = _mm512_castps_pd(eighths[2 * i + 1]);
     fours[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
   }
+#pragma GCC unroll 16
   for (int i = 0; i < 2; ++i)
     twos[i] = _mm512_add_ps(_mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0x88),
                             _mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0xdd));
@@ -56,13 +59,16 @@ __m512 sum_each(__m512 (&dots)[16]) {
 template <ScalarType kType, int kVectors> void attend(const Job& job, int64_t b, int64_t t, int64_t h, float* scores) {
   const int64_t length = job.positions[b * job.T + t] + 1;
   __m512 q[kVectors];
+#pragma GCC unroll 16
   for (int v = 0; v < kVectors; ++v) q[v] = _mm512_mul_ps(load<kType>(job.q.at(b, t, h), v), _mm512_set1_ps(job.scale));
   __m512 largest = _mm512_set1_ps(-INFINITY);
   for (int64_t slot = 0; slot < length; slot += kLanes) {
     __m512 dots[16];
+#pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) {
       const char* key = job.keys.at(b, std::min(slot + i, length - 1), h);
       dots[i] = _mm512_mul_ps(q[0], load<kType>(key, 0));
+#pragma GCC unroll 16
       for (int v = 1; v < kVectors; ++v) dots[i] = _mm512_fmadd_ps(q[v], load<kType>(key, v), dots[i]);
     }
     __m512 score = _mm512_mask_blend_ps(first_lanes(length - slot), _mm512_set1_ps(-INFINITY), sum_each(dots));
@@ -77,13 +83,16 @@ template <ScalarType kType, int kVectors> void attend(const Job& job, int64_t b,
     _mm512_storeu_ps(scores + slot, weight);
   }
   __m512 sum[kVectors];
+#pragma GCC unroll 16
   for (int v = 0; v < kVectors; ++v) sum[v] = _mm512_setzero_ps();
   for (int64_t slot = 0; slot < length; ++slot) {
     const __m512 weight = _mm512_set1_ps(scores[slot]);
     const char* value = job.values.at(b, slot, h);
+#pragma GCC unroll 16
     for (int v = 0; v < kVectors; ++v) sum[v] = _mm512_fmadd_ps(weight, load<kType>(value, v), sum[v]);
   }
   const __m512 inverse = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(total));
+#pragma GCC unroll 16
   for (int v = 0; v < kVectors; ++v) store16(job.out.at(b, t, h), kType, v * kLanes, 0xffff, _mm512_mul_ps(sum[v], inverse));
 }
 

@@ -134,16 +134,20 @@ __m512i four_inputs(const uint8_t* values) {
   return _mm512_set1_epi32(four);
 }
 
-// kRows rows of x times kCols panels; the accumulators stay in registers for the whole of K.
+// kRows rows of x times kCols panels; the accumulators stay in registers for the whole of K. GCC keeps an array in
+// registers only where it unrolls every loop over it early, and that takes the pragma.
 template <int kRows, int kCols> void sums_16(const Job& job, const uint8_t* x, const uint8_t* w, __m512 (&sum)[kRows][kCols]) {
   for (int64_t k = 0; k < job.padded; k += 2, x += 4, w += 64) {
     __m512bh weight[kCols];
+#pragma GCC unroll 8
     for (int c = 0; c < kCols; ++c) {
       weight[c] = (__m512bh)_mm512_loadu_si512(w + c * job.panel_bytes);
       if (kRows <= 8 && kCols == 1) _mm_prefetch(reinterpret_cast<const char*>(w + 2048), _MM_HINT_T0);
     }
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const __m512bh pair = (__m512bh)four_inputs(x + r * job.in.row_bytes);
+#pragma GCC unroll 8
       for (int c = 0; c < kCols; ++c) sum[r][c] = _mm512_dpbf16_ps(sum[r][c], weight[c], pair);
     }
   }
@@ -157,26 +161,35 @@ void sums_int(const Job& job, int64_t row, const uint8_t* x, const uint8_t* w, c
   for (int64_t begin = 0, g = 0; begin < job.padded; begin += kGroup<kBits>, ++g) {
     const int64_t end = std::min(begin + kGroup<kBits>, job.padded);
     __m512i dot[kRows][kCols];
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
       for (int c = 0; c < kCols; ++c) dot[r][c] = _mm512_set1_epi32(start[r * job.in.groups + g]);
     for (int64_t k = begin; k < end; k += 32 / kBits, x += 32 / kBits, w += 64) {
       __m512i weight[kCols];
+#pragma GCC unroll 8
       for (int c = 0; c < kCols; ++c) weight[c] = _mm512_loadu_si512(w + c * job.panel_bytes);
       if (kRows <= 8 && kCols == 1) _mm_prefetch(reinterpret_cast<const char*>(w + 2048), _MM_HINT_T0);
+#pragma GCC unroll 8
       for (int part = 0; part < 8 / kBits; ++part) {
         __m512i part_weight[kCols];
+#pragma GCC unroll 8
         for (int c = 0; c < kCols; ++c) {
           __m512i shifted = part ? _mm512_srli_epi16(weight[c], 4) : weight[c];
           part_weight[c] = kBits == 8 ? weight[c] : _mm512_and_si512(shifted, low);
         }
+#pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {
           const __m512i four = four_inputs(x + r * job.in.row_bytes + 4 * part);
+#pragma GCC unroll 8
           for (int c = 0; c < kCols; ++c) dot[r][c] = _mm512_dpbusd_epi32(dot[r][c], part_weight[c], four);
         }
       }
     }
+#pragma GCC unroll 8
     for (int c = 0; c < kCols; ++c) {
       const __m512 weight_scale = scale16(scale + (c * job.in.groups + g) * kPanel);
+#pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         __m512 both = _mm512_mul_ps(weight_scale, _mm512_set1_ps(x_scale[r * job.in.groups + g]));
         sum[r][c] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[r][c]), both, sum[r][c]);
@@ -187,18 +200,25 @@ void sums_int(const Job& job, int64_t row, const uint8_t* x, const uint8_t* w, c
 
 template <int kBits, int kRows, int kCols> void tile(const Job& job, int64_t row, int64_t panel) {
   __m512 sum[kRows][kCols];
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
     for (int c = 0; c < kCols; ++c) sum[r][c] = _mm512_setzero_ps();
   const uint8_t* x = job.in.values + row * job.in.row_bytes;
   const uint8_t* w = job.weight + panel * job.panel_bytes;
   if constexpr (kBits == 16) sums_16<kRows, kCols>(job, x, w, sum);
   else sums_int<kBits, kRows, kCols>(job, row, x, w, job.scale + panel * job.in.groups * kPanel, sum);
+#pragma GCC unroll 8
   for (int c = 0; c < kCols; ++c) {
+    // Through memory, so that the loop below need not be unrolled: an index that varies would keep `sum` itself there.
+    alignas(64) float columns[kRows][kPanel];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) _mm512_store_ps(columns[r], sum[r][c]);
     const int64_t n = (panel + c) * kPanel;
     const __mmask16 mask = first_lanes(job.N - n);
     const __m512 bias = job.bias ? load16(job.bias, job.bias_type, n, mask) : _mm512_setzero_ps();
     for (int r = 0; r < kRows; ++r) {
-      const __m512 y = _mm512_add_ps(sum[r][c], bias);
+      const __m512 y = _mm512_add_ps(_mm512_load_ps(columns[r]), bias);
       store16(job.out, job.out_type, (row + r) * job.N + n, mask, job.gelu ? gelu16(y) : y);
     }
   }
