@@ -6,6 +6,7 @@ import argparse
 import logging
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -52,6 +53,18 @@ def load_generator(arguments: argparse.Namespace) -> Generator:
 
 def load_tokenizer(arguments: argparse.Namespace) -> Tokenizer:
     return Tokenizer.from_pretrained(arguments.vocab or arguments.model)
+
+
+def read_lines(path: str) -> list[str]:
+    """The lines of a UTF-8 file that are not blank, with their own spaces."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from None
+    lines = [line.rstrip("\r") for line in text.split("\n") if line.strip()]
+    if not lines:
+        raise ValueError(f"{path} holds no text; expected one a line")
+    return lines
 
 
 def choose_device(name: str) -> torch.device:

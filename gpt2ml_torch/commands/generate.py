@@ -7,10 +7,9 @@ import dataclasses
 import json
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from gpt2ml_torch.commands.common import add_model_arguments, load_generator
+from gpt2ml_torch.commands.common import add_model_arguments, load_generator, read_lines
 from gpt2ml_torch.generation import GenerationConfig, Generator
 from gpt2ml_torch.generation.stats import Stats, read_bandwidth
 
@@ -90,18 +89,8 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
         sys.stdin.read().rstrip("\r\n") if prompt == "-" else prompt for prompt in arguments.prompts
     ]
     if arguments.file is not None:
-        lines = _read_text(Path(arguments.file)).split("\n")
-        prompts += [line.rstrip("\r") for line in lines if line.strip()]
-        if not prompts:
-            raise ValueError(f"{arguments.file} holds no prompt; expected one a line")
+        prompts += read_lines(arguments.file)
     return prompts
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error.reason}, byte {error.start}") from None
 
 
 def _write(

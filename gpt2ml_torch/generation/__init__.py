@@ -2,6 +2,8 @@
 
 from gpt2ml_torch.generation.config import GenerationConfig
 from gpt2ml_torch.generation.generator import Generator
+from gpt2ml_torch.generation.scoring import Score
+from gpt2ml_torch.generation.stats import Stats
 from gpt2ml_torch.generation.text import Completion
 
-__all__ = ["Completion", "GenerationConfig", "Generator"]
+__all__ = ["Completion", "GenerationConfig", "Generator", "Score", "Stats"]

@@ -31,6 +31,7 @@ class Chooser:
         forced: Mapping[int, int],
         rows: int,
         full: bool = False,
+        step: int = 0,
     ) -> None:
         device = banned.device
         self._config = config
@@ -42,8 +43,8 @@ class Chooser:
         keys = [sampling.row_key(seed, text.row) for text in texts]
         keys += [0] * (rows - len(keys))
         self._keys = torch.tensor(keys, device=device)
-        self._steps = torch.zeros_like(self._keys)
-        self._step = 0
+        self._steps = torch.full_like(self._keys, step)
+        self._step = step
         self._seen: Tensor | None = None
         if self.knobs.repetition_penalty is not None:
             self._seen = _seen(texts, rows, banned)
@@ -61,6 +62,10 @@ class Chooser:
             blocked=self._blocked(blocked),
             seen=self._seen,
         )
+
+    def process(self, logits: Tensor) -> Tensor:
+        """The logits, in float32, after bans and the repetition penalty."""
+        return sampling.process(logits, self.knobs, blocked=self._blocked(None), seen=self._seen)
 
     def advance(self, ids: Tensor) -> None:
         """Take note of the chosen tokens, (B,)."""

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from gpt2ml_torch.kernels.build import cache_folder
 from gpt2ml_torch.model import GPT2ML, CacheTensors, KVCache
@@ -37,7 +38,7 @@ def prefill(model: GPT2ML, token_ids: Tensor, last: Tensor, keys: Tensor, values
     """Read a text from its start into the cache; logits after place `last`, (1, T) -> (1, V)."""
     positions = torch.arange(token_ids.shape[1], device=token_ids.device)[None]
     h = model.hidden_states(token_ids, positions=positions, cache=CacheTensors(keys, values))
-    return model.logits(h[:, last])
+    return model.logits(h.index_select(1, last)[:, 0])
 
 
 def decode(
@@ -118,7 +119,7 @@ class Engine:
         padding = self.padded_tokens(len(token_ids)) - len(token_ids)
         device = self.model.device
         ids = torch.tensor([[*token_ids, *[0] * padding]], device=device)
-        last = torch.tensor(len(token_ids) - 1, device=device)
+        last = torch.tensor([len(token_ids) - 1], device=device)
         return self._run("prefill", prefill, ids, last, cache=cache)
 
     @torch.inference_mode()
@@ -184,15 +185,16 @@ def why_no_compiler() -> str | None:
 
 def keep_compiled_code() -> None:
     """Let PyTorch keep compiled code beside our own, unless its own variable names a place."""
-    folder = cache_folder() / "inductor"
-    if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
+    variable = "TORCHINDUCTOR_CACHE_DIR"
+    if os.environ.get(variable, default_cache_dir()) != default_cache_dir():
         return
+    folder = cache_folder() / "inductor"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
         return  # PyTorch then takes the folder for temporary files
     if os.access(folder, os.W_OK):
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+        os.environ[variable] = str(folder)
 
 
 def _one_line(error: Exception) -> str:

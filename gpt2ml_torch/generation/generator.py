@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import secrets
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any
@@ -14,17 +12,18 @@ import torch
 from torch import Tensor
 
 from gpt2ml_torch.checkpoint import read_metadata
-from gpt2ml_torch.generation.choosing import Chooser
+from gpt2ml_torch.generation.batch import Batch
+from gpt2ml_torch.generation.beam_search import BeamSearch
 from gpt2ml_torch.generation.config import GenerationConfig
 from gpt2ml_torch.generation.engine import Engine
+from gpt2ml_torch.generation.scoring import Score, token_logprobs
+from gpt2ml_torch.generation.speculative import SpeculativeBatch
 from gpt2ml_torch.generation.stats import Stats
 from gpt2ml_torch.generation.text import Completion, Text
-from gpt2ml_torch.model import GPT2ML, KVCache
+from gpt2ml_torch.model import GPT2ML
 from gpt2ml_torch.tokenizer import Tokenizer
 
 _logger = logging.getLogger(__name__)
-
-CUDA_BURST = 8  # tokens decoded between two looks at them, where looking means to wait for the GPU
 
 
 class Generator:
@@ -168,6 +167,20 @@ class Generator:
             if piece:
                 yield text.row, piece
 
+    def score(self, texts: str | Sequence[str]) -> list[Score]:
+        """The log-likelihood and perplexity of given texts.
+
+        Texts longer than the model's window are read in windows that overlap by half. Raises
+        `ValueError` for a text without a token.
+        """
+        given = [texts] if isinstance(texts, str) else list(texts)
+        ids = [self._encode(text) for text in given]
+        logprobs = token_logprobs(self.model, ids, batch_size=self.batch_size)
+        return [
+            Score(text, tuple(text_ids), tuple(values))
+            for text, text_ids, values in zip(given, ids, logprobs, strict=True)
+        ]
+
     # -- options and prompts ----------------------------------------------------------------------
 
     def _begin(
@@ -284,202 +297,36 @@ class Generator:
         *,
         logprobs: bool = False,
     ) -> Iterator[tuple[Text, str]]:
-        forced, banned = self._forced(config), self._banned(config)
-        for first in range(0, len(texts), self.batch_size):
-            batch = _Batch(
+        rules: dict[str, Any] = {
+            "banned": self._banned(config),
+            "forced": self._forced(config),
+            "end_ids": self._end_ids(config),
+        }
+        if config.num_beams > 1:
+            if logprobs:
+                raise ValueError("log-probabilities of beams are not kept; see Completion.score")
+            yield from self._search_all(texts, config, rules)
+            return
+        speculative = config.prompt_lookup_num_tokens > 0
+        batch_class = SpeculativeBatch if speculative else Batch
+        size = 1 if speculative else self.batch_size
+        for first in range(0, len(texts), size):
+            batch = batch_class(
                 self.engine,
-                texts[first : first + self.batch_size],
+                texts[first : first + size],
                 config,
-                banned=banned,
-                forced=forced,
-                end_ids=self._end_ids(config),
                 logprobs=logprobs,
                 stats=Stats() if stats is None else stats,
+                **rules,
             )
             yield from batch.write()
 
-
-class _Batch:
-    """Texts that are decoded together: row r of every tensor belongs to `texts[r]`."""
-
-    def __init__(
-        self,
-        engine: Engine,
-        texts: list[Text],
-        config: GenerationConfig,
-        *,
-        banned: Tensor,
-        forced: Mapping[int, int],
-        end_ids: frozenset[int],
-        logprobs: bool,
-        stats: Stats,
-    ) -> None:
-        self._engine = engine
-        self._texts = texts
-        self._config = config
-        self._logprobs = logprobs
-        self._stats = stats
-        assert config.seed is not None
-        rows = engine.padded_rows(len(texts))
-        self._chooser = Chooser(
-            config,
-            texts,
-            seed=config.seed,
-            banned=banned,
-            end_ids=end_ids,
-            forced=forced,
-            rows=rows,
-            full=engine.on_cuda,
-        )
-        needed = max(len(text.ids) - text.start for text in texts)
-        self._cache = engine.new_cache(len(texts), max(needed + 1, engine.padded_tokens(needed)))
-
-    def write(self) -> Iterator[tuple[Text, str]]:
-        """Decode to the end of every text; yields what each token adds."""
-        began = time.perf_counter()
-        logits = self._read_prompts()
-        self._stats.prompt_seconds += time.perf_counter() - began
-        for number in itertools.count():
-            began = time.perf_counter()
-            ids, chosen_logprobs = self._choose_burst(logits)
-            going = sum(not text.finished for text in self._texts)
-            chosen_ids = ids.tolist()
-            busy = time.perf_counter() - began
-            for step, step_ids in enumerate(chosen_ids):
-                for row, text in enumerate(self._texts):
-                    if not text.finished:
-                        piece = text.put(step_ids[row])
-                        if self._logprobs and len(text.logprobs) < text.count:
-                            text.logprobs.append(float(chosen_logprobs[step][row]))
-                        yield text, piece
-            if all(text.finished for text in self._texts):
-                return
-            resumed = time.perf_counter()
-            last = self._drop_finished(ids[-1])
-            self._make_room()
-            logits = self._decode(last)
-            logits = self._slide(logits)
-            if number:
-                self._stats.steps += len(ids)
-                self._stats.step_tokens += len(ids) * going
-                self._stats.step_seconds += busy + time.perf_counter() - resumed
-
-    def _read_prompts(self) -> Tensor:
-        """Logits after each prompt, (B, V); equal prompts are read once."""
-        read: dict[tuple[int, ...], tuple[int, Tensor]] = {}
-        rows = []
-        for row, text in enumerate(self._texts):
-            window = tuple(text.ids[text.start :])
-            if window not in read:
-                read[window] = row, self._read(window, row)
-                self._stats.prompt_tokens += len(window)
-            source, logits = read[window]
-            if source != row:
-                self._copy_row(self._cache, source, self._cache, row, len(window))
-            rows.append(logits)
-        rows += [rows[0]] * (self._cache.keys.shape[1] - len(rows))
-        return torch.cat(rows)
-
-    def _read(self, ids: Sequence[int], row: int) -> Tensor:
-        """Read a text into a row of the cache; logits after it, (1, V)."""
-        if self._cache.keys.shape[1] == 1:
-            return self._engine.prefill(ids, self._cache)
-        alone = self._engine.new_cache(1, self._engine.padded_tokens(len(ids)))
-        logits = self._engine.prefill(ids, alone)
-        self._copy_row(alone, 0, self._cache, row, len(ids))
-        return logits
-
-    @staticmethod
-    @torch.inference_mode()
-    def _copy_row(source: KVCache, row: int, target: KVCache, to: int, length: int) -> None:
-        target.keys[:, to, :length] = source.keys[:, row, :length]
-        target.values[:, to, :length] = source.values[:, row, :length]
-
-    @torch.inference_mode()
-    def _choose_burst(self, logits: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Some tokens of each row, (n, B): one on the CPU, several where looking at them costs."""
-        chosen, logprobs = [self._choose(logits)], []
-        if self._logprobs:
-            logprobs.append(_logprobs_of(logits, chosen[-1]))
-        for _ in range(self._burst() - 1):
-            logits = self._decode(chosen[-1], ahead=len(chosen))
-            chosen.append(self._choose(logits))
-            if self._logprobs:
-                logprobs.append(_logprobs_of(logits, chosen[-1]))
-        return torch.stack(chosen), logprobs
-
-    def _choose(self, logits: Tensor) -> Tensor:
-        ids = self._chooser.choose(logits)
-        if self._config.bad_words:
-            ids = self._avoid_bad_words(logits, ids)
-        self._chooser.advance(ids)
-        return ids
-
-    def _avoid_bad_words(self, logits: Tensor, ids: Tensor) -> Tensor:
-        """Choose again, without the ids that would complete a bad word, until none does."""
-        blocked = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
-        while True:
-            offenders = [
-                (row, id_)
-                for row, (text, id_) in enumerate(zip(self._texts, ids.tolist(), strict=False))
-                if not text.finished and not blocked[row, id_] and text.offends(id_)
-            ]
-            if not offenders:
-                return ids
-            for row, id_ in offenders:
-                blocked[row, id_] = True
-            ids = self._chooser.choose(logits, blocked=blocked)
-
-    def _burst(self) -> int:
-        if not self._engine.on_cuda or self._config.bad_words or self._config.no_repeat_ngram_size:
-            return 1
-        open_texts = [text for text in self._texts if not text.finished]
-        room = self._cache.length - 1 - max(text.position for text in open_texts)
-        left = self._config.max_new_tokens - min(text.count for text in open_texts)
-        return max(1, min(CUDA_BURST, room, left))
-
-    def _decode(self, ids: Tensor, *, ahead: int = 0) -> Tensor:
-        """Logits after these ids, (B,) -> (B, V), `ahead` tokens after those of the texts."""
-        last = self._cache.length - 1
-        places = [min(text.position + ahead, last) for text in self._texts]
-        places += [0] * (len(ids) - len(places))
-        positions = torch.tensor(places, device=ids.device)[:, None]
-        return self._engine.decode(ids[:, None], positions, self._cache)[:, -1]
-
-    def _drop_finished(self, ids: Tensor) -> Tensor:
-        """Go on with fewer rows where that is a smaller batch."""
-        going = [row for row, text in enumerate(self._texts) if not text.finished]
-        padded = self._engine.padded_rows(len(going))
-        if padded >= self._cache.keys.shape[1]:
-            return ids
-        smaller = self._engine.new_cache(len(going), self._cache.length)
-        for to, row in enumerate(going):
-            self._copy_row(self._cache, row, smaller, to, self._texts[row].position)
-        self._cache = smaller
-        self._chooser.select(going, padded)
-        self._texts = [self._texts[row] for row in going]
-        return ids[[*going, *[going[0]] * (padded - len(going))]]
-
-    def _make_room(self) -> None:
-        """Grow the cache where the next token needs a slot more."""
-        needed = min(max(text.position for text in self._texts) + 1, self._engine.limit)
-        if needed <= self._cache.length:
-            return
-        grown = self._engine.new_cache(len(self._texts), needed)
-        for row in range(len(self._texts)):
-            self._copy_row(self._cache, row, grown, row, self._cache.length)
-        self._cache = grown
-
-    def _slide(self, logits: Tensor) -> Tensor:
-        """Where a text has outgrown the model's window, read its end anew, from position 0."""
-        for row, text in enumerate(self._texts):
-            if text.finished or text.position < self._engine.limit:
-                continue
-            text.start = len(text.ids) - (self._config.window_keep or (self._engine.limit + 1) // 2)
-            logits = logits.clone()
-            logits[row] = self._read(text.ids[text.start :], row)[0]
-        return logits
-
-
-def _logprobs_of(logits: Tensor, ids: Tensor) -> Tensor:
-    return logits.float().log_softmax(-1).gather(-1, ids[:, None])[:, 0]
+    def _search_all(
+        self, texts: list[Text], config: GenerationConfig, rules: dict[str, Any]
+    ) -> Iterator[tuple[Text, str]]:
+        """Beam search for each prompt; its best texts take the places of the prompt's copies."""
+        for first in range(0, len(texts), config.num_return_sequences):
+            found = BeamSearch(self.engine, texts[first].copy(), config, **rules).search()
+            for text, result in zip(texts[first:], found, strict=False):
+                text.become(result)
+                yield text, text.written

@@ -84,6 +84,7 @@ class Text:
         self.written = ""
         self.finish_reason: str | None = None
         self.score: float | None = None
+        self.ended_by_token = False
         self._prompt_length = len(prompt_ids)
         self._config = config
         self._end_ids = end_ids
@@ -112,7 +113,7 @@ class Text:
     def put(self, id_: int) -> str:
         """Take the next id; returns the text that it makes certain."""
         if id_ in self._end_ids:
-            self.finish_reason = "stop"
+            self.finish_reason, self.ended_by_token = "stop", True
             return self._show(self._decoder.end())
         self.ids.append(id_)
         piece = self._show(self._decoder.put(id_))
@@ -144,6 +145,11 @@ class Text:
         twin.ids, twin.logprobs = list(self.ids), list(self.logprobs)
         twin._decoder = self._decoder.copy()
         return twin
+
+    def become(self, other: Text) -> None:
+        """Take over what another text of the same prompt has written."""
+        self.ids, self.written = other.ids, other.written
+        self.finish_reason, self.score = other.finish_reason, other.score
 
     def completion(self) -> Completion:
         return Completion(

@@ -1,0 +1,45 @@
+"""`gpt2ml info MODEL`: what a model file holds, without loading its weights."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from gpt2ml_torch.checkpoint import count_lines, read_metadata
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a .safetensors file made by the converter")
+    parser.add_argument("--json", action="store_true", help="as one JSON object")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    values = _describe(arguments.model)
+    if arguments.json:
+        print(json.dumps(values, ensure_ascii=False))
+        return 0
+    width = max(map(len, values))
+    for name, value in values.items():
+        shown = json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value
+        print(f"{name:{width}}  {shown}")
+    return 0
+
+
+def _describe(path: str) -> dict[str, Any]:
+    metadata = read_metadata(path)
+    config = metadata.config
+    return {
+        "layers": config.num_hidden_layers,
+        "width": config.hidden_size,
+        "heads": config.num_attention_heads,
+        "positions": config.max_position_embeddings,
+        "vocabulary": config.vocab_size,
+        "tokens": None if metadata.vocab is None else count_lines(metadata.vocab),
+        "parameters": config.num_parameters,
+        "dtype": str(metadata.dtype).removeprefix("torch."),
+        "bytes": Path(path).stat().st_size,
+        "source": metadata.source,
+        "generation": metadata.generation,
+    }

@@ -1,0 +1,177 @@
+"""Beam search: the most probable texts rather than drawn ones.
+
+A hypothesis ends at a stop string, an end token or the maximum length; its score is its summed
+log-probability divided by its length to the power `length_penalty` (0 is bert4keras's plain sum).
+The search ends when no beam can still beat the worst of the hypotheses wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from gpt2ml_torch.generation.choosing import Chooser
+from gpt2ml_torch.generation.config import GenerationConfig
+from gpt2ml_torch.generation.engine import Engine
+from gpt2ml_torch.generation.text import Text
+
+
+class BeamSearch:
+    """One prompt's search; `search` returns the best texts, best first, finished.
+
+    Scores are natural logarithms of probabilities after bans, forced tokens and the repetition
+    penalty.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        prompt: Text,
+        config: GenerationConfig,
+        *,
+        banned: Tensor,
+        forced: Mapping[int, int],
+        end_ids: frozenset[int],
+    ) -> None:
+        self._engine = engine
+        self._config = config
+        self._forced = forced
+        self._end_ids = end_ids
+        self._banned = banned
+        self._beams = [prompt]
+        self._scores = [0.0]
+        self._finished: list[Text] = []
+
+    def search(self) -> list[Text]:
+        config = self._config
+        prompt = self._beams[0]
+        logits = self._read([prompt])
+        for number in range(config.max_new_tokens):
+            parents = self._extend(self._log_probabilities(logits, number))
+            if not self._beams or self._is_settled():
+                break
+            logits = self._step(parents)
+        return self._best(config.num_return_sequences)
+
+    def _log_probabilities(self, logits: Tensor, number: int) -> Tensor:
+        """Those of each beam's next token, (beams, V); what may not come has -inf."""
+        logits = logits[: len(self._beams)]
+        forced = self._forced.get(number)
+        if forced is not None:
+            allowed = torch.full_like(logits, -torch.inf, dtype=torch.float32)
+            allowed[:, forced] = logits[:, forced].float()
+            return allowed.log_softmax(-1)
+        chooser = Chooser(
+            self._config,
+            self._beams,
+            seed=0,
+            banned=self._banned,
+            end_ids=self._end_ids,
+            forced=self._forced,
+            rows=len(self._beams),
+            step=number,
+        )
+        return chooser.process(logits).log_softmax(-1)
+
+    def _extend(self, log_probabilities: Tensor) -> list[int]:
+        """Take the best continuations of all beams; returns the rows that the new beams extend."""
+        width = self._config.num_beams
+        totals = torch.tensor(self._scores, dtype=torch.float64)[:, None]
+        totals = totals + log_probabilities.double().cpu()
+        order = totals.flatten().sort(descending=True, stable=True)
+        vocab_size = log_probabilities.shape[-1]
+        beams: list[Text] = []
+        scores: list[float] = []
+        parents: list[int] = []
+        for rank, (total, place) in enumerate(
+            zip(order.values.tolist(), order.indices.tolist(), strict=True)
+        ):
+            if total == -torch.inf or len(beams) == width:
+                break
+            row, id_ = divmod(place, vocab_size)
+            if self._beams[row].offends(id_):
+                continue
+            text = self._beams[row].copy()
+            text.put(id_)
+            if text.finished:
+                # As in transformers: an end counts only where it is among the `width` best.
+                if rank < width:
+                    self._finish(text, total)
+                continue
+            beams.append(text)
+            scores.append(total)
+            parents.append(row)
+        self._beams, self._scores = beams, scores
+        return parents
+
+    def _finish(self, text: Text, total: float) -> None:
+        # An end token is no part of the ids, but its probability is part of the sum.
+        length = text.count + (text.ended_by_token)
+        text.score = total / max(length, 1) ** self._config.length_penalty
+        self._finished.append(text)
+        self._finished.sort(key=lambda text: text.score or 0.0, reverse=True)
+        del self._finished[self._config.num_beams :]
+
+    def _is_settled(self) -> bool:
+        """Whether no beam can still come among the hypotheses that are returned."""
+        wanted = self._config.num_return_sequences
+        if len(self._finished) < wanted:
+            return False
+        # Sums only fall; a positive penalty favours the longest text, a negative one the shortest.
+        penalty = self._config.length_penalty
+        length = self._config.max_new_tokens if penalty > 0 else self._beams[0].count + 1
+        worst = self._finished[wanted - 1].score
+        return worst is not None and max(self._scores) / length**penalty <= worst
+
+    def _best(self, count: int) -> list[Text]:
+        return self._finished[:count]
+
+    # -- the model --------------------------------------------------------------------------------
+
+    def _read(self, texts: list[Text]) -> Tensor:
+        needed = len(texts[0].ids) - texts[0].start
+        engine = self._engine
+        alone = engine.new_cache(1, max(needed + 1, engine.padded_tokens(needed)))
+        logits = engine.prefill(texts[0].ids[texts[0].start :], alone)
+        self._cache = alone
+        self._parents = [0]
+        return logits
+
+    def _step(self, parents: list[int]) -> Tensor:
+        """Logits after the beams' last tokens; each beam takes its parent's row of the cache."""
+        position = self._beams[0].position
+        engine = self._engine
+        if position >= engine.limit:
+            return self._slide()
+        cache = engine.new_cache(len(parents), max(position + 1, self._cache.length))
+        self._copy(cache.keys, self._cache.keys, parents, position)
+        self._copy(cache.values, self._cache.values, parents, position)
+        self._cache = cache
+        padding = cache.keys.shape[1] - len(parents)
+        device = cache.keys.device
+        last = [text.ids[-1] for text in self._beams]
+        ids = torch.tensor([*last, *[0] * padding], device=device)[:, None]
+        positions = torch.full_like(ids, position)
+        return engine.decode(ids, positions, cache)[:, -1]
+
+    @staticmethod
+    @torch.inference_mode()
+    def _copy(target: Tensor, source: Tensor, parents: list[int], length: int) -> None:
+        for row, parent in enumerate(parents):
+            target[:, row, :length] = source[:, parent, :length]
+
+    def _slide(self) -> Tensor:
+        """Read the end of each beam anew, from position 0, when the window is full."""
+        keep = self._config.window_keep or (self._engine.limit + 1) // 2
+        rows = []
+        cache = self._engine.new_cache(len(self._beams), self._engine.limit)
+        for row, text in enumerate(self._beams):
+            text.start = len(text.ids) - keep
+            alone = self._engine.new_cache(1, self._engine.padded_tokens(keep))
+            rows.append(self._engine.prefill(text.ids[text.start :], alone))
+            for target, source in ((cache.keys, alone.keys), (cache.values, alone.values)):
+                self._copy(target[:, row : row + 1], source, [0], keep)
+        self._cache = cache
+        return torch.cat(rows)

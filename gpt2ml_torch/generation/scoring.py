@@ -1,0 +1,89 @@
+"""How probable given texts are under the model."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gpt2ml_torch.model import GPT2ML
+
+_CHUNK = 128  # places whose logits, (B, 128, V) in float32, are held at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """The log-likelihood of a text after its first token, which nothing predicts.
+
+    `token_logprobs` are natural logarithms, one for each token but the first.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    token_logprobs: tuple[float, ...]
+
+    @property
+    def log_likelihood(self) -> float:
+        return math.fsum(self.token_logprobs)
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean loss for each token; NaN for a text of one token."""
+        if not self.token_logprobs:
+            return math.nan
+        return math.exp(-self.log_likelihood / len(self.token_logprobs))
+
+
+def token_logprobs(
+    model: GPT2ML, texts: Sequence[Sequence[int]], *, batch_size: int
+) -> list[list[float]]:
+    """Natural logarithms of the probability of every token but the first, for each text.
+
+    A text longer than the model's window is read in windows that overlap by half, so that every
+    token past the first window is predicted from at least half a window.
+    """
+    limit = model.config.max_position_embeddings
+    stride = max(limit // 2, 1)
+    spans = []  # (text, start of the window, end, first place whose prediction counts)
+    for number, ids in enumerate(texts):
+        counted = 1
+        start = 0
+        while counted < len(ids):
+            end = min(start + limit, len(ids))
+            spans.append((number, start, end, counted))
+            counted = end
+            start += stride
+    results: list[list[float]] = [[] for _ in texts]
+    # Longest first: rows of a batch are then of nearly the same length.
+    order = sorted(range(len(spans)), key=lambda index: spans[index][1] - spans[index][2])
+    values: dict[int, list[float]] = {}
+    for first in range(0, len(order), batch_size):
+        batch = order[first : first + batch_size]
+        windows = [list(texts[spans[i][0]][spans[i][1] : spans[i][2]]) for i in batch]
+        for index, row in zip(batch, _window_logprobs(model, windows), strict=True):
+            _, start, _, counted = spans[index]
+            values[index] = row[counted - start - 1 :]
+    for index, (number, *_) in enumerate(spans):
+        results[number] += values[index]
+    return results
+
+
+@torch.inference_mode()
+def _window_logprobs(model: GPT2ML, windows: Sequence[list[int]]) -> list[list[float]]:
+    """For windows of at most the model's length; padding stands on the right, where no token
+    before it sees it.
+    """
+    longest = max(map(len, windows))
+    padded = [window + [0] * (longest - len(window)) for window in windows]
+    ids = torch.tensor(padded, device=model.device)
+    h = model.hidden_states(ids)  # (B, T, D)
+    rows: list[Tensor] = []
+    for first in range(0, longest - 1, _CHUNK):
+        last = min(first + _CHUNK, longest - 1)
+        log_p = model.logits(h[:, first:last]).float().log_softmax(-1)
+        rows.append(log_p.gather(-1, ids[:, first + 1 : last + 1, None])[..., 0])
+    joined = torch.cat(rows, dim=1).tolist()
+    return [row[: len(window) - 1] for row, window in zip(joined, windows, strict=True)]
