@@ -71,7 +71,7 @@ def reference_text(ids: list[int], keep: bool = False) -> str:
     return text.strip()
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(IDS | TIGHT, st.booleans())
 @example(ids_of("1 . 2 . 30 . 1"), False)
 @example(ids_of("##\u3000z ' ve ' s a"), False)
@@ -79,7 +79,7 @@ def test_text_of_any_ids(ids: list[int], keep: bool):
     assert TOKENIZER.decode(ids, skip_special_tokens=not keep) == reference_text(ids, keep)
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(IDS | TIGHT, st.booleans())
 def test_streamed_pieces_join_to_the_text(ids: list[int], keep: bool):
     stream = TOKENIZER.stream_decoder(skip_special_tokens=not keep)

@@ -33,7 +33,11 @@ TRAPS = (
     "Σςσ\u0345\u0301\u0323\u0f73\u302e\U0001d165\U0001d15e\U00016ff0\u0fb7\ufe0fİIıßẞÅé가한"
     "\uf900豈\U0002f800\U0002b820\U00030000\ue000\U0010ffff\u0378\ud800≠≮\u037e\u0387\u2126\u1fef"
 )
-TEXTS = st.text(st.sampled_from(TRAPS) | st.characters(codec=None), max_size=60)
+
+
+def texts(traps: str, others: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
+    """Half of the characters are traps; `st.text` would melt them into one large alphabet."""
+    return st.lists(st.sampled_from(traps) | others, max_size=60).map("".join)
 
 
 def reference_words(text: str) -> list[str]:
@@ -93,8 +97,8 @@ def test_every_character_between_letters_and_between_chinese():
         assert splitter.words(text) == reference_words(text), f"U+{first:04X}..{first + 2047:04X}"
 
 
-@settings(max_examples=1500, deadline=None)
-@given(TEXTS)
+@settings(max_examples=1000, deadline=None)
+@given(texts(TRAPS, st.characters(codec=None)))
 @example("ΑΣ ΑΣ. ΑΣ\u00adΑ ΣΑ 中Σ中 Σ\u0301Σ'Σ")
 @example("a\U0001d165\u302e\u0301\ufe00\u302e\U0001d165 \U0001d15e\u302e")
 def test_ids_of_any_text(text: str):
@@ -112,8 +116,12 @@ def test_longest_match_with_any_vocabulary(pieces: list[str], word: str):
 # Letters of any script, but no unassigned or private character: transformers drops those, and
 # normalises to NFC first, where the original keeps them and does not.
 @settings(max_examples=300, deadline=None)
-@given(st.text(st.sampled_from("abcXYZ中国。，!#[]é가ΣΑİ \n\u3000\u2028") | st.characters(
-    categories=("Lu", "Ll", "Nd", "P", "S", "Zs"), max_codepoint=0x33FF)))  # fmt: skip
+@given(
+    texts(
+        "abcXYZ中国。，!#[]éé가ΣΑİ \n\u3000\u2028",
+        st.characters(categories=("Lu", "Ll", "Nd", "P", "S", "Zs"), max_codepoint=0x33FF),
+    )
+)
 def test_ids_agree_with_transformers_in_python(text: str):
     name = "transformers.models.bert.tokenization_bert_legacy"
     legacy = pytest.importorskip(name, reason="this transformers has no BERT tokenizer in Python")
@@ -134,6 +142,9 @@ def test_ids_agree_with_transformers_in_python(text: str):
         ("abcabcd", ["abc", "##abcd"]),
         ("É", ["e"]),
         ("x" * 200, ["x" * 200]),
+        ("a" * 200, ["a"] + ["##a"] * 199),
+        ("a" * 201, ["[UNK]"]),
+        ("a\ufffdb\0c", ["abc"]),
         ("X\u0301" * 200, ["x" * 200]),  # counted after accents are gone
         ("x" * 201, ["[UNK]"]),
         ("y" * 201, ["[UNK]"]),  # even where the vocabulary has it
