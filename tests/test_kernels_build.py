@@ -1,0 +1,69 @@
+"""Building the kernels: kept on disk, safe to race, and never needed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gpt2ml_torch.kernels import build
+
+PRODUCT = """
+import logging, torch
+logging.basicConfig(format="%(levelname)s %(message)s")
+from gpt2ml_torch import kernels
+torch.manual_seed(0)
+weight, scale = kernels.pack(torch.randn(40, 64), 8)
+layer = lambda x: kernels.packed_linear(x, weight, scale, None, bits=8, outputs=40)
+print(kernels.load_kernels(), kernels.load_kernels(), layer(torch.ones(1, 64)).sum().item())
+"""
+
+needs_compiler = pytest.mark.skipif(
+    not set(build.NEEDED) <= build.cpu_features(), reason="no AVX-512: there is nothing to build"
+)
+
+
+def start(cache: Path, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", PRODUCT],
+        env=os.environ | {"GPT2ML_CACHE": str(cache)} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[list[str], str]:
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return output.split(), errors
+
+
+@needs_compiler
+def test_processes_that_start_together_build_once_for_all_and_agree(tmp_path: Path) -> None:
+    runs = [finish(process) for process in [start(tmp_path) for _ in range(2)]]
+    assert [output for output, _ in runs] == [runs[0][0]] * 2
+    assert runs[0][0][0] == "True"
+    (library,) = tmp_path.iterdir()  # and no half-written file beside it
+    built = library.stat().st_mtime_ns
+    assert finish(start(tmp_path))[0] == runs[0][0]
+    assert library.stat().st_mtime_ns == built
+
+
+@pytest.mark.parametrize("compiler", ["/nonexistent/g++", "false"])
+def test_without_a_compiler_pytorch_does_it_and_says_so_once(tmp_path: Path, compiler: str) -> None:
+    output, errors = finish(start(tmp_path, CXX=compiler))
+    assert output[:2] == ["False", "False"]
+    assert errors.count("packed weights run on PyTorch's own operators") == 1
+    assert "Traceback" not in errors
+
+
+def test_a_cache_folder_that_cannot_be_written_is_no_obstacle(tmp_path: Path) -> None:
+    occupied = tmp_path / "file"
+    occupied.write_text("")
+    output, errors = finish(start(occupied / "cache"))
+    assert output[0] == "False"
+    assert "Traceback" not in errors
