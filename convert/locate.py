@@ -28,6 +28,10 @@ class Location:
         """The files that hold the weights, as far as they are there."""
         return [self.path] if self.kind == "bin" else _shards_of(self.path)
 
+    def files(self) -> list[Path]:
+        """All files of the checkpoint that are there."""
+        return self.data_files() + ([self.index] if self.index.is_file() else [])
+
     @property
     def index(self) -> Path:
         return self.path.with_name(self.path.name + ".index")

@@ -70,10 +70,11 @@ def convert(
     Raises `ValueError` for a source that is damaged or no complete model, and `OSError`.
     """
     started = time.monotonic()
-    check_target(out, location.data_files(), overwrite=options.overwrite)
+    check_target(out, location.files(), overwrite=options.overwrite)
     with _hashing(location.data_files()) as digest:  # it takes a while: TensorFlow starts beside it
         source = open_source(location)
         job = _prepare(source, location.folder, options)
+        check_target(out, job.inputs, overwrite=options.overwrite)
         with CheckpointWriter(
             out,
             job.config,
@@ -107,6 +108,7 @@ class _Job:
     vocabulary: Vocabulary | None
     dropped: dict[str, list[str]]
     notes: list[str]
+    inputs: list[Path]
 
 
 def open_source(location: Location) -> Source:
@@ -130,14 +132,16 @@ def _prepare(source: Source, folder: Path, options: Options) -> _Job:
     if faults:
         raise ValueError(f"{source.name} is no complete GPT2_ML: {_enumerate(faults)}")
     source.check()
+    vocabulary = None
+    if options.with_vocab:
+        vocabulary = find_vocabulary(folder, options.vocab, config.vocab_size)
     return _Job(
         plan={key: plan[key] for key in shapes},
         config=config,
-        vocabulary=find_vocabulary(folder, options.vocab, config.vocab_size)
-        if options.with_vocab
-        else None,
+        vocabulary=vocabulary,
         dropped=inventory.dropped,
         notes=notes,
+        inputs=[path for path in (origin, vocabulary and vocabulary.path) if path],
     )
 
 
