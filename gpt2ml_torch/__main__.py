@@ -13,6 +13,10 @@ from collections.abc import Sequence
 
 COMMANDS = {  # name: module with add_arguments and run, help
     "generate": ("gpt2ml_torch.commands.generate", "continue texts"),
+    "score": ("gpt2ml_torch.commands.score", "log-likelihood and perplexity of given texts"),
+    "info": ("gpt2ml_torch.commands.info", "what a model file holds"),
+    "finetune": ("gpt2ml_torch.commands.finetune", "train a model on your own texts"),
+    "merge": ("gpt2ml_torch.commands.merge", "add a LoRA adapter to a model's weights"),
 }
 
 

@@ -26,7 +26,12 @@ from gpt2ml_torch.finetuning.config import TrainConfig
 from gpt2ml_torch.finetuning.data import Rows
 from gpt2ml_torch.finetuning.memory import used_gib
 from gpt2ml_torch.finetuning.objective import Objective
-from gpt2ml_torch.finetuning.optimizers import SlicedOptimizer, StepInBackward, gradient_norm
+from gpt2ml_torch.finetuning.optimizers import (
+    SlicedOptimizer,
+    StepInBackward,
+    gradient_norm,
+    local,
+)
 from gpt2ml_torch.finetuning.reporting import Callback, Event, MetricsFile, draw_losses
 from gpt2ml_torch.finetuning.spikes import LossWatch
 
@@ -60,6 +65,7 @@ class TrainResult:
     best_step: int | None
     best_loss: float | None
     last_checkpoint: Path | None
+    trouble: str | None  # why it stopped after a spike
     losses: list[float] = dataclasses.field(repr=False)
 
 
@@ -121,6 +127,7 @@ class Trainer:
         self._watch = LossWatch(factor=config.spike_factor)
         self._fused = StepInBackward(optimizer) if config.step_in_backward else None
         self._losses: list[float] = []
+        self._trouble: str | None = None
         self._device = next(objective.parameters()).device
 
     def run(self, *, resume: bool = False) -> TrainResult:
@@ -138,6 +145,7 @@ class Trainer:
                     self._fused.remove()
 
     def _run(self) -> TrainResult:
+        self.optimizer.allocate()
         self._emit("start", total_steps=self.total_steps, **self._counts())
         if self._progress.step == 0 and self.valid_batches:
             self._evaluate()
@@ -191,6 +199,7 @@ class Trainer:
         if trouble is not None:
             self._emit("skip", loss=loss, reason=trouble, at=progress.step)
             if config.on_spike == "stop":
+                self._trouble = trouble
                 return False
         progress.step += 1
         progress.tokens += learned
@@ -312,7 +321,6 @@ class Trainer:
             "data": self.data_key,
             "config": trajectory(self.config),
         }
-        self.optimizer.allocate()
         path = self.checkpoints.save(self._progress.step, self._tensors(), progress)
         self._emit("checkpoint", path=str(path))
 
@@ -387,6 +395,12 @@ class Trainer:
             "steps_per_epoch": self.steps_per_epoch,
             "parameters": sum(p.numel() for p in parameters),
             "trainable": sum(p.numel() for p in parameters if p.requires_grad),
+            "weights_here": sum(local(p).numel() for p in parameters),
+            "slots_here": sum(
+                local(slot).numel()
+                for state in self.optimizer.state.values()
+                for slot in state.values()
+            ),
         }
 
     def _told_to_stop(self) -> bool:
@@ -403,6 +417,7 @@ class Trainer:
             best_step=progress.best_step,
             best_loss=progress.best_loss,
             last_checkpoint=last,
+            trouble=self._trouble,
             losses=self._losses,
         )
 

@@ -203,6 +203,7 @@ def load_data(
 def load_model(config: FinetuneConfig) -> tuple[GPT2ML, Any]:
     """The model, ready to train, and the `peft.PeftModel` around it, or None."""
     dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+    torch.manual_seed(config.seed)  # an adapter begins with random weights
     model = GPT2ML.from_pretrained(config.model, device=config.device, dtype=dtype)
     return model, prepare_model(model, config)
 
@@ -325,7 +326,11 @@ def _sampler(config: FinetuneConfig, model: GPT2ML, tokenizer: Tokenizer) -> Sam
         generator = Generator(model, tokenizer, compile=False)
         return list(
             generator.generate(
-                list(prompts), max_new_tokens=config.sample_tokens, top_k=5, seed=config.seed
+                list(prompts),
+                return_full_text=False,
+                max_new_tokens=config.sample_tokens,
+                top_k=5,
+                seed=config.seed,
             )
         )
 
@@ -352,7 +357,7 @@ def _save(
         return (out if merge else None), folder
     generation = dict(metadata.generation)
     if config.end_token is not None:
-        generation["eos_token_id"] = tokenizer.token_to_id(config.end_token)
+        generation["eos_token_id"] = [tokenizer.token_to_id(config.end_token)]
     source = dict(metadata.source)
     source["finetuned"] = [*source.get("finetuned", []), _provenance(config, result)]
     checkpoint.save(

@@ -1,4 +1,4 @@
-"""Several processes: FSDP2 over the blocks, started by `torchrun`; all communication is PyTorch's."""
+"""Several processes: FSDP2 over the blocks, started by `torchrun`."""
 
 from __future__ import annotations
 

@@ -1,0 +1,84 @@
+"""Fine-tunings in processes of their own, for the tests: run one, perhaps among several, or kill it
+again and again.
+
+python -m tests.finetuning_worker run '{"model": ...}' [STOP_AFTER]
+python -m tests.finetuning_worker kill '{"model": ...}' TIMES SEED
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from gpt2ml_torch.finetuning.config import FinetuneConfig
+from gpt2ml_torch.finetuning.reporting import read_metrics
+from gpt2ml_torch.finetuning.run import finetune
+from gpt2ml_torch.finetuning.sharding import process_rank, processes
+
+
+def main() -> None:
+    """Do what the arguments say."""
+    mode, text, *rest = sys.argv[1:]
+    values = json.loads(text)
+    config = FinetuneConfig(**values | {"data": tuple(values["data"])})
+    if mode == "run":
+        run(config, int(rest[0]) if rest else None)
+    else:
+        kill_and_resume(config, times=int(rest[0]), seed=int(rest[1]))
+
+
+def run(config: FinetuneConfig, stop_after: int | None) -> None:
+    """Fine-tune; interrupted after so many steps."""
+    asked = 0
+
+    def should_stop() -> bool:
+        nonlocal asked
+        asked += 1
+        return stop_after is not None and asked >= stop_after
+
+    with processes():
+        finetune(config, should_stop=should_stop)
+        if process_rank() == 0:
+            print("finished")
+
+
+def kill_and_resume(config: FinetuneConfig, *, times: int, seed: int) -> None:
+    """Start the run, kill it at a random moment, resume it, ..., and let it end; prints the steps
+    it had reached.
+    """
+    import dataclasses
+
+    draw = random.Random(seed)
+    reached = []
+    for attempt in range(times + 1):
+        has_checkpoint = any((config.run_folder / "checkpoints").glob("step-????????"))
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                finetune(dataclasses.replace(config, resume=has_checkpoint, overwrite=True))
+                code = 0
+            finally:
+                os._exit(code)
+        if attempt < times:
+            time.sleep(draw.uniform(0.05, 0.6))
+            os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        reached.append(_steps(config.run_folder / "metrics.jsonl"))
+    assert status == 0, f"the last run ended with {status}"
+    print(json.dumps(reached))
+
+
+def _steps(path: Path) -> int:
+    rows: list[dict[str, Any]] = read_metrics(path) if path.exists() else []
+    return max((row["step"] for row in rows), default=0)
+
+
+if __name__ == "__main__":
+    main()
