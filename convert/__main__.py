@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from convert.locate import locate
 from convert.pipeline import Options, Progress, Report, convert
+from gpt2ml_torch.layout import QUANTIZATIONS
 
 _DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 _EXAMPLE_PROMPT = "今天天气不错"
@@ -57,7 +58,12 @@ def _parser() -> argparse.ArgumentParser:
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--vocab", type=Path, metavar="FILE", help="vocab.txt")
     group.add_argument("--no-vocab", action="store_true", help="store no vocabulary")
-    parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="default: %(default)s")
+    parser.add_argument(
+        "--dtype",
+        choices=[*_DTYPES, *QUANTIZATIONS],
+        default="float32",
+        help="default: %(default)s",
+    )
     parser.add_argument("--force", action="store_true", help="overwrite OUT")
     parser.add_argument(
         "--no-verify", action="store_true", help="accept a published size with another SHA-256"
@@ -75,7 +81,8 @@ def _run(arguments: argparse.Namespace, progress: Progress) -> str:
         return to_tf(arguments.source, arguments.out, overwrite=arguments.force, progress=progress)
     location = locate(arguments.source)
     options = Options(
-        dtype=_DTYPES[arguments.dtype],
+        dtype=_DTYPES.get(arguments.dtype, torch.float32),
+        quantization=arguments.dtype if arguments.dtype in QUANTIZATIONS else None,
         config=arguments.config,
         vocab=arguments.vocab,
         with_vocab=not arguments.no_vocab,

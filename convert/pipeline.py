@@ -21,8 +21,9 @@ from convert import configs, mapping, published
 from convert.locate import Location
 from convert.sources import BinSource, Source, total_bytes
 from convert.vocabulary import Vocabulary, find_vocabulary
-from gpt2ml_torch.checkpoint import CheckpointWriter, expected_shapes
+from gpt2ml_torch.checkpoint import CheckpointWriter
 from gpt2ml_torch.config import MAX_LAYERS, GPT2MLConfig
+from gpt2ml_torch.layout import expected_shapes
 from gpt2ml_torch.safetensors_writer import resolve_target
 
 # Bytes of finished tensors that may wait for the disk; with those being made, the memory that
@@ -38,6 +39,7 @@ class Options:
     """What the user chose; `vocab` and `config` are files, None to look beside the source."""
 
     dtype: torch.dtype = torch.float32
+    quantization: str | None = None  # of the large matrices; `dtype` is then that of the rest
     config: Path | None = None
     vocab: Path | None = None
     with_vocab: bool = True
@@ -79,6 +81,7 @@ def convert(
             out,
             job.config,
             dtype=options.dtype,
+            quantization=options.quantization,
             vocab=job.vocabulary.text if job.vocabulary else None,
             overwrite=options.overwrite,
         ) as writer:
@@ -229,7 +232,7 @@ def _copy_group(
                 while pending and sum(t.nbytes for _, t in pending) + size > _IN_FLIGHT:
                     _finish(pending, buffers)
                 tensor = _make(source, key, job.plan[key], shapes[key], dtype, buffers)
-                pending.append((pool.submit(writer.write, key, tensor), tensor))
+                pending.append((pool.submit(writer.write_weight, key, tensor), tensor))
                 del tensor
                 report(size)
             while pending:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
-from gpt2ml_torch import checkpoint
+from gpt2ml_torch import checkpoint, kernels
 from gpt2ml_torch.config import GPT2MLConfig
 
 if TYPE_CHECKING:
@@ -193,6 +193,7 @@ class GPT2ML(nn.Module):
         self.config = config
         self.gradient_checkpointing = False
         self.generation_defaults: dict[str, Any] = {}  # for `Generator`; kept in the file
+        self.quantization: str | None = None  # of the large matrices, where they are packed
         self.token_embedding = TokenEmbedding(config.vocab_size, config.hidden_size)
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.embedding_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -339,18 +340,35 @@ class GPT2ML(nn.Module):
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
+        quantize: str | None = None,
     ) -> GPT2ML:
         """Load a converted file, memory-mapped, in evaluation mode; `dtype` defaults to the file's.
 
+        `quantize` packs the large matrices on the way, "bfloat16", "int8" or "int4", for fast
+        decoding on the CPU (`gpt2ml_torch.kernels`); `dtype` is then that of the activations.
         Raises `OSError` where there is no file to read, and `ValueError` where it is not one of
-        ours or is damaged.
+        ours or is damaged, or is packed otherwise.
         """
         metadata = checkpoint.read_metadata(path)
+        stored = metadata.quantization
+        if stored is not None and quantize not in (None, stored):
+            raise ValueError(
+                f"{path} holds {stored} weights, which can't become {quantize}; convert the "
+                "original again, or load it without quantize"
+            )
         with torch.device("meta"):
-            model = cls(metadata.config)
-        tensors = checkpoint.load_tensors(path, device=device, dtype=dtype)
-        model.load_state_dict(tensors, strict=True, assign=True)
+            model = cls(metadata.config).to(dtype or metadata.dtype)
         model.generation_defaults = metadata.generation
+        model.quantization = stored or quantize
+        if model.quantization is not None:
+            kernels.pack_model(model, model.quantization)
+        if model.quantization == stored:
+            tensors = checkpoint.load_tensors(path, device=device, dtype=dtype)
+            model.load_state_dict(tensors, strict=True, assign=True)
+        else:
+            for name, tensor in checkpoint.stream_tensors(path, metadata):
+                kernels.fill_packed(model, name, tensor, dtype or metadata.dtype)
+            model.to(device)
         return model.eval()
 
     def save_pretrained(
@@ -376,6 +394,7 @@ class GPT2ML(nn.Module):
             vocab=None if tokenizer is None else tokenizer.vocab_text,
             source=source,
             generation=self.generation_defaults if generation is None else generation,
+            quantization=self.quantization,
             overwrite=overwrite,
         )
 

@@ -16,13 +16,14 @@ READMES = ("README.md", "README.zh-CN.md")
 # Who may import whom, lowest first: a module imports only from rows above its own.
 LAYERS = (
     {"config"},
-    {"safetensors_writer"},
+    {"kernels", "safetensors_writer"},
+    {"layout", "safetensors_reader"},
     {"checkpoint"},
-    {"kernels"},
-    {"model"},
+    {"model", "words"},
     {"tokenizer", "sampling"},
     {"generation"},
     {"finetuning"},
+    {"commands"},
     {"__main__"},
 )
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 
 from gpt2ml_torch import GPT2ML, Generator, Tokenizer
-from gpt2ml_torch.kernels import pack_model
 
 _logger = logging.getLogger(__name__)
 
@@ -42,9 +41,9 @@ def load_generator(arguments: argparse.Namespace) -> Generator:
     device = choose_device(arguments.device)
     dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
     tokenizer = load_tokenizer(arguments)
-    model = GPT2ML.from_pretrained(arguments.model, device=device, dtype=dtype)
-    if arguments.quantize is not None:
-        pack_model(model, arguments.quantize)
+    model = GPT2ML.from_pretrained(
+        arguments.model, device=device, dtype=dtype, quantize=arguments.quantize
+    )
     _logger.info("loaded %s in %.1f s", arguments.model, time.perf_counter() - began)
     return Generator(
         model, tokenizer, compile=not arguments.no_compile, batch_size=arguments.batch_size

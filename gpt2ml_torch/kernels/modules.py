@@ -136,6 +136,23 @@ def pack_model(model: nn.Module, quantize: str) -> nn.Module:
     return model
 
 
+@torch.no_grad()
+def fill_packed(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    """Give a model that `pack_model` prepared on `meta` one plain tensor of a state dict.
+
+    A packed layer's weight is packed; anything else is copied, in `dtype`.
+    """
+    path, leaf = name.rsplit(".", 1)
+    module = model.get_submodule(path)
+    if isinstance(module, _Packed) and leaf == "weight":
+        try:
+            module._fill(tensor)
+        except ValueError as error:
+            raise ValueError(f"tensor {name!r}: {error}") from None
+    else:
+        module.register_parameter(leaf, nn.Parameter(tensor.to(dtype, copy=True), False))
+
+
 def _layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
     """The layers to pack: (parent, attribute, layer)."""
     for parent in model.modules():

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 
-from gpt2ml_torch.checkpoint import CheckpointWriter, expected_shapes
+from gpt2ml_torch.checkpoint import CheckpointWriter
 from gpt2ml_torch.config import GPT2MLConfig
+from gpt2ml_torch.layout import expected_shapes
 
 SIZES = {"base": GPT2MLConfig.base, "large": GPT2MLConfig.large, "mega": GPT2MLConfig.mega}
 
@@ -41,4 +42,4 @@ def write_random_model(path: Path, config: GPT2MLConfig, dtype: torch.dtype) -> 
                 tensor = torch.zeros(shape)
             else:
                 tensor = torch.empty(shape).normal_(std=0.02, generator=generator)
-            writer.write(name, tensor.to(dtype))
+            writer.write_weight(name, tensor.to(dtype))
