@@ -90,6 +90,7 @@ def test_streamed_pieces_join_to_the_text(ids: list[int], keep: bool):
 
 @settings(max_examples=300, deadline=None)
 @given(TIGHT | IDS)
+@example(ids_of("' a"))
 def test_a_stream_holds_back_nothing_that_is_certain(ids: list[int]):
     stream = TOKENIZER.stream_decoder()
     given_out = "".join(stream.put(id_) for id_ in ids)
