@@ -353,8 +353,10 @@ def test_resuming_with_other_settings_is_refused(files: Path, tmp_path: Path) ->
     run(files, out, stop_after=5)
     with pytest.raises(ValueError, match=r"learning_rate 0\.01, now it is 0\.02"):
         run(files, out, resume=True, learning_rate=2e-2)
+    other = tmp_path / "other.txt"
+    other.write_text((files / "text.txt").read_text("utf-8") + "\n\n春眠不觉晓处处闻啼鸟", "utf-8")
     with pytest.raises(ValueError, match="other data"):
-        run(files, out, resume=True, data=(str(files / "text.txt"),) * 2, pack=False, min_tokens=20)
+        run(files, out, resume=True, data=(str(other),))
     with pytest.raises(OSError, match="--resume"):
         run(files, out)
 

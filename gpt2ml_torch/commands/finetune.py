@@ -215,7 +215,7 @@ def _summary(config: FinetuneConfig, result: Any) -> str:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[list[int]]:
-    """A list that the first Ctrl-C (or TERM) puts something in; the second one interrupts at once."""
+    """A list that the first Ctrl-C (or TERM) puts something in; the second interrupts at once."""
     stopped: list[int] = []
 
     def note(number: int, frame: types.FrameType | None) -> None:
