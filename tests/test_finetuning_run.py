@@ -373,3 +373,34 @@ def test_the_command_line_has_every_setting() -> None:
     names = {action.dest for action in parser._actions}
     missing = {field.name for field in dataclasses.fields(FinetuneConfig)} - names
     assert not missing
+
+
+def test_a_dry_run_names_the_kinds_and_suggests_what_would_fit(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from gpt2ml_torch.finetuning.prediction import predict, suggestion
+
+    out = tmp_path / "out.safetensors"
+    words = [str(files / "model.safetensors"), str(files / "text.txt"), "--out", str(out)]
+    assert main(["finetune", *words, "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    for kind in ("weights", "gradients", "optimizer", "activations", "total"):
+        assert kind in shown
+    assert not out.with_suffix(".run").exists()
+    sizes = GPT2MLConfig(
+        vocab_size=1000,
+        hidden_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=1024,
+        max_position_embeddings=64,
+    )
+    large = {"optimizer": "adamw", "step_in_backward": False, "precision": "float32"}
+    config = FinetuneConfig(**settings(files, out, **large))
+    heavy = predict(config, sizes)
+    assert heavy.weights == 4 * sizes.num_parameters
+    assert 8 * sizes.num_parameters < heavy.optimizer < 8 * sizes.num_parameters + 2**24
+    light = predict(dataclasses.replace(config, step_in_backward=True), sizes)
+    assert light.gradients < heavy.gradients / 4
+    assert "inside the backward pass" in suggestion(config, light.total, sizes)
+    assert "no setting here would" in suggestion(config, 1000, sizes)

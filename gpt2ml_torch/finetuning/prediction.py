@@ -93,11 +93,12 @@ def _predict(config: FinetuneConfig, model: GPT2ML) -> Prediction:
     optimizer = make_optimizer(objective, config)
     optimizer.allocate()
     slots = sum(_bytes(value) for state in optimizer.state.values() for value in state.values())
+    largest = max(parameter.numel() for parameter in optimizer.state)
     watch = _watch_step(objective, config)
     return Prediction(
         weights=sum(_bytes(tensor) for tensor in (*model.parameters(), *model.buffers())),
         gradients=watch.gradients_at_peak,
-        optimizer=slots + _SLICES_IN_FLIGHT * SLICE * 4,
+        optimizer=slots + _SLICES_IN_FLIGHT * 4 * min(SLICE, largest),
         activations=watch.peak - watch.gradients_at_peak,
         process=_PROCESS["cpu" if config.device == "cpu" else "cuda"],
     )
@@ -168,22 +169,9 @@ def suggestion(config: FinetuneConfig, available: int, sizes: GPT2MLConfig | Non
     """One line: the first change of settings, from the least to the most, that fits into so many
     bytes.
     """
-    changes: list[tuple[str, dict[str, Any]]] = [
-        ("gradient checkpointing", {"gradient_checkpointing": True}),
-        (
-            "the step inside the backward pass",
-            {"step_in_backward": True, "accumulate": 1, "clip_norm": None},
-        ),
-        ("--optimizer adafactor", {"optimizer": "adafactor"}),
-        ("--batch-size 1", {"batch_size": 1}),
-        ("--precision bfloat16", {"precision": "bfloat16"}),
-        ("--lora-rank 16", {"lora_rank": 16, "train_layers": None, "layer_decay": 1.0,
-                            "freeze_embeddings": False}),
-        ("--lora-base int8", {"lora_base": "int8"}),
-        ("--length 256", {"length": 256}),
-    ]  # fmt: skip
-    names, tried = [], config
-    for name, values in changes:
+    names: list[str] = []
+    tried = config
+    for name, values in _changes(config, sizes):
         changed = dataclasses.replace(tried, **values)
         if changed == tried:
             continue
@@ -192,6 +180,29 @@ def suggestion(config: FinetuneConfig, available: int, sizes: GPT2MLConfig | Non
         if total <= available:
             return f"that does not fit; it would with {', '.join(names)}: {total / GIB:.2f} GiB"
     return f"that does not fit into {available / GIB:.2f} GiB, and no setting here would"
+
+
+def _changes(
+    config: FinetuneConfig, sizes: GPT2MLConfig | None
+) -> list[tuple[str, dict[str, Any]]]:
+    """Settings that save memory, those that cost least first."""
+    if sizes is None:
+        sizes = checkpoint.read_metadata(config.model).config
+    half = (config.length or sizes.max_position_embeddings) // 2
+    kept = {"train_layers": None, "layer_decay": 1.0, "freeze_embeddings": False}
+    return [
+        ("gradient checkpointing", {"gradient_checkpointing": True}),
+        (
+            "the step inside the backward pass",
+            {"step_in_backward": True, "accumulate": 1, "clip_norm": None},
+        ),
+        ("--optimizer adafactor", {"optimizer": "adafactor"}),
+        ("--batch-size 1", {"batch_size": 1}),
+        ("--precision bfloat16", {"precision": "bfloat16"}),
+        ("--lora-rank 16", {"lora_rank": config.lora_rank or 16, **kept}),
+        ("--lora-base int8", {"lora_base": "int8"}),
+        (f"--length {half}", {"length": max(2, half)}),
+    ]
 
 
 def parse_size(text: str) -> int:
