@@ -10,6 +10,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 COMMANDS = {  # name: module with add_arguments and run, help
     "generate": ("gpt2ml_torch.commands.generate", "continue texts"),
@@ -18,6 +19,13 @@ COMMANDS = {  # name: module with add_arguments and run, help
     "finetune": ("gpt2ml_torch.commands.finetune", "train a model on your own texts"),
     "merge": ("gpt2ml_torch.commands.merge", "add a LoRA adapter to a model's weights"),
 }
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports what it can't parse in one line, as every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (see {self.prog} --help)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="gpt2ml", description="GPT2_ML: Chinese text with a converted checkpoint."
     )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -99,9 +99,11 @@ def keep_top_k(scores: Tensor, k: Tensor) -> Tensor:
 def keep_top_p(scores: Tensor, p: Tensor) -> Tensor:
     """The fewest of the best whose probabilities sum to p or more: the one that crosses p is kept.
 
-    Of equal scores the higher ids stay. Source: transformers, TopPLogitsWarper.
+    Of equal scores the lower ids stay; in transformers that is left to an unstable sort.
+    Source: transformers, TopPLogitsWarper.
     """
-    worst_first, order = scores.sort(dim=-1, descending=False, stable=True)
+    worst_first, flipped = scores.flip(-1).sort(dim=-1, stable=True)
+    order = scores.shape[-1] - 1 - flipped
     dropped = worst_first.softmax(-1).cumsum(-1) <= 1 - p
     dropped[..., -1] = False
     return _drop(scores, order, dropped)

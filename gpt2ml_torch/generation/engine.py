@@ -94,7 +94,7 @@ class Engine:
     def _mark(self, cached: Tensor) -> None:
         if self.on_cuda:
             torch._dynamo.mark_static_address(cached)
-        elif cached.shape[2] != self.limit:
+        else:
             torch._dynamo.maybe_mark_dynamic(cached, 2)
 
     def padded_rows(self, wanted: int) -> int:
@@ -138,7 +138,7 @@ class Engine:
         arguments = (self.model, ids, *others, cache.keys, cache.values)
         if not self.compiled:
             return function(*arguments)
-        key = (name, *ids.shape, cache.length if self.on_cuda or cache.length == self.limit else 0)
+        key = (name, *ids.shape, cache.length if self.on_cuda else 0)
         if key in self._steps:
             return self._steps[key](*arguments)
         step = self._compile(function, replay=name == "decode")
