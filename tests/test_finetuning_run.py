@@ -193,7 +193,8 @@ def test_two_processes_have_the_losses_of_one_and_one_can_go_on(
         for path in (two, one)
     )
     assert start["weights_here"] == pytest.approx(alone["weights_here"] / 2, rel=0.05)
-    assert start["slots_here"] < 0.6 * alone["slots_here"]
+    # Adafactor's statistics of rows are divided, those of columns are whole in each process.
+    assert start["slots_here"] < 0.7 * alone["slots_here"]
 
 
 def test_a_spike_stops_with_the_last_good_checkpoint_or_is_skipped(
