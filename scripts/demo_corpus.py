@@ -144,6 +144,26 @@ def by_form(poems: Iterable[str]) -> dict[int, list[str]]:
     return groups
 
 
+def without_shared_lines(corpus: Corpus) -> tuple[dict[int, list[str]], float]:
+    """Held-out poems that share no line with a training poem, and the share of lines that do."""
+    seen = {line for poems in corpus.train.values() for poem in poems for line in lines_of(poem)}
+    shared = [
+        line in seen
+        for poems in corpus.held_out.values()
+        for poem in poems
+        for line in lines_of(poem)
+    ]
+    clean = {
+        form: [poem for poem in poems if not seen.intersection(lines_of(poem))]
+        for form, poems in corpus.held_out.items()
+    }
+    return clean, sum(shared) / len(shared)
+
+
+def lines_of(poem: str) -> list[str]:
+    return re.split("[，。]", poem)[:-1]
+
+
 def build_vocabulary(counts: Counter[str], size: int) -> list[str]:
     """BERT's layout in `size` lines: specials, punctuation, digits and letters with their ## forms,
     then characters by count.
@@ -157,6 +177,12 @@ def build_vocabulary(counts: Counter[str], size: int) -> list[str]:
         if re.fullmatch(HAN, character) and character not in everyday
     ]
     room = size - len(head) - len(everyday)
+    if not 0 <= room <= len(frequent):
+        low = size - room
+        raise ValueError(
+            f"a vocabulary of {size} lines was asked for; "
+            f"expected {low} to {low + len(frequent)} for this text"
+        )
     chosen = set(frequent[:room]) | set(everyday)
     by_count = sorted(chosen, key=lambda character: (-counts[character], character))
     return head + by_count

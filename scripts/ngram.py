@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+Ids = Sequence[int] | NDArray[np.int64]
 Keys = NDArray[np.int64]  # an n-gram as one number: its ids in base `vocabulary size`
 
 
@@ -39,9 +40,7 @@ class _Order:
 class KneserNey:
     """An n-gram model trained on id sequences, each with nothing before its first id."""
 
-    def __init__(
-        self, sequences: Iterable[Sequence[int]], *, order: int, vocabulary_size: int
-    ) -> None:
+    def __init__(self, sequences: Iterable[Ids], *, order: int, vocabulary_size: int) -> None:
         self.base = vocabulary_size + 1  # the extra id stands before a beginning
         if self.base**order >= 2**63:
             raise ValueError(f"order {order} with {vocabulary_size} ids does not fit in 64 bits")
@@ -54,7 +53,7 @@ class KneserNey:
             distinct, counts = np.unique(distinct % self.base**n, return_counts=True)
             self.orders.insert(0, _Order(distinct, counts, self.base))
 
-    def _grams(self, sequence: Sequence[int], order: int) -> Keys:
+    def _grams(self, sequence: Ids, order: int) -> Keys:
         padded = np.concatenate(
             [np.full(order - 1, self.size), np.asarray(sequence, dtype=np.int64)]
         )
@@ -63,7 +62,7 @@ class KneserNey:
             grams = grams * self.base + padded[offset : offset + len(sequence)]
         return grams
 
-    def log_probabilities(self, sequence: Sequence[int]) -> NDArray[np.float64]:
+    def log_probabilities(self, sequence: Ids) -> NDArray[np.float64]:
         """Natural logarithms of the probability of each id given those before it."""
         grams = self._grams(sequence, len(self.orders))
         probability = np.full(len(sequence), 1 / self.size)

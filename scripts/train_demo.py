@@ -14,27 +14,35 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
+import itertools
 import logging
 import os
 import random
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # works without an installed package, too
 
+import demo_card  # noqa: E402
 import demo_corpus  # noqa: E402
+import demo_export  # noqa: E402
+from ngram import KneserNey  # noqa: E402
 
 from gpt2ml_torch.config import GPT2MLConfig  # noqa: E402
 from gpt2ml_torch.finetuning.adafactor import Adafactor, parameter_groups  # noqa: E402
 from gpt2ml_torch.finetuning.loss import next_token_loss  # noqa: E402
 from gpt2ml_torch.model import GPT2ML  # noqa: E402
+
+Articles = dict[int, list[Tensor]]  # by form, each (T,)
 
 logger = logging.getLogger("train_demo")
 
@@ -66,6 +74,17 @@ class Recipe:
     def steps(self) -> int:
         return sum(stage.steps for stage in self.stages)
 
+    def schedule(self) -> str:
+        """The stages in words."""
+        stages = ", then ".join(
+            f"{stage.steps:,} steps on {stage.rows} rows of {stage.length:,} tokens"
+            for stage in self.stages
+        )
+        return (
+            f"{stages};\nthe learning rate warms up over {self.warmup_steps} steps to "
+            f"{self.learning_rate:g}, stays there, and falls to 0 over the last stage"
+        )
+
     def rate(self, step: int) -> float:
         """Linear warm-up, a constant rate, and linear decay to 0 over the last stage."""
         last = self.stages[-1].steps
@@ -86,8 +105,8 @@ DEMO = Recipe(
         hidden_dropout_prob=0.0,
     ),
     stages=(
-        Stage(steps=3500, rows=8, length=256),
-        Stage(steps=1200, rows=2, length=1024),
+        Stage(steps=4600, rows=8, length=256),
+        Stage(steps=1400, rows=2, length=1024),
     ),
     learning_rate=3e-3,
     warmup_steps=100,
@@ -145,18 +164,28 @@ class Data:
         starts[::2] = 0
         return starts + torch.arange(stage.length)
 
-    def held_out(self) -> list[Tensor]:
-        """The held-out poems, as articles (T,)."""
+    def articles(self, poems_by_form: dict[int, list[str]]) -> Articles:
+        """Whole poems as articles (T,) of at most as many tokens as the model has positions."""
         length = self.recipe.model.max_position_embeddings
-        return [
-            torch.tensor(self.encode(article))
-            for poems in self.corpus.held_out.values()
-            for article in demo_corpus.articles(poems, length=length, seed=self.recipe.seed)
-        ]
+        return {
+            form: [
+                torch.tensor(self.encode(article))
+                for article in demo_corpus.articles(poems, length=length, seed=self.recipe.seed)
+            ]
+            for form, poems in poems_by_form.items()
+        }
+
+    def write(self, model: GPT2ML, prompts: Sequence[str], *, new_tokens: int) -> list[str]:
+        """The model's continuation of each prompt."""
+        ids = [self.encode(prompt) for prompt in prompts]
+        written = demo_export.sample(
+            model, ids, new_tokens=new_tokens, top_k=5, seed=self.recipe.seed
+        )
+        return ["".join(self.vocabulary[id_] for id_ in continuation) for continuation in written]
 
 
 @torch.no_grad()
-def held_out_loss(model: GPT2ML, articles: list[Tensor]) -> float:
+def held_out_loss(model: GPT2ML, articles: Iterable[Tensor]) -> float:
     """Mean nats per character over all articles; each one's first character has nothing before it
     and is not counted.
     """
@@ -225,9 +254,8 @@ class Run:
                 logger.info("step %d loss %.4f %.0f tokens/s", self.step, mean, rate)
                 losses.clear()
             if self.step % 500 == 0:
-                logger.info(
-                    "step %d held out %.4f", self.step, held_out_loss(self.model, data.held_out())
-                )
+                articles = itertools.chain(*data.articles(data.corpus.held_out).values())
+                logger.info("step %d held out %.4f", self.step, held_out_loss(self.model, articles))
             if time.monotonic() - saved > save_every:
                 self.save()
                 saved = time.monotonic()
@@ -240,6 +268,65 @@ class Run:
             return next_token_loss(
                 self.model, token_ids, positions=positions, chunk_size=positions.numel()
             ).mean
+
+
+def export(run: Run, data: Data, folder: Path) -> None:
+    """Write the checkpoint and its card from the run as it stands."""
+    variables = demo_export.tf_variables(run.model, run.optimizer.state, run.step)
+    demo_export.save_tf(folder, variables)
+    demo_export.save_beside(folder, run.model, data.vocabulary)
+    demo_card.write_card(folder / "README.md", measure(run, data))
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    logger.info("%s: %d bytes", folder, size)
+
+
+def measure(run: Run, data: Data) -> demo_card.Figures:
+    """The card's figures: losses, the n-gram models' losses, metre and samples."""
+    model, corpus = run.model.eval(), data.corpus
+    train, held_out = data.articles(corpus.train), data.articles(corpus.held_out)
+    losses = {form: held_out_loss(model, ids) for form, ids in held_out.items()}
+    targets = {form: sum(len(article) - 1 for article in ids) for form, ids in held_out.items()}
+    prompts = demo_export.metre_prompts(corpus.held_out, count=100)
+    written = data.write(model, [prompt for _, prompt in prompts], new_tokens=128)
+    texts = [(form, prompt + text) for (form, prompt), text in zip(prompts, written, strict=True)]
+    samples = data.write(model, demo_export.PROMPTS, new_tokens=96)
+    clean, shared_lines = demo_corpus.without_shared_lines(corpus)
+    text = "".join(poem for poems in corpus.train.values() for poem in poems)
+    known = set(data.vocabulary)
+    return demo_card.Figures(
+        config=model.config,
+        step=run.step,
+        schedule=run.recipe.schedule(),
+        poems=sum(map(len, corpus.train.values())),
+        characters=len(text),
+        held_out_poems=sum(map(len, corpus.held_out.values())),
+        held_out_characters=sum(map(len, itertools.chain(*corpus.held_out.values()))),
+        unknown_share=sum(character not in known for character in text) / len(text),
+        loss=sum(losses[form] * targets[form] for form in losses) / sum(targets.values()),
+        loss_by_form=losses,
+        clean_loss=held_out_loss(model, itertools.chain(*data.articles(clean).values())),
+        shared_lines=shared_lines,
+        ngram_losses={order: ngram_loss(train, held_out, order=order) for order in (2, 3, 4)},
+        metre=demo_export.measure_metre(texts),
+        metre_prompts=len(prompts),
+        samples=[
+            (prompt, text[: text.rfind("。") + 1] or text)
+            for prompt, text in zip(demo_export.PROMPTS, samples, strict=True)
+        ],
+        text_sha256=hashlib.sha256(text.encode()).hexdigest(),
+    )
+
+
+def ngram_loss(train: Articles, held_out: Articles, *, order: int) -> float:
+    """What `held_out_loss` is, of an n-gram model of the training text."""
+    sequences = [article.numpy() for ids in train.values() for article in ids]
+    ngrams = KneserNey(sequences, order=order, vocabulary_size=DEMO.model.vocab_size)
+    scored = [
+        ngrams.log_probabilities(article.numpy())[1:]
+        for ids in held_out.values()
+        for article in ids
+    ]
+    return -float(np.concatenate(scored).mean())
 
 
 def simplifier() -> Any:
@@ -275,6 +362,7 @@ def main() -> None:
     run.resume()
     if not arguments.export:
         run.train(data)
+    export(run, data, arguments.out)
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def test_every_step_is_the_originals_for_each_of_its_variables(
 
 def test_query_key_and_value_are_clipped_apart() -> None:
     model = small_model(torch.float64)
-    weight = model.blocks[0].attention.qkv.weight
+    weight = model.get_parameter("blocks.0.attention.qkv.weight")
     before = weight.detach().clone()
     weight.grad = torch.cat([torch.full((8, 8), size) for size in (1e-3, 1.0, 1e3)]).double()
     Adafactor(parameter_groups(model, weight_decay=0.0), lr=1.0).step()
