@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from convert import locate, mapping, published
 from convert.sources import Entries, total_bytes
+
+_OP = re.compile(r"\{\{[^}]*\}\}\s*| \[Op:.*")
 
 # Integers are listed so that a variable of the wrong kind is called by its name; what is not here
 # holds no numbers.
@@ -139,6 +142,6 @@ class TFSource:
 
 
 def _message(error: Any) -> str:
-    """TensorFlow's message, on one line and without its op's address."""
+    """TensorFlow's message, on one line and without its op's name and address."""
     text = " ".join(str(getattr(error, "message", None) or error).split())
-    return text.partition(" [Op:")[0][:300]
+    return _OP.sub("", text)[:300]

@@ -1,0 +1,387 @@
+"""The converter on sound inputs: what it finds, what it writes, and the way back."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from convert.__main__ import main
+from gpt2ml_torch import checkpoint
+from tests import checkpoint_factory as factory
+
+PREFIX = f"model.ckpt-{factory.STEP}"
+DATA, INDEX = f"{PREFIX}.data-00000-of-00001", f"{PREFIX}.index"
+
+
+@pytest.fixture(scope="module")
+def sound_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return factory.write_folder(tmp_path_factory.mktemp("sound") / "ckpt")
+
+
+@pytest.fixture
+def folder(sound_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(sound_folder, tmp_path / "ckpt"))
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out.safetensors"
+
+
+def run(*arguments: str | Path) -> None:
+    assert main([str(argument) for argument in arguments]) == 0
+
+
+def expected_tensors(weights: factory.Arrays) -> dict[str, Tensor]:
+    """The file's tensors by the README's table of names, written apart from the converter's."""
+
+    def tensor(name: str) -> Tensor:
+        return torch.from_numpy(np.asarray(weights[f"newslm/{name}"]))
+
+    def put(key: str, *names: str) -> None:
+        result[f"{key}.weight"] = torch.cat([tensor(f"{name}/kernel").T for name in names])
+        result[f"{key}.bias"] = torch.cat([tensor(f"{name}/bias") for name in names])
+
+    def put_norm(key: str, name: str) -> None:
+        result[f"{key}.weight"] = tensor(f"{name}/gamma")
+        result[f"{key}.bias"] = tensor(f"{name}/beta")
+
+    result = {
+        "token_embedding.weight": tensor("embeddings/word_embed"),
+        "position_embedding.weight": tensor("embeddings/pos_embed"),
+    }
+    put_norm("embedding_norm", "embeddings/LayerNorm_embed_norm")
+    for layer in range(factory.LAYERS):
+        scope, key = f"layer{layer:02d}", f"blocks.{layer}"
+        parts = (f"{scope}/{part}_layer" for part in ("query", "key", "value"))
+        put(f"{key}.attention.qkv", *parts)
+        put(f"{key}.attention.output", f"{scope}/context_projection_layer")
+        put(f"{key}.mlp.up", f"{scope}/intermediate")
+        put(f"{key}.mlp.down", f"{scope}/output")
+        put_norm(f"{key}.mlp_norm", f"{scope}/LayerNorm_mlp_ln0")
+        put_norm(f"{key}.output_norm", f"{scope}/LayerNorm_mlp_ln1")
+    return result
+
+
+def assert_identical(path: Path, expected: Mapping[str, Tensor]) -> None:
+    found = checkpoint.load_tensors(path)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        bits = found[name].contiguous().view(torch.uint8)
+        assert torch.equal(bits, tensor.contiguous().view(torch.uint8)), name
+
+
+def test_a_folder_converts_bit_for_bit(
+    folder: Path, out: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run(folder, out)
+    assert_identical(out, expected_tensors(factory.tf_weights()))
+    metadata = checkpoint.read_metadata(out)
+    assert metadata.vocab == factory.VOCAB
+    assert metadata.config.num_attention_heads == factory.HEADS
+    assert metadata.source["name"] == PREFIX
+    assert metadata.source["step"] == factory.STEP
+    stdout, stderr = capfd.readouterr()
+    assert stderr == ""
+    assert f"{metadata.config.num_parameters:,} parameters" in stdout
+    assert f"dropped: 1 step counter, {len(factory.tf_weights()) + 20} optimiser slots" in stdout
+    assert f"python -m gpt2ml_torch generate {out}" in stdout
+
+
+@pytest.mark.parametrize("name", [PREFIX, INDEX, DATA, "checkpoint"])
+def test_any_of_its_names_stands_for_a_checkpoint(name: str, folder: Path, out: Path) -> None:
+    (folder / "checkpoint").write_text(f'model_checkpoint_path: "{PREFIX}"\n')
+    run(folder / name, out)
+    assert_identical(out, expected_tensors(factory.tf_weights()))
+
+
+@pytest.mark.parametrize(
+    "place", ["", "/home/somebody/gpt2/", "gs://bucket/run/", "C:\\\\models\\\\"]
+)
+def test_the_state_file_chooses_whatever_folder_it_names(
+    place: str, folder: Path, out: Path
+) -> None:
+    other = factory.with_slots(factory.tf_weights(seed=1))
+    factory.write_tf(folder, other, name="model.ckpt-80")
+    (folder / "checkpoint").write_text(f'model_checkpoint_path: "{place}model.ckpt-80"\n')
+    run(folder, out)
+    assert_identical(out, expected_tensors(factory.tf_weights(seed=1)))
+
+
+def test_a_lone_checkpoint_needs_no_right_state_file(folder: Path, out: Path) -> None:
+    (folder / "checkpoint").write_bytes(b"\xff\xfe garbage")
+    run(folder, out)
+
+
+def test_several_shards_are_read(folder: Path, out: Path) -> None:
+    from convert.tf_source import import_tensorflow
+
+    tensors = factory.with_slots(factory.tf_weights())
+    halves = [dict(list(tensors.items())[part::2]) for part in range(2)]
+    for name in (DATA, INDEX):
+        (folder / name).unlink()
+    prefixes = [factory.write_tf(folder, half, name=f"part{i}") for i, half in enumerate(halves)]
+    import_tensorflow().raw_ops.MergeV2Checkpoints(
+        checkpoint_prefixes=[str(prefix) for prefix in prefixes],
+        destination_prefix=str(folder / PREFIX),
+        delete_old_dirs=False,
+    )
+    run(folder / PREFIX, out)
+    assert_identical(out, expected_tensors(factory.tf_weights()))
+
+
+@pytest.mark.parametrize("name", ["config.json", "bert_config.json", "mega.json"])
+def test_the_other_dialect_is_read_under_any_usual_name(name: str, folder: Path, out: Path) -> None:
+    (folder / "config.json").unlink()
+    dialect = {"n_embd": 64, "n_layer": 3, "n_head": 8, "n_ctx": 16, "n_positions": 16}
+    (folder / name).write_text(json.dumps({**dialect, "n_inner": None, "resid_pdrop": 0.25}))
+    run(folder, out)
+    config = checkpoint.read_metadata(out).config
+    assert (config.num_attention_heads, config.hidden_dropout_prob) == (8, 0.25)
+
+
+def test_without_a_config_the_head_size_is_the_published_one(
+    folder: Path, out: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "config.json").unlink()
+    run(folder, out)
+    assert checkpoint.read_metadata(out).config.num_attention_heads == 1
+    assert "took width 64 / 64 = 1" in capfd.readouterr().out
+
+
+def test_of_the_vocabulary_size_the_tensor_counts(
+    folder: Path, out: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "config.json").write_text(json.dumps({**factory.CONFIG, "vocab_size": 8021}))
+    run(folder, out)
+    assert checkpoint.read_metadata(out).config.vocab_size == factory.ROWS
+    assert "vocab_size 8021; the tensor has 45 rows" in capfd.readouterr().out
+
+
+def test_the_vocabulary_that_fits_is_chosen(folder: Path, out: Path) -> None:
+    (folder / "vocab.txt").write_text("too\nshort\n")
+    fitting = factory.VOCAB.removesuffix("\n").replace("字3\n", "a\u2028b\n")
+    (folder / "clue-vocab.txt").write_text(fitting)
+    run(folder, out)
+    assert checkpoint.read_metadata(out).vocab == fitting
+
+
+def test_no_vocabulary_on_request(folder: Path, out: Path) -> None:
+    run(folder, out, "--no-vocab")
+    assert checkpoint.read_metadata(out).vocab is None
+
+
+@pytest.mark.parametrize(
+    ("rows", "lines", "fits"),
+    [(21_130, 21_128, True), (21_130, 21_130, True), (21_130, 21_129, False), (99, 97, False)],
+)
+def test_only_the_published_15g_checkpoint_has_two_reserved_rows(
+    rows: int, lines: int, fits: bool
+) -> None:
+    from convert.vocabulary import Vocabulary
+
+    assert Vocabulary(Path("vocab.txt"), "x\n" * lines).fits(rows) is fits
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+def test_16_bits_are_rounded_to_nearest(name: str, folder: Path, out: Path) -> None:
+    dtype = getattr(torch, name)
+    run(folder, out, "--dtype", name)
+    exact = expected_tensors(factory.tf_weights())
+    assert_identical(out, {key: value.to(dtype) for key, value in exact.items()})
+
+
+def test_float64_is_rounded_once(folder: Path, out: Path) -> None:
+    """Just above the middle of two bfloat16 numbers; by way of float32 it would round to the
+    middle, then to even."""
+    weights: dict[str, Any] = factory.with_slots(factory.tf_weights())
+    name = "newslm/layer00/output/bias"
+    middle = 1 + 2**-8
+    weights[name] = np.array([middle + 2**-40, middle - 2**-40, -middle - 2**-40, 0.3] * 16)
+    factory.write_tf(folder, weights)
+    run(folder, out, "--dtype", "bfloat16")
+    found = checkpoint.load_tensors(out)["blocks.0.mlp.down.bias"][:4].tolist()
+    assert found == [1 + 2**-7, 1.0, -1 - 2**-7, torch.tensor(0.3).bfloat16().item()]
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16", "float64"])
+def test_variables_of_other_dtypes_are_read(name: str, folder: Path, out: Path) -> None:
+    from convert.tf_source import import_tensorflow
+
+    tf = import_tensorflow()
+    weights = factory.tf_weights()
+    cast = {key: tf.cast(value, getattr(tf, name)) for key, value in weights.items()}
+    factory.write_tf(folder, cast)
+    run(folder, out)
+    dtype = getattr(torch, name)
+    exact = expected_tensors(weights)
+    assert_identical(out, {key: value.to(dtype).float() for key, value in exact.items()})
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", ""])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_the_communitys_file_gives_the_same_data(
+    prefix: str, legacy: bool, folder: Path, tmp_path: Path
+) -> None:
+    bin_folder = tmp_path / "bin"
+    bin_folder.mkdir()
+    state = factory.community_state_dict(factory.tf_weights(), prefix=prefix)
+    torch.save(state, bin_folder / "pytorch_model.bin", _use_new_zipfile_serialization=not legacy)
+    for name in ("config.json", "vocab.txt"):
+        shutil.copy(folder / name, bin_folder)
+    run(folder, tmp_path / "tf.safetensors")
+    run(bin_folder, tmp_path / "bin.safetensors")
+    one, other = (
+        checkpoint.read_metadata(tmp_path / f"{name}.safetensors") for name in ("tf", "bin")
+    )
+    assert (one.config, one.vocab, one.tensors) == (other.config, other.vocab, other.tensors)
+    assert_identical(tmp_path / "bin.safetensors", expected_tensors(factory.tf_weights()))
+
+
+def test_a_bin_converts_without_tensorflow(folder: Path, out: Path) -> None:
+    state = factory.community_state_dict(factory.tf_weights())
+    torch.save(state, folder / "pytorch_model.bin")
+    code = (
+        "import sys; sys.modules['tensorflow'] = None\n"
+        "from convert.__main__ import main\n"
+        f"sys.exit(main([{str(folder / 'pytorch_model.bin')!r}, {str(out)!r}]))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_to_tensorflow_and_back_is_the_identity(folder: Path, out: Path, tmp_path: Path) -> None:
+    run(folder, out)
+    back, again = tmp_path / "back", tmp_path / "again.safetensors"
+    run("--to-tf", out, back)
+    run(back, again)
+    assert_identical(again, checkpoint.load_tensors(out))
+    one, other = checkpoint.read_metadata(out), checkpoint.read_metadata(again)
+    assert (one.config, one.vocab) == (other.config, other.vocab)
+    assert other.source["step"] == factory.STEP
+    assert (back / "vocab.txt").read_text() == factory.VOCAB
+
+
+def test_what_goes_back_is_what_the_original_code_restores(
+    folder: Path, out: Path, tmp_path: Path
+) -> None:
+    from convert.tf_source import import_tensorflow
+
+    tf = import_tensorflow()
+    run(folder, out)
+    run("--to-tf", out, tmp_path / "back")
+    prefix = tf.train.latest_checkpoint(str(tmp_path / "back"))
+    assert prefix == str(tmp_path / "back" / PREFIX)
+    weights = factory.tf_weights()
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        saver = tf.compat.v1.train.import_meta_graph(f"{prefix}.meta")
+        saver.restore(session, prefix)
+        for variable in tf.compat.v1.global_variables():
+            name = variable.op.name
+            value = session.run(variable)
+            expected = weights.get(name, np.array(factory.STEP, np.int64))
+            assert value.dtype == expected.dtype
+            assert np.array_equal(value, expected)
+    names = {name for name, _ in tf.train.list_variables(prefix)}
+    assert names == {*weights, "global_step"}
+
+
+def test_going_back_keeps_what_is_there_unless_told(
+    folder: Path, out: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run(folder, out)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    capfd.readouterr()
+    assert main(["--to-tf", str(out), str(folder)]) == 2
+    assert "already; --force overwrites" in capfd.readouterr().err
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    run("--to-tf", out, folder, "--force")
+
+
+def test_a_published_size_with_another_hash_stops(
+    folder: Path,
+    out: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    from convert import published
+
+    known = published.PUBLISHED[0]
+    size = (folder / DATA).stat().st_size
+    monkeypatch.setattr(published, "by_size", lambda found: known if found == size else None)
+    assert main([str(folder), str(out)]) == 2
+    assert re.search("has the size of the published .*another SHA-256", capfd.readouterr().err)
+    assert not out.exists()
+    run(folder, out, "--no-verify")
+    assert "another SHA-256" in capfd.readouterr().out
+
+
+def test_a_published_checkpoint_is_recognised_by_its_hash(
+    folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from convert import published
+
+    known = published.PUBLISHED[0]
+    monkeypatch.setattr(published, "by_hash", lambda sha256: known)
+    run(folder, out)
+    assert checkpoint.read_metadata(out).source == {
+        "name": "model.ckpt-100000",
+        "step": 100_000,
+        "sha256": known.data_sha256,
+        "published": "GPT2_ML, 15G corpus",
+    }
+
+
+def test_killed_at_any_moment_it_leaves_the_old_file_or_the_new_one(
+    folder: Path, out: Path
+) -> None:
+    """The child converts over and over, so that the kills land in every phase of it.
+
+    From the .bin, since a process without TensorFlow starts sooner.
+    """
+    state = factory.community_state_dict(factory.tf_weights())
+    torch.save(state, folder / "pytorch_model.bin")
+    source = folder / "pytorch_model.bin"
+    old = b"precious"
+    run(source, out)
+    new = out.read_bytes()
+    code = (
+        "import sys; from convert.__main__ import main\n"
+        f"arguments = [{str(source)!r}, {str(out)!r}, '--force']\n"
+        "main(arguments)\n"
+        "print('ready', flush=True)\n"
+        "while True: main(arguments)\n"
+    )
+    random = np.random.default_rng(0)
+    for _ in range(3):
+        child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+        assert child.stdout is not None
+        while b"ready" not in child.stdout.readline():
+            pass
+        for _ in range(10):
+            out.write_bytes(old)
+            time.sleep(random.uniform(0, 0.02))
+            child.send_signal(signal.SIGSTOP)  # as good as killed: nothing of it runs on
+            assert out.read_bytes() in (old, new)
+            child.send_signal(signal.SIGCONT)
+        child.kill()
+        child.wait()
+        child.stdout.close()
+        assert out.read_bytes() in (old, new)
+    run(source, out, "--force")
+    assert out.read_bytes() == new
+    assert sorted(os.listdir(out.parent)) == ["ckpt", out.name]
