@@ -44,22 +44,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
+    command = arguments[0] if arguments else None
+    if command not in COMMANDS:
+        _overview().parse_args(arguments)  # prints the help and exits, or raises
+        raise ValueError("no command was given (see gpt2ml --help)")
+    path, summary = COMMANDS[command]
+    module = importlib.import_module(path)
+    parser = _Parser(prog=f"gpt2ml {command}", description=summary)
+    module.add_arguments(parser)
+    # Intermixed: `MODEL --seed 1 PROMPT` would otherwise leave PROMPT over.
+    status: int = module.run(parser.parse_intermixed_args(arguments[1:]))
+    sys.stdout.flush()
+    return status
+
+
+def _overview() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="gpt2ml", description="GPT2_ML: Chinese text with a converted checkpoint."
     )
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    wanted = arguments[0] if arguments else None
-    module = None
-    for name, (path, summary) in COMMANDS.items():
-        subparser = subparsers.add_parser(name, help=summary, description=summary)
-        if name == wanted:
-            module = importlib.import_module(path)
-            module.add_arguments(subparser)
-    parsed = parser.parse_args(arguments)
-    assert module is not None  # argparse has exited for every other name
-    status: int = module.run(parsed)
-    sys.stdout.flush()
-    return status
+    subparsers = parser.add_subparsers(metavar="COMMAND")
+    for name, (_, summary) in COMMANDS.items():
+        subparsers.add_parser(name, help=summary)
+    return parser
 
 
 def _silence_stdout() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from gpt2ml_torch import GPT2ML, GenerationConfig, Generator, Tokenizer
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import WORDS, tiny_model, tiny_tokenizer
 
 PROMPTS = ["今天天气不错", "双", "春眠不觉晓，处处闻啼鸟。"]
 
@@ -156,7 +156,7 @@ def test_a_long_prompt_is_cut_with_a_warning_or_refused(
 
 def scripted(text: str, tokenizer: Tokenizer) -> dict[str, Any]:
     ids = tokenizer.encode(text)
-    return {"forced_ids": enumerate(ids), "max_new_tokens": len(ids), "seed": 0}
+    return {"forced_ids": dict(enumerate(ids)), "max_new_tokens": len(ids), "seed": 0}
 
 
 @pytest.mark.parametrize(
@@ -270,8 +270,10 @@ def test_a_continuation_piece_joins_the_prompts_last_word(
     assert generator.generate("hello", forced_ids={0: id_}, max_new_tokens=1) == ["helloing"]
 
 
-def test_logprobs_are_those_of_scoring(generator: Generator) -> None:
-    found = generator.complete("今天", logprobs=True, max_new_tokens=20, seed=2, top_k=3)[0]
+def test_logprobs_are_those_of_scoring(generator: Generator, tokenizer: Tokenizer) -> None:
+    words = [id_ for word in WORDS if (id_ := tokenizer.token_to_id(word)) is not None]
+    options: dict[str, Any] = {"max_new_tokens": 20, "seed": 2, "top_k": 3}
+    found = generator.complete("今天", logprobs=True, suppress_tokens=words, **options)[0]
     score = generator.score(found.full_text)[0]
     assert score.token_ids[2:] == found.token_ids
     assert score.token_logprobs[1:] == pytest.approx(found.logprobs, abs=1e-6)
@@ -419,7 +421,7 @@ def test_options_that_the_model_refuses(generator: Generator) -> None:
     fails("token id 5000 is out of range")(suppress_tokens=[5000])
     fails("window_keep is 64")(window_keep=64)
     fails("expected str")([5])
-    fails("every token is banned")(suppress_tokens=list(range(200))[:143])
+    fails("every token is banned")(suppress_tokens=list(range(146)))
     fails("take 4 tokens")(forced_start="今天", forced_end="知多", max_new_tokens=3)
 
 
