@@ -1,9 +1,9 @@
 """Engine: the two steps that decoding is made of, as plain functions, compiled if wanted.
 
 A step is one graph, in which the blocks are one nested region, compiled once for all layers (see
-`model.py`). Rows and tokens are padded up to a few sizes, each with a graph of its own; the number
-of cache slots is symbolic on the CPU, so that a growing text compiles nothing anew. On CUDA it is
-one of a few sizes too, since a CUDA graph replays fixed addresses.
+`model.py`). Rows, tokens and cache slots are padded up to a few sizes, each with a graph of its own:
+shapes are static, since CUDA graphs replay fixed addresses, and since a nested region loses what is
+written to a cache of symbolic size (PyTorch 2.13).
 
 Shapes:
     B  batch rows       T  tokens in this call      S  slots of the cache      V  vocabulary
@@ -94,8 +94,6 @@ class Engine:
     def _mark(self, cached: Tensor) -> None:
         if self.on_cuda:
             torch._dynamo.mark_static_address(cached)
-        else:
-            torch._dynamo.maybe_mark_dynamic(cached, 2)
 
     def padded_rows(self, wanted: int) -> int:
         """The size of batch that serves so many rows."""
@@ -109,7 +107,7 @@ class Engine:
 
     def _slots(self, wanted: int) -> int:
         blocks = -(-wanted // SLOTS)
-        if self.on_cuda:
+        if self.compiled:
             blocks = 1 << (blocks - 1).bit_length()
         return min(blocks * SLOTS, self.limit)
 
@@ -138,7 +136,7 @@ class Engine:
         arguments = (self.model, ids, *others, cache.keys, cache.values)
         if not self.compiled:
             return function(*arguments)
-        key = (name, *ids.shape, cache.length if self.on_cuda else 0)
+        key = (name, *ids.shape, cache.length)
         if key in self._steps:
             return self._steps[key](*arguments)
         step = self._compile(function, replay=name == "decode")
@@ -167,7 +165,7 @@ class Engine:
         if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
             extra["isolate_recompiles"] = True  # each size has its own cache of code
         compiled: Callable[..., Tensor] = torch.compile(
-            function, fullgraph=True, options=options, **extra
+            function, fullgraph=True, dynamic=False, options=options, **extra
         )
         return compiled
 
