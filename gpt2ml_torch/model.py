@@ -133,6 +133,10 @@ class Attention(nn.Module):
             rows = torch.arange(B, device=h.device)[:, None]  # (B, 1)
             cache.keys.index_put_((rows, positions), k)
             cache.values.index_put_((rows, positions), v)
+            if isinstance(self.qkv, kernels.PackedLinear):
+                assert positions is not None
+                a = kernels.cached_attention(q, cache.keys, cache.values, positions)
+                return self.output(a.reshape(B, T, D))
             k, v = cache.keys, cache.values  # (B, S, H, K)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T or S, K)
         a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
@@ -148,6 +152,8 @@ class MLP(nn.Module):
         self.down = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.up, kernels.PackedLinear) and not torch.is_grad_enabled():
+            return self.down(self.up(x, gelu=True))
         return self.down(F.gelu(self.up(x)))
 
 

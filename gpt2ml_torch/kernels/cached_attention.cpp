@@ -1,4 +1,4 @@
-// Causal attention over the key-value cache: stores the new keys and values, then attends.
+// Causal attention over the key-value cache, which holds the new tokens' keys and values already.
 //
 // B rows, T new tokens, S slots, H heads, K head size. A token at position p reads the slots 0..p and no other, however
 // long the cache is: empty slots cost nothing. Every score, softmax and sum runs in an order that depends on p alone, so
@@ -29,7 +29,7 @@ struct Strided {  // (B, T or S, H, K), the last two contiguous
 };
 
 struct Job {
-  Strided q, k, v, keys, values, out;
+  Strided q, keys, values, out;
   const int64_t* positions;
   int64_t B, T, S, H;
   float scale;
@@ -96,15 +96,6 @@ template <ScalarType kType, int kVectors> void attend(const Job& job, int64_t b,
   for (int v = 0; v < kVectors; ++v) store16(job.out.at(b, t, h), kType, v * kLanes, 0xffff, _mm512_mul_ps(sum[v], inverse));
 }
 
-void store_new(const Job& job, int64_t bytes) {
-  for (int64_t b = 0; b < job.B; ++b)
-    for (int64_t t = 0; t < job.T; ++t) {
-      const int64_t slot = job.positions[b * job.T + t];
-      std::memcpy(job.keys.at(b, slot, 0), job.k.at(b, t, 0), bytes);
-      std::memcpy(job.values.at(b, slot, 0), job.v.at(b, t, 0), bytes);
-    }
-}
-
 template <ScalarType kType, int kVectors> void attend_all(const Job& job) {
   // Late tokens read more slots than early ones: the token runs fastest, so that threads share them evenly.
   torch::stable::parallel_for(0, job.B * job.H * job.T, 1, [&](int64_t begin, int64_t end) {
@@ -128,8 +119,8 @@ bool heads_contiguous(const Tensor& t) {
   return t.dim() == 4 && t.stride(3) == 1 && (t.size(2) == 1 || t.stride(2) == t.size(3));
 }
 
-Tensor cached_attention(const Tensor& q, const Tensor& k, const Tensor& v, Tensor keys, Tensor values, const Tensor& positions) {
-  for (const Tensor* t : {&q, &k, &v, static_cast<const Tensor*>(&keys), static_cast<const Tensor*>(&values)})
+Tensor cached_attention(const Tensor& q, const Tensor& keys, const Tensor& values, const Tensor& positions) {
+  for (const Tensor* t : {&q, &keys, &values})
     STD_TORCH_CHECK(heads_contiguous(*t) && t->scalar_type() == q.scalar_type(),
                     "cached_attention: tensors must share a dtype and have contiguous heads");
   const int64_t B = q.size(0), T = q.size(1), H = q.size(2), K = q.size(3), S = keys.size(1);
@@ -140,9 +131,8 @@ Tensor cached_attention(const Tensor& q, const Tensor& k, const Tensor& v, Tenso
   for (int64_t i = 0; i < B * T; ++i)
     STD_TORCH_CHECK(position[i] >= 0 && position[i] < S, "position ", position[i], " is outside the cache of ", S, " slots");
   Tensor out = torch::stable::new_empty(q, {B, T, H, K});
-  Job job{Strided(q), Strided(k), Strided(v), Strided(keys), Strided(values), Strided(out), position, B, T, S, H,
+  Job job{Strided(q), Strided(keys), Strided(values), Strided(out), position, B, T, S, H,
           1.0f / std::sqrt(static_cast<float>(K))};
-  store_new(job, H * K * static_cast<int64_t>(q.element_size()));
   switch (q.scalar_type()) {
     case ScalarType::Float: dispatch<ScalarType::Float>(job, K); break;
     case ScalarType::BFloat16: dispatch<ScalarType::BFloat16>(job, K); break;

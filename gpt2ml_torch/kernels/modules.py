@@ -75,9 +75,16 @@ class PackedLinear(_Packed, nn.Linear):
             packed.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
         return packed
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, gelu: bool = False) -> Tensor:
+        """With `gelu`, the exact GELU of the result, while it is still in the registers."""
         return packed_linear(
-            x, self.weight, self.weight_scale, self.bias, bits=self.bits, outputs=self.outputs
+            x,
+            self.weight,
+            self.weight_scale,
+            self.bias,
+            bits=self.bits,
+            outputs=self.outputs,
+            gelu=gelu,
         )
 
     def extra_repr(self) -> str:

@@ -26,8 +26,7 @@ _library.define(
     "bool gelu) -> Tensor"
 )
 _library.define(
-    "cached_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, "
-    "Tensor positions) -> Tensor"
+    "cached_attention(Tensor q, Tensor keys, Tensor values, Tensor positions) -> Tensor"
 )
 
 
@@ -50,18 +49,16 @@ def packed_linear(
     return torch.ops.gpt2ml.packed_linear(x, weight, scale, bias, bits, outputs, gelu)
 
 
-def cached_attention(
-    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, positions: Tensor
-) -> Tensor:
-    """Store k and v in the slots of their positions, then attend to all slots up to each: -> q.
+def cached_attention(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
+    """Attend to all slots of the cache up to each token's own position: (B, T, H, K) -> the same.
 
-    q, k, v: (B, T, H, K); keys, values: (B, S, H, K), changed in place; positions: (B, T) int64. On
-    the CPU a token's result does not depend on the other rows and tokens of the call, bit for bit.
+    keys, values: (B, S, H, K), the tokens' own included; positions: (B, T) int64. On the CPU a
+    token's result does not depend on the other rows and tokens of the call, bit for bit.
     """
     supported = q.dtype in KERNEL_DTYPES and q.shape[-1] in KERNEL_HEAD_SIZES
     if supported and q.device.type == "cpu" and load_kernels():
-        return torch.ops.gpt2ml.cached_attention(q, k, v, keys, values, positions)
-    return _plain_attention(q, k, v, keys, values, positions)
+        return torch.ops.gpt2ml.cached_attention(q, keys, values, positions)
+    return _plain_attention(q, keys, values, positions)
 
 
 @torch.compiler.assume_constant_result
@@ -98,12 +95,7 @@ def _unpacked_linear(
     return F.gelu(y) if gelu else y
 
 
-def _plain_attention(
-    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, positions: Tensor
-) -> Tensor:
-    rows = torch.arange(len(q), device=q.device)[:, None]  # (B, 1)
-    keys.index_put_((rows, positions), k)
-    values.index_put_((rows, positions), v)
+def _plain_attention(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
     slots = torch.arange(keys.shape[1], device=q.device)  # (S,)
     mask = (slots <= positions[:, :, None])[:, None]  # (B, 1, T, S)
     q, k, v = (t.transpose(1, 2) for t in (q, keys, values))  # (B, H, T or S, K)
@@ -124,9 +116,7 @@ def _packed_linear_shape(
 
 
 @torch.library.register_fake("gpt2ml::cached_attention")
-def _cached_attention_shape(
-    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, positions: Tensor
-) -> Tensor:
+def _cached_attention_shape(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
     return q.new_empty(q.shape)
 
 
