@@ -30,17 +30,16 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # works without an installed package, too
-
-import demo_card  # noqa: E402
-import demo_corpus  # noqa: E402
-import demo_export  # noqa: E402
-from ngram import KneserNey  # noqa: E402
+sys.path.insert(0, str(ROOT))  # started as a script, from any folder
 
 from gpt2ml_torch.config import GPT2MLConfig  # noqa: E402
 from gpt2ml_torch.finetuning.adafactor import Adafactor, parameter_groups  # noqa: E402
 from gpt2ml_torch.finetuning.loss import next_token_loss  # noqa: E402
 from gpt2ml_torch.model import GPT2ML  # noqa: E402
+from scripts.demo_model import card as demo_card  # noqa: E402
+from scripts.demo_model import corpus as demo_corpus  # noqa: E402
+from scripts.demo_model import export as demo_export  # noqa: E402
+from scripts.demo_model.ngram import KneserNey  # noqa: E402
 
 Articles = dict[int, list[Tensor]]  # by form, each (T,)
 

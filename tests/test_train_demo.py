@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import random
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -12,14 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
-
-import demo_corpus
-import demo_export
-import train_demo
-from ngram import KneserNey
-
 from gpt2ml_torch import GPT2MLConfig
+from scripts import train_demo
+from scripts.demo_model import corpus as demo_corpus
+from scripts.demo_model import export as demo_export
+from scripts.demo_model.ngram import KneserNey
 
 CHARACTERS = "春眠不觉晓处处闻啼鸟夜来风雨声花落知多少白日依山尽黄河入海流欲穷千里目更上一层楼"
 

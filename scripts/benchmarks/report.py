@@ -75,7 +75,8 @@ def _ratios(result: Result, columns: list[tuple[str, int]]) -> list[str]:
     for group in dict.fromkeys(who[0] for who in _contestants(result)):
         cells = []
         for column in columns:
-            ours, peers = [], []
+            ours: list[tuple[float, str]] = []
+            peers: list[tuple[float, str]] = []
             for who in _contestants(result):
                 rate = _rate(result, who, column) if who[0] == group else None
                 if rate is not None:

@@ -1,6 +1,6 @@
 """Peak memory and speed of fine-tuning, each setting in a process of its own, on random weights.
 
-    python -m scripts.bench_finetune bfloat16 float32 lora lora-int8 transformers
+    scripts/bench finetune bfloat16 float32 lora lora-int8 transformers
 
 Memory is the peak resident set (VmHWM) above that of a process which only imports torch. Speed is
 of the last step;
@@ -37,7 +37,14 @@ def main() -> None:
     sizes.append(f"--steps={arguments.steps}")
     baseline = 0.0
     for setting in ("import", *arguments.settings):
-        command = [sys.executable, "-m", "scripts.bench_finetune", setting, "--alone", *sizes]
+        command = [
+            sys.executable,
+            "-m",
+            "scripts.benchmarks.finetuning",
+            setting,
+            "--alone",
+            *sizes,
+        ]
         result = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
         baseline = baseline or result["peak_gib"]
         result["above_import_gib"] = round(result["peak_gib"] - baseline, 3)

@@ -7,9 +7,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from demo_export import Metre
-
 from gpt2ml_torch.config import GPT2MLConfig
+from scripts.demo_model.export import Metre
 
 TEMPLATE = Path(__file__).with_suffix(".md")
 

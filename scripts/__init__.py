@@ -1,0 +1,1 @@
+"""The repository's own chores: set-up, demo, tests, lint, benchmarks, training the demo."""

@@ -1,0 +1,1 @@
+"""What `scripts/train_demo.py` trains on, writes and says: corpus, checkpoint, card, n-grams."""
