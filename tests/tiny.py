@@ -17,12 +17,14 @@ def tiny_tokenizer() -> Tokenizer:
     return Tokenizer(tokens, num_embeddings=len(tokens) + 2)
 
 
-def tiny_model(tokenizer: Tokenizer, *, positions: int = 64, seed: int = 0) -> GPT2ML:
+def tiny_model(
+    tokenizer: Tokenizer, *, positions: int = 64, layers: int = 2, seed: int = 0
+) -> GPT2ML:
     """Weights so large that the tokens' probabilities differ widely."""
     config = GPT2MLConfig(
         vocab_size=tokenizer.num_embeddings,
         hidden_size=32,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         intermediate_size=64,
         max_position_embeddings=positions,

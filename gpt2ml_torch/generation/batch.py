@@ -52,7 +52,9 @@ class Batch:
             full=engine.on_cuda,
         )
         needed = max(len(text.ids) - text.start for text in texts)
-        self._cache = engine.new_cache(len(texts), max(needed + 1, engine.padded_tokens(needed)))
+        # Compiled steps have a graph for each length: one from the start beats several on the way.
+        to_come = config.max_new_tokens if engine.compiled else 1
+        self._cache = engine.new_cache(len(texts), min(needed + to_come, engine.limit))
 
     def write(self) -> Iterator[tuple[Text, str]]:
         """Decode to the end of every text; yields what each token adds."""
@@ -109,10 +111,7 @@ class Batch:
 
     def _read(self, ids: Sequence[int], row: int) -> Tensor:
         """Read a text into a row of the cache; logits after it, (1, V)."""
-        if self._cache.keys.shape[1] == 1:
-            return self._engine.prefill(ids, self._cache)
-        alone = self._engine.new_cache(1, self._engine.padded_tokens(len(ids)))
-        logits = self._engine.prefill(ids, alone)
+        logits, alone = self._engine.read(ids)
         self._copy_row(alone, 0, self._cache, row, len(ids))
         return logits
 

@@ -131,12 +131,7 @@ class BeamSearch:
     # -- the model --------------------------------------------------------------------------------
 
     def _read(self, texts: list[Text]) -> Tensor:
-        needed = len(texts[0].ids) - texts[0].start
-        engine = self._engine
-        alone = engine.new_cache(1, max(needed + 1, engine.padded_tokens(needed)))
-        logits = engine.prefill(texts[0].ids[texts[0].start :], alone)
-        self._cache = alone
-        self._parents = [0]
+        logits, self._cache = self._engine.read(texts[0].ids[texts[0].start :])
         return logits
 
     def _step(self, parents: list[int]) -> Tensor:
@@ -169,8 +164,8 @@ class BeamSearch:
         cache = self._engine.new_cache(len(self._beams), self._engine.limit)
         for row, text in enumerate(self._beams):
             text.start = len(text.ids) - keep
-            alone = self._engine.new_cache(1, self._engine.padded_tokens(keep))
-            rows.append(self._engine.prefill(text.ids[text.start :], alone))
+            logits, alone = self._engine.read(text.ids[text.start :])
+            rows.append(logits)
             for target, source in ((cache.keys, alone.keys), (cache.values, alone.values)):
                 self._copy(target[:, row : row + 1], source, [0], keep)
         self._cache = cache

@@ -1,9 +1,9 @@
 """Engine: the two steps that decoding is made of, as plain functions, compiled if wanted.
 
 A step is one graph, in which the blocks are one nested region, compiled once for all layers (see
-`model.py`). Rows, tokens and cache slots are padded up to a few sizes, each with a graph of its own:
-shapes are static, since CUDA graphs replay fixed addresses, and since a nested region loses what is
-written to a cache of symbolic size (PyTorch 2.13).
+`model.py`). Rows, tokens and cache slots are padded up to a few sizes, each with a graph of its
+own: shapes are static, since CUDA graphs replay fixed addresses, and since a nested region loses
+what is written to a cache of symbolic size (PyTorch 2.13).
 
 Shapes:
     B  batch rows       T  tokens in this call      S  slots of the cache      V  vocabulary
@@ -111,6 +111,24 @@ class Engine:
             blocks = 1 << (blocks - 1).bit_length()
         return min(blocks * SLOTS, self.limit)
 
+    def read(self, token_ids: Sequence[int]) -> tuple[Tensor, KVCache]:
+        """Logits after a text, (1, V), and a cache of its own that holds it."""
+        cache = self.new_cache(1, self.padded_tokens(len(token_ids)))
+        return self.prefill(token_ids, cache), cache
+
+    def warm_up(self, *, rows: int = 1, tokens: int | None = None) -> None:
+        """Compile all sizes for texts of up to so many tokens (all that the model sees, if None)
+        in batches of so many rows, so that nothing is compiled while text is written.
+        """
+        longest = min(tokens or self.limit, self.limit)
+        sizes = {self.padded_tokens(length) for length in range(1, longest + 1)}
+        for size in sorted(sizes):
+            self.read([0] * size)
+        for slots in sorted({self._slots(length) for length in range(1, longest + 1)}):
+            cache = self.new_cache(rows, slots)
+            ids = torch.zeros(cache.keys.shape[1], 1, dtype=torch.int64, device=self.model.device)
+            self.decode(ids, ids, cache)
+
     @torch.inference_mode()
     def prefill(self, token_ids: Sequence[int], cache: KVCache) -> Tensor:
         """Read a whole text into a cache of one row; logits after its last token, (1, V)."""
@@ -123,7 +141,8 @@ class Engine:
     @torch.inference_mode()
     def decode(self, token_ids: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
         """Read T more tokens of each of the cache's rows, (B, T) -> (B, T, V)."""
-        return self._run("decode", decode, token_ids, positions, cache=cache)
+        # Copies, because tensors made outside inference mode would be recompiled for.
+        return self._run("decode", decode, token_ids.clone(), positions.clone(), cache=cache)
 
     def _run(
         self,
