@@ -49,7 +49,9 @@ def test_imports_go_one_way() -> None:
         for imported in _imports_at_the_top(file):
             assert imported[0] != "convert", f"{file.name} imports convert"
             if imported[0] == "gpt2ml_torch" and len(imported) > 1 and imported[1] != unit:
-                assert rank[imported[1]] < rank[unit], f"{unit} imports {imported[1]}"
+                # A public name stands for the highest row that the package itself imports.
+                below = rank.get(imported[1], rank["generation"])
+                assert below < rank[unit], f"{unit} imports {imported[1]}"
 
 
 def _imports_at_the_top(file: Path) -> list[tuple[str, ...]]:
