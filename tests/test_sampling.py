@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from gpt2ml_torch import sampling
 from gpt2ml_torch.sampling import Knobs
 
 V = 50
+NO_IDS: Any = None  # what these rules of transformers do not look at
 
 
 def scores(*, ties: bool, seed: int = 0, rows: int = 200) -> Tensor:
@@ -34,21 +36,21 @@ def scalar(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
 @pytest.mark.parametrize("k", [1, 2, 5, 49, 50, 1000])
 def test_top_k_keeps_what_transformers_keeps(k: int, ties: bool) -> None:
     x = scores(ties=ties)
-    expected = hf.TopKLogitsWarper(k)(None, x)
+    expected = hf.TopKLogitsWarper(k)(NO_IDS, x)
     assert torch.equal(sampling.keep_top_k(x, scalar(k, torch.int64)), expected)
 
 
 @pytest.mark.parametrize("p", [0.01, 0.3, 0.9, 0.95, 0.999])
 def test_top_p_keeps_what_transformers_keeps(p: float) -> None:
     x = scores(ties=False)
-    expected = hf.TopPLogitsWarper(p)(None, x)
+    expected = hf.TopPLogitsWarper(p)(NO_IDS, x)
     assert torch.equal(sampling.keep_top_p(x, scalar(p)), expected)
 
 
 @pytest.mark.parametrize("p", [0.01, 0.3, 0.9, 0.95, 0.999])
 def test_top_p_keeps_as_many_of_equal_tokens_as_transformers_and_the_lower_ids(p: float) -> None:
     x = scores(ties=True)
-    ours, theirs = sampling.keep_top_p(x, scalar(p)), hf.TopPLogitsWarper(p)(None, x)
+    ours, theirs = sampling.keep_top_p(x, scalar(p)), hf.TopPLogitsWarper(p)(NO_IDS, x)
     assert torch.equal(ours.sort(-1).values, theirs.sort(-1).values)
     worst = ours.masked_fill(~kept(ours), torch.inf).amin(-1, keepdim=True)
     for row in range(len(x)):
@@ -61,7 +63,7 @@ def test_top_p_keeps_as_many_of_equal_tokens_as_transformers_and_the_lower_ids(p
 @pytest.mark.parametrize("p", [0.0, 0.01, 0.2, 1.0])
 def test_min_p_keeps_what_transformers_keeps(p: float, ties: bool) -> None:
     x = scores(ties=ties)
-    ours, theirs = sampling.keep_min_p(x, scalar(p)), hf.MinPLogitsWarper(p)(None, x)
+    ours, theirs = sampling.keep_min_p(x, scalar(p)), hf.MinPLogitsWarper(p)(NO_IDS, x)
     # At p = 1 theirs keeps one of several best tokens, whichever topk names first.
     assert torch.equal(ours, theirs) or (p == 1 and bool((kept(ours) >= kept(theirs)).all()))
 
@@ -70,7 +72,7 @@ def test_min_p_keeps_what_transformers_keeps(p: float, ties: bool) -> None:
 @pytest.mark.parametrize("p", [0.01, 0.2, 0.9, 0.99])
 def test_typical_sampling_keeps_what_transformers_keeps(p: float, ties: bool) -> None:
     x = scores(ties=ties)
-    assert torch.equal(sampling.keep_typical(x, scalar(p)), hf.TypicalLogitsWarper(p)(None, x))
+    assert torch.equal(sampling.keep_typical(x, scalar(p)), hf.TypicalLogitsWarper(p)(NO_IDS, x))
 
 
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.95])
