@@ -73,7 +73,7 @@ def convert(
     """
     started = time.monotonic()
     check_target(out, location.files(), overwrite=options.overwrite)
-    with _hashing(location.data_files()) as digest:  # it takes a while: TensorFlow starts beside it
+    with _hashing(location, options) as digest:  # it takes a while: TensorFlow starts beside it
         source = open_source(location)
         job = _prepare(source, location.folder, options)
         check_target(out, job.inputs, overwrite=options.overwrite)
@@ -86,17 +86,18 @@ def convert(
             overwrite=options.overwrite,
         ) as writer:
             _copy(source, job, writer, options.dtype, progress)
-            origin, notes = _identify(source, digest(), options)
+            origin = _identify(source, digest())
             writer.set_source(origin)
+    notes = job.notes
     if job.vocabulary:
-        notes += _vocabulary_notes(job.vocabulary, job.config, origin)
+        notes = notes + _vocabulary_notes(job.vocabulary, job.config, origin)
     return Report(
         config=job.config,
         source=origin,
         tensors=len(job.plan),
         dropped={reason: len(names) for reason, names in job.dropped.items()},
         vocabulary=job.vocabulary,
-        notes=job.notes + notes,
+        notes=notes,
         size=out.stat().st_size,
         seconds=time.monotonic() - started,
     )
@@ -342,13 +343,14 @@ def _to_odd_float32(exact: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _hashing(files: list[Path]) -> Iterator[Callable[[], str | None]]:
-    """Hash the data file in a thread of its own; several shards have no one hash."""
+def _hashing(location: Location, options: Options) -> Iterator[Callable[[], str | None]]:
+    """Hash the data file, if it may be a published one, in a thread of its own."""
+    files = location.data_files()
+    if not options.verify or len(files) != 1 or not _may_be_published(files[0], location):
+        yield lambda: None
+        return
     stop = threading.Event()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        if len(files) != 1:
-            yield lambda: None
-            return
         future = pool.submit(published.file_sha256, files[0], stop)
         try:
             yield future.result
@@ -356,10 +358,12 @@ def _hashing(files: list[Path]) -> Iterator[Callable[[], str | None]]:
             stop.set()
 
 
-def _identify(
-    source: Source, sha256: str | None, options: Options
-) -> tuple[dict[str, Any], list[str]]:
-    """What the file will say of its origin, and what to tell the user about it.
+def _may_be_published(file: Path, location: Location) -> bool:
+    return published.may_be(file.stat().st_size, location.kind)
+
+
+def _identify(source: Source, sha256: str | None) -> dict[str, Any]:
+    """What the file will say of its origin.
 
     Raises `ValueError` for a data file of a published size with another hash.
     """
@@ -368,25 +372,18 @@ def _identify(
     if step is not None:
         origin["step"] = step
     if sha256 is None:
-        return origin, []
-    origin["sha256"] = sha256
+        return origin
     if known := published.by_hash(sha256):
         # The same words for TensorFlow's and PyTorch's copy, which hold the same weights.
-        return known.source(), []
+        return known.source()
     size = sum(path.stat().st_size for path in source.data_files)
-    known = published.by_size(size) if source.format == "tf" else None
-    if known is None:
-        return origin, []
-    what = (
-        f"{source.data_files[0]} has the size of the published {known.name} but another SHA-256, "
-        f"{sha256} instead of {known.data_sha256}"
-    )
-    if options.verify:
+    if source.format == "tf" and (known := published.by_size(size)):
         raise ValueError(
-            f"{what}: the download is damaged (fetch it again), or this is another training "
-            "(--no-verify goes on)"
+            f"{source.data_files[0]} has the size of the published {known.name} but another "
+            f"SHA-256, {sha256} instead of {known.data_sha256}: the download is damaged (fetch it "
+            "again), or this is another training (--no-verify goes on)"
         )
-    return origin, [what]
+    return {**origin, "sha256": sha256}
 
 
 def _vocabulary_notes(

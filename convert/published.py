@@ -59,6 +59,13 @@ def by_size(data_bytes: int) -> Published | None:
     return next((known for known in PUBLISHED if known.data_bytes == data_bytes), None)
 
 
+def may_be(size: int, kind: str) -> bool:
+    """Whether a file of this size may be a published one, so that its hash is worth its time."""
+    if kind == "tf":
+        return by_size(size) is not None
+    return size > min(known.data_bytes for known in PUBLISHED) * 0.99  # the .bin's aren't known
+
+
 def by_hash(sha256: str) -> Published | None:
     """The published file, TensorFlow's or PyTorch's, with this hash."""
     return next((p for p in PUBLISHED if sha256 in (p.data_sha256, p.bin_sha256)), None)

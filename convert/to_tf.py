@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import tempfile
@@ -10,11 +11,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from convert import configs, mapping
 from convert.tf_writer import Entry, write_tf_checkpoint
 from gpt2ml_torch.checkpoint import CheckpointMetadata, read_metadata
+from gpt2ml_torch.safetensors_reader import TensorInfo
 
 _STATE = 'model_checkpoint_path: "{0}"\nall_model_checkpoint_paths: "{0}"\n'
 
@@ -34,6 +35,11 @@ def to_tf(
     """
     started = time.monotonic()
     metadata = read_metadata(source)
+    if metadata.quantization is not None:
+        raise ValueError(
+            f"{source} is quantised ({metadata.quantization}), which TensorFlow's checkpoints "
+            "don't know; give the file that it was made from"
+        )
     step = metadata.source.get("step", 0)
     if type(step) is not int or not 0 <= step < 2**63:
         raise ValueError(f"{source}: step {step!r} in its source is no step of a training")
@@ -114,18 +120,24 @@ def _write_all(
 def _entries(source: Path, metadata: CheckpointMetadata) -> Iterator[tuple[str, Entry]]:
     """The variables by their TensorFlow names, each read from the file when it is wanted."""
     for key, recipe in mapping.recipes(metadata.config.num_hidden_layers, "tf").items():
-        shape = recipe.source_shape(metadata.tensors[key].shape)
+        info = metadata.tensors[key]
+        shape = recipe.source_shape(info.shape)
         for index, name in enumerate(recipe.sources):
-            yield name, Entry(torch.float32, shape, _loader(source, key, recipe, index))
+            load = functools.partial(_load, source, info, recipe, index)
+            yield name, Entry(torch.float32, shape, load)
 
 
-def _loader(
-    source: Path, key: str, recipe: mapping.Recipe, index: int
-) -> Callable[[], torch.Tensor]:
-    def load() -> torch.Tensor:
-        # Opened anew each time: pages of a mapped file stay in memory until it is unmapped.
-        with safe_open(source, framework="pt") as file:
-            part = list(recipe.invert(file.get_tensor(key)))[index][1]
-            return part.to(torch.float32, copy=True)
-
-    return load
+def _load(source: Path, info: TensorInfo, recipe: mapping.Recipe, index: int) -> bytearray:
+    """One variable's bytes; read rather than mapped, since mapped pages count as memory too."""
+    content = bytearray(info.end - info.start)
+    with source.open("rb") as file:
+        file.seek(info.start)
+        if file.readinto(content) != len(content):
+            raise OSError(f"{source} became shorter while it was read")
+    tensor = torch.frombuffer(content, dtype=info.dtype).view(info.shape)
+    if info.dtype == torch.float32 and len(recipe.sources) == 1 and not recipe.transpose:
+        return content
+    part = list(recipe.invert(tensor))[index][1]
+    result = bytearray(part.numel() * 4)
+    torch.frombuffer(result, dtype=torch.float32).view(part.shape).copy_(part)
+    return result

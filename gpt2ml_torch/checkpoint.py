@@ -27,7 +27,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gpt2ml_torch.config import GPT2MLConfig
-from gpt2ml_torch.kernels import packing
 from gpt2ml_torch.layout import (
     QUANTIZATIONS,
     SCALE,
@@ -111,6 +110,8 @@ class CheckpointWriter(SafetensorsWriter):
         bits = packed_bits(name, self._quantization)
         if bits is None:
             return self.write(name, tensor)
+        from gpt2ml_torch.kernels import packing  # brings the compiler, seconds to import
+
         try:
             weight, scale = packing.pack(tensor.detach().cpu(), bits)
         except ValueError as error:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 
 from gpt2ml_torch.config import GPT2MLConfig
-from gpt2ml_torch.kernels import packing
 from gpt2ml_torch.safetensors_writer import TensorSpec
 
 QUANTIZATIONS = ("int8", "int4")
@@ -46,6 +45,10 @@ def expected_tensors(
     config: GPT2MLConfig, dtype: torch.dtype, quantization: str | None = None
 ) -> dict[str, TensorSpec]:
     """Every tensor of the file; `dtype` is that of all that is not packed."""
+    if quantization is None:
+        return {name: (dtype, shape) for name, shape in expected_shapes(config).items()}
+    from gpt2ml_torch.kernels import packing  # brings the compiler, which takes seconds to import
+
     tensors: dict[str, TensorSpec] = {}
     for name, shape in expected_shapes(config).items():
         bits = packed_bits(name, quantization)
@@ -67,5 +70,7 @@ def packed_bits(name: str, quantization: str | None) -> int | None:
     plain = name.endswith("bias") or "norm" in name or name == "position_embedding.weight"
     if quantization is None or plain:
         return None
+    from gpt2ml_torch.kernels import packing  # as above
+
     bits = packing.BITS[quantization]
     return max(bits, 8) if name == "token_embedding.weight" else bits

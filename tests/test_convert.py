@@ -327,7 +327,6 @@ def test_a_published_size_with_another_hash_stops(
     assert re.search("has the size of the published .*another SHA-256", capfd.readouterr().err)
     assert not out.exists()
     run(folder, out, "--no-verify")
-    assert "another SHA-256" in capfd.readouterr().out
 
 
 def test_a_published_checkpoint_is_recognised_by_its_hash(
@@ -336,6 +335,7 @@ def test_a_published_checkpoint_is_recognised_by_its_hash(
     from convert import published
 
     known = published.PUBLISHED[0]
+    monkeypatch.setattr(published, "may_be", lambda size, kind: True)
     monkeypatch.setattr(published, "by_hash", lambda sha256: known)
     run(folder, out)
     assert checkpoint.read_metadata(out).source == {

@@ -624,3 +624,47 @@ def test_a_process_of_its_own_says_no_more_than_that_line(folder: Path) -> None:
     assert done.returncode == 2
     assert done.stdout == ""
     assert_one_line(done.stderr)
+
+
+def truncated(path: Path) -> Path:
+    truncate(path, path.stat().st_size - 1)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("damage", "target", "expected"),
+    [
+        (lambda path: path.with_name("nowhere"), "new", "can't read the model file"),
+        (lambda path: path.parent, "new", "is a folder; expected a .safetensors file"),
+        (truncated, "new", "truncated: found"),
+        (lambda path: path.with_name("vocab.txt"), "new", "not a safetensors file|bytes"),
+        (lambda path: path, "ckpt/vocab.txt", "is a file; --to-tf writes a folder"),
+        (lambda path: path, "no/new", "does not exist; create it first"),
+        (lambda path: path, "ckpt", "already; --force overwrites it"),
+    ],
+)
+def test_a_bad_file_does_not_go_back(
+    damage: Callable[[Path], Path],
+    target: str,
+    expected: str,
+    folder: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    path = folder / "model.safetensors"
+    assert run([str(folder), str(path)], capfd)[0] == 0
+    source = damage(path)
+    before = sorted(folder.parent.rglob("*"))
+    status, _, stderr = run(["--to-tf", str(source), str(folder.parent / target)], capfd)
+    assert status == 2
+    assert re.search(expected, stderr)
+    assert_one_line(stderr)
+    assert sorted(folder.parent.rglob("*")) == before
+
+
+def test_a_quantised_file_does_not_go_back(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = folder / "model.safetensors"
+    assert run([str(folder), str(path), "--dtype", "int8"], capfd)[0] == 0
+    status, _, stderr = run(["--to-tf", str(path), str(folder / "back")], capfd)
+    assert status == 2
+    assert "quantised (int8)" in stderr
+    assert_one_line(stderr)
