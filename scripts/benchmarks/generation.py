@@ -29,6 +29,11 @@ ROOT = Path(__file__).resolve().parents[2]
 logger = logging.getLogger("bench")
 
 GROUPS: dict[str, list[tuple[str, str]]] = {
+    "with and without a cache": [
+        ("ours", "int8"),
+        ("ours", "bfloat16"),
+        ("ours, no cache", "float32"),
+    ],
     "16-bit": [
         ("ours", "bfloat16"),
         ("ours, eager", "bfloat16"),

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from gpt2ml_torch import GPT2ML, Generator, GPT2MLConfig, Tokenizer
+from gpt2ml_torch.kernels import packing
 from scripts.benchmarks import weights
 from scripts.benchmarks.peers import PROMPT
 
@@ -18,15 +19,13 @@ class GPT2MLGenerator:
     def __init__(
         self, config: GPT2MLConfig, precision: str, folder: Path, *, compile: bool, device: str
     ) -> None:
-        quantized = precision in ("int8", "int4")
-        dtype = torch.bfloat16 if quantized else getattr(torch, precision)
+        packed = precision in packing.BITS and device == "cpu"
+        dtype = getattr(torch, precision) if precision.startswith("float") else torch.bfloat16
         path = folder / f"random-{str(dtype).removeprefix('torch.')}.safetensors"
         if not path.exists():
             weights.write_random_model(path, config, dtype)
         started = time.perf_counter()
-        model = GPT2ML.from_pretrained(
-            path, device=device, quantize=precision if quantized else None
-        )
+        model = GPT2ML.from_pretrained(path, device=device, quantize=precision if packed else None)
         self.generator = Generator(
             model, Tokenizer.from_pretrained(path), compile=compile, batch_size=32
         )
