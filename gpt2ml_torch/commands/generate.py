@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -111,7 +112,10 @@ def _write(
     samples = options.get("num_return_sequences", generator.defaults.num_return_sequences)
     if len(prompts) == 1 and samples == 1:
         pieces = generator.stream(prompts[0], return_full_text=with_prompt, stats=stats, **options)
-        for piece in pieces:
+        # What compiles does so before the third piece: hold two back, and the log's lines stand
+        # above the text instead of inside it.
+        head = list(itertools.islice(pieces, 3)) if generator.engine.compiled else []
+        for piece in itertools.chain(head, pieces):
             print(piece, end="", flush=True)
         print()
         return

@@ -46,8 +46,8 @@ class TransformersGPT2:
         )
         dtype = getattr(torch, precision)
         with torch.device("meta"):
-            self.model = transformers.GPT2LMHeadModel(settings)
-        self.model = self.model.to(dtype).to_empty(device="cpu").eval()
+            model: Any = transformers.GPT2LMHeadModel(settings)
+        self.model = model.to(dtype).to_empty(device="cpu").eval()
         for parameter in self.model.parameters():
             torch.nn.init.normal_(parameter, std=0.02)
         self.vocab_size = config.vocab_size
