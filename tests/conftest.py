@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -11,6 +12,10 @@ import torch
 
 if TYPE_CHECKING:
     from tests.tf_reference import Sizes, Weights
+
+# TensorFlow reads this when it is first imported, which TensorBoard's writer may do before the
+# converter, which silences it too, gets to.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
 class TFCheckpoint(NamedTuple):
