@@ -196,7 +196,7 @@ def why_no_compiler() -> str | None:
     """What keeps `torch.compile` from working on the CPU here, or None."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None or shutil.which(compiler) is None:
-        return f"no C++ compiler{' ' + compiler if compiler else ''} was found; install g++ or set CXX"
+        return f"the C++ compiler {compiler or 'g++'} was not found; install g++ or set CXX"
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
     if not header.exists():
         return f"Python's headers are missing ({header}); install python3-dev"
