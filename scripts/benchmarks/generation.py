@@ -62,6 +62,7 @@ GROUPS: dict[str, list[tuple[str, str]]] = {
 }
 PREFILL = (128, 512, 1000)
 BATCHES = (1, 8, 32)
+WARM_UP = 2  # turns that are not counted; a size may still be compiled in the second one
 # (batch, contestant) pairs that would take minutes each and tell nothing
 SLOW = ("ours, no cache", "TensorFlow, with cache")
 
@@ -125,7 +126,7 @@ def run_group(group: str, options: argparse.Namespace, folder: Path) -> list[dic
     """Measure one group; a row for each contestant and request."""
     contestants = [start(*pair, options, folder) for pair in GROUPS[group]]
     present = [c for c in contestants if "absent" not in c.facts]
-    for turn in range(options.repeats + 1):  # the first turn warms up
+    for turn in range(WARM_UP + options.repeats):
         for contestant in present:
             for what, size, new_tokens in requests(contestant, options):
                 arguments = (size,) if what == "prefill" else (size, new_tokens)
@@ -140,7 +141,9 @@ def run_group(group: str, options: argparse.Namespace, folder: Path) -> list[dic
                     size,
                     seconds,
                 )
-                if turn:
+                if seconds <= 0:  # a difference of two runs, of which the shorter one was disturbed
+                    logger.warning("%s, %s: not counted", contestant.name, contestant.precision)
+                elif turn >= WARM_UP:
                     contestant.seconds.setdefault(f"{what} {size} {new_tokens}", []).append(seconds)
     rows = [row for contestant in contestants for row in _rows(group, contestant)]
     for contestant in contestants:
@@ -157,7 +160,7 @@ def _rows(group: str, contestant: Contestant) -> list[dict[str, Any]]:
     for request, seconds in contestant.seconds.items():
         what, size, new_tokens = request.split()
         tokens = int(size) if what == "prefill" else int(size) * int(new_tokens)
-        rates = [tokens / max(value, 1e-9) for value in seconds]
+        rates = [tokens / value for value in seconds]
         rows.append(
             {
                 **common,

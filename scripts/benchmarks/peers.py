@@ -22,7 +22,7 @@ PROMPT = 128
 GGUF_TYPES = {"bfloat16": "BF16", "float16": "F16", "int8": "Q8_0", "int4": "Q4_0"}
 
 
-def _random_ids(batch: int, tokens: int, vocab_size: int) -> np.ndarray:
+def random_ids(batch: int, tokens: int, vocab_size: int) -> np.ndarray:
     return np.random.default_rng(0).integers(200, vocab_size - 200, (batch, tokens))
 
 
@@ -54,7 +54,7 @@ class TransformersGPT2:
         self.compile = compile
 
     def _generate(self, batch: int, tokens: int, new_tokens: int) -> float:
-        ids = torch.from_numpy(_random_ids(batch, tokens, self.vocab_size))
+        ids = torch.from_numpy(random_ids(batch, tokens, self.vocab_size))
         options: dict[str, Any] = {}
         if self.compile:
             options["cache_implementation"] = "static"
@@ -119,17 +119,17 @@ class LlamaCpp:
 
     def prefill(self, tokens: int) -> float:
         self.api.llama_memory_clear(self.memory, True)
-        ids = _random_ids(1, tokens, self.vocab_size)
+        ids = random_ids(1, tokens, self.vocab_size)
         started = time.perf_counter()
         self._feed(ids, 0)
         return time.perf_counter() - started
 
     def decode(self, batch: int, new_tokens: int) -> float:
         self.api.llama_memory_clear(self.memory, True)
-        prompts = _random_ids(batch, PROMPT, self.vocab_size)
+        prompts = random_ids(batch, PROMPT, self.vocab_size)
         for begin in range(0, PROMPT, 32):
             self._feed(prompts[:, begin : begin + 32], begin)
-        steps = _random_ids(batch, new_tokens, self.vocab_size)
+        steps = random_ids(batch, new_tokens, self.vocab_size)
         started = time.perf_counter()
         for step in range(new_tokens):
             self._feed(steps[:, step : step + 1], PROMPT + step)
@@ -249,7 +249,7 @@ class CTranslate2:
         spec.save(str(path))
 
     def _generate(self, batch: int, tokens: int, new_tokens: int) -> float:
-        ids = _random_ids(batch, tokens, self.vocab_size)
+        ids = random_ids(batch, tokens, self.vocab_size)
         prompts = [[f"t{token}" for token in row] for row in ids]
         started = time.perf_counter()
         self.generator.generate_batch(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from gpt2ml_torch.config import GPT2MLConfig
+from scripts.benchmarks.peers import PROMPT, random_ids
 
 
 class TensorFlowReference:
@@ -35,18 +36,15 @@ class TensorFlowReference:
             self.reference.decode
         )  # one graph a length would trace anew for each token
 
-    def _ids(self, batch: int, tokens: int) -> np.ndarray:
-        return np.random.default_rng(0).integers(200, self.vocab_size - 200, (batch, tokens))
-
     def prefill(self, tokens: int) -> float:
-        ids = self._ids(1, tokens)
+        ids = random_ids(1, tokens, self.vocab_size)
         started = time.perf_counter()
         logits, _ = self._step(ids, cache=None)
         logits[:, -1].numpy()
         return time.perf_counter() - started
 
     def decode(self, batch: int, new_tokens: int) -> float:
-        logits, cache = self._step(self._ids(batch, 128), cache=None)
+        logits, cache = self._step(random_ids(batch, PROMPT, self.vocab_size), cache=None)
         started = time.perf_counter()
         for _ in range(new_tokens):
             best = np.argmax(logits[:, -1].numpy(), axis=-1)[:, None]
