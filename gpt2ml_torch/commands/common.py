@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from gpt2ml_torch import GPT2ML, Generator, Tokenizer
+from gpt2ml_torch.checkpoint import read_metadata
 
 _logger = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ def load_generator(arguments: argparse.Namespace) -> Generator:
     began = time.perf_counter()
     device = choose_device(arguments.device)
     dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
+    read_metadata(arguments.model)  # a file that is no model should not be told so as a vocabulary
     tokenizer = load_tokenizer(arguments)
     model = GPT2ML.from_pretrained(
         arguments.model, device=device, dtype=dtype, quantize=arguments.quantize
