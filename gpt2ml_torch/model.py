@@ -133,10 +133,6 @@ class Attention(nn.Module):
             rows = torch.arange(B, device=h.device)[:, None]  # (B, 1)
             cache.keys.index_put_((rows, positions), k)
             cache.values.index_put_((rows, positions), v)
-            if isinstance(self.qkv, kernels.PackedLinear):
-                assert positions is not None
-                a = kernels.cached_attention(q, cache.keys, cache.values, positions)
-                return self.output(a.reshape(B, T, D))
             k, v = cache.keys, cache.values  # (B, S, H, K)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T or S, K)
         a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
@@ -152,8 +148,6 @@ class MLP(nn.Module):
         self.down = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(self.up, kernels.PackedLinear) and not torch.is_grad_enabled():
-            return self.down(self.up(x, gelu=True))
         return self.down(F.gelu(self.up(x)))
 
 
@@ -179,10 +173,34 @@ class Block(nn.Module):
         mask: Tensor | None = None,
         cache: KeysValues | None = None,
     ) -> Tensor:
+        if cache is not None and self.has_kernel(h):
+            return self._run_kernel(h, positions, cache)
         attended = self.attention(h, positions=positions, mask=mask, cache=cache)
         x = h + self.dropout(attended)  # (B, T, D)
         # The residual carries x, not its norm; the block's own input is never normalised.
         return self.output_norm(x + self.dropout(self.mlp(self.mlp_norm(x))))
+
+    def has_kernel(self, h: Tensor) -> bool:
+        """Whether the block runs as one operator, over a cache, for such an input."""
+        qkv = self.attention.qkv
+        packed = isinstance(qkv, kernels.PackedLinear) and qkv.has_kernel
+        return packed and kernels.has_block_kernel(h, h.shape[-1] // self.attention.num_heads)
+
+    def _run_kernel(self, h: Tensor, positions: Tensor | None, cache: KeysValues) -> Tensor:
+        """The same as one operator, for packed weights."""
+        layers: list[Any] = [self.attention.qkv, self.attention.output, self.mlp.up, self.mlp.down]
+        assert positions is not None
+        return kernels.packed_block(
+            h,
+            positions,
+            cache.keys,
+            cache.values,
+            weights=[layer.weight for layer in layers],
+            scales=[layer.weight_scale for layer in layers if layer.weight_scale is not None],
+            biases=[layer.bias for layer in layers],
+            norms=[*self.mlp_norm.parameters(), *self.output_norm.parameters()],
+            bits=layers[0].bits,
+        )
 
 
 class GPT2ML(nn.Module):
@@ -203,7 +221,7 @@ class GPT2ML(nn.Module):
         self.token_embedding = TokenEmbedding(config.vocab_size, config.hidden_size)
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.embedding_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.blocks: Any = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         if self.device.type != "meta":
             self.initialize()
 
@@ -276,9 +294,11 @@ class GPT2ML(nn.Module):
             if self.gradient_checkpointing and self.training and cache is None:
                 h = recompute_in_backward(block, h, mask=mask, use_reentrant=False)
             else:
-                layer_cache = cache.layer(index) if cache is not None else None
-                run = _run_block if cache is None else _run_block_once_compiled
-                h = run(block, h, positions, mask, layer_cache)
+                layer = cache.layer(index) if cache is not None else None
+                # With a kernel of its own a block is one operator, and there is nothing to compile.
+                once = layer is not None and not block.has_kernel(h)
+                run = _run_block_once_compiled if once else _run_block
+                h = run(block, h, positions, mask, layer)
         return h
 
     def logits(self, h: Tensor) -> Tensor:
@@ -372,8 +392,8 @@ class GPT2ML(nn.Module):
             tensors = checkpoint.load_tensors(path, device=device, dtype=dtype)
             model.load_state_dict(tensors, strict=True, assign=True)
         else:
-            for name, tensor in checkpoint.stream_tensors(path, metadata):
-                kernels.fill_packed(model, name, tensor, dtype or metadata.dtype)
+            for name, first, rows in checkpoint.stream_rows(path, metadata):
+                kernels.fill_rows(model, name, rows, first, dtype or metadata.dtype)
             model.to(device)
         return model.eval()
 

@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from gpt2ml_torch.kernels.build import cache_folder
 from gpt2ml_torch.model import GPT2ML, CacheTensors, KVCache
@@ -178,7 +177,12 @@ class Engine:
     def _compile(self, function: Callable[..., Tensor], *, replay: bool) -> Callable[..., Tensor]:
         # Two pools of threads, PyTorch's and the generated code's, would fight over the cores; the
         # products, in which the time goes, run in PyTorch's.
-        options: dict[str, Any] = {"cpp.threads": 1}
+        # The checks between operators take longer than some of the operators.
+        options: dict[str, Any] = {
+            "cpp.threads": 1,
+            "size_asserts": False,
+            "alignment_asserts": False,
+        }
         if self.on_cuda:
             options = {"triton.cudagraphs": True} if replay else {}
         extra: dict[str, Any] = {}
@@ -205,6 +209,8 @@ def why_no_compiler() -> str | None:
 
 def keep_compiled_code() -> None:
     """Let PyTorch keep compiled code beside our own, unless its own variable names a place."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # brings the compiler
+
     variable = "TORCHINDUCTOR_CACHE_DIR"
     if os.environ.get(variable, default_cache_dir()) != default_cache_dir():
         return
