@@ -2,11 +2,11 @@
 
 from gpt2ml_torch.kernels.modules import PackedEmbedding, PackedLinear, fill_rows, pack_model
 from gpt2ml_torch.kernels.ops import (
-    has_block_kernel,
     load_kernels,
     pack,
-    packed_block,
+    packed_layers,
     packed_linear,
+    supports_layers,
 )
 from gpt2ml_torch.kernels.packing import unpack
 
@@ -14,11 +14,11 @@ __all__ = [
     "PackedEmbedding",
     "PackedLinear",
     "fill_rows",
-    "has_block_kernel",
     "load_kernels",
     "pack",
     "pack_model",
-    "packed_block",
+    "packed_layers",
     "packed_linear",
+    "supports_layers",
     "unpack",
 ]

@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <optional>
 #include <vector>
 
@@ -67,33 +68,47 @@ Tensor packed_linear(const Tensor& x, const Tensor& weight, const Maybe& scale, 
   return out;
 }
 
-Heads heads_of(const Tensor& cache, const Tensor& h, int64_t rows) {
-  STD_TORCH_CHECK(cache.dim() == 4 && cache.stride(3) == 1 && cache.stride(2) == cache.size(3) && cache.size(0) == rows &&
-                      cache.scalar_type() == h.scalar_type() && is_floating(cache),
-                  "the cache must be (rows, slots, heads, head size) of h's dtype, with contiguous heads");
-  return {{cache.mutable_data_ptr(), cache.scalar_type()}, cache.stride(0), cache.stride(1)};
+// One layer's part of a cache, (layers, rows, slots, heads, head size).
+Heads heads_of(const Tensor& cache, int64_t layer) {
+  const Numbers all{cache.mutable_data_ptr(), cache.scalar_type()};
+  return {{all.at(layer * cache.stride(0)), all.type}, cache.stride(1), cache.stride(2)};
 }
 
-Tensor packed_block(const Tensor& h, const Tensor& positions, Tensor keys, Tensor values, std::vector<Tensor> weights,
-                    std::vector<Tensor> scales, std::vector<Tensor> biases, std::vector<Tensor> norms, int64_t bits) {
-  const int64_t B = h.size(0), T = h.size(1), D = h.size(2), S = keys.size(1), H = keys.size(2);
-  STD_TORCH_CHECK(weights.size() == 4 && biases.size() == 4 && norms.size() == 4 && (scales.empty() || scales.size() == 4),
-                  "expected four layers and two norms");
-  STD_TORCH_CHECK(H * keys.size(3) == D && supports_head_size(keys.size(3)), "heads of ", keys.size(3), " are not supported");
+void check_cache(const Tensor& cache, const Tensor& h, int64_t layers) {
+  const bool fits = cache.dim() == 5 && cache.size(0) == layers && cache.size(1) == h.size(0) && cache.size(3) * cache.size(4) == h.size(2);
+  STD_TORCH_CHECK(fits && cache.stride(4) == 1 && cache.stride(3) == cache.size(4) && cache.scalar_type() == h.scalar_type(),
+                  "the cache must be (layers, rows, slots, heads, head size) of h's dtype, with contiguous heads");
+  STD_TORCH_CHECK(supports_head_size(cache.size(4)), "heads of ", cache.size(4), " are not supported");
+}
+
+Tensor packed_layers(const Tensor& h, const Tensor& positions, Tensor keys, Tensor values, std::vector<Tensor> weights,
+                     std::vector<Tensor> scales, std::vector<Tensor> biases, std::vector<Tensor> norms, int64_t bits) {
+  const int64_t B = h.size(0), T = h.size(1), D = h.size(2), layers = weights.size() / 4;
+  STD_TORCH_CHECK(weights.size() == layers * 4 && biases.size() == weights.size() && norms.size() == weights.size() &&
+                      (scales.empty() || scales.size() == weights.size()),
+                  "expected four products, with biases and scales, and two norms of each layer");
+  check_cache(keys, h, layers);
+  check_cache(values, h, layers);
+  const int64_t S = std::min(keys.size(2), values.size(2)), H = keys.size(3);
   STD_TORCH_CHECK(positions.scalar_type() == ScalarType::Long && positions.numel() == B * T, "positions must be int64 of shape (B, T)");
-  for (const Tensor& norm : norms) STD_TORCH_CHECK(norm.numel() == D, "a norm needs ", D, " values");
-  const auto layer = [&](int i, int64_t outputs, int64_t inputs) {
-    return linear(weights[i], scales.empty() ? Maybe() : Maybe(scales[i]), biases[i], bits, outputs, inputs);
-  };
-  const int64_t inner = biases[2].numel();
-  const Block block{layer(0, 3 * D, D), layer(1, D, D), layer(2, inner, D), layer(3, D, inner),
-                    {numbers(norms[0]), numbers(norms[1])}, {numbers(norms[2]), numbers(norms[3])}};
-  const Tensor source = torch::stable::contiguous(h), places = torch::stable::contiguous(positions);
+  const Tensor places = torch::stable::contiguous(positions);
   const int64_t* position = static_cast<const int64_t*>(places.const_data_ptr());
   for (int64_t i = 0; i < B * T; ++i)
     STD_TORCH_CHECK(position[i] >= 0 && position[i] < S, "position ", position[i], " is outside the cache of ", S, " slots");
+  for (const Tensor& norm : norms) STD_TORCH_CHECK(norm.numel() == D, "a norm needs ", D, " values");
+
   Tensor out = torch::stable::new_empty(h, {B, T, D});
-  run(block, numbers(source), numbers(out), heads_of(keys, h, B), heads_of(values, h, B), position, B, T, S, H);
+  Tensor source = torch::stable::contiguous(h);
+  for (int64_t layer = 0; layer < layers; ++layer) {
+    const auto product = [&](int64_t i, int64_t outputs, int64_t inputs) {
+      i += 4 * layer;
+      return linear(weights[i], scales.empty() ? Maybe() : Maybe(scales[i]), biases[i], bits, outputs, inputs);
+    };
+    const auto norm = [&](int64_t i) { return Norm{numbers(norms[4 * layer + 2 * i]), numbers(norms[4 * layer + 2 * i + 1])}; };
+    const int64_t inner = biases[4 * layer + 2].numel();
+    const Block block{product(0, 3 * D, D), product(1, D, D), product(2, inner, D), product(3, D, inner), norm(0), norm(1)};
+    run(block, numbers(layer ? out : source), numbers(out), heads_of(keys, layer), heads_of(values, layer), position, B, T, S, H);
+  }
   return out;
 }
 
@@ -109,6 +124,6 @@ void pack(const Tensor& rows, Tensor weight, Maybe scale, int64_t bits) {
 
 STABLE_TORCH_LIBRARY_IMPL(gpt2ml, CPU, m) {
   m.impl("packed_linear", TORCH_BOX(&packed_linear));
-  m.impl("packed_block", TORCH_BOX(&packed_block));
+  m.impl("packed_layers", TORCH_BOX(&packed_layers));
   m.impl("pack", TORCH_BOX(&pack));
 }

@@ -29,7 +29,7 @@ _library.define(
     "-> Tensor"
 )
 _library.define(
-    "packed_block(Tensor h, Tensor positions, Tensor(a!) keys, Tensor(b!) values, "
+    "packed_layers(Tensor h, Tensor positions, Tensor(a!) keys, Tensor(b!) values, "
     "Tensor[] weights, Tensor[] scales, Tensor[] biases, Tensor[] norms, int bits) -> Tensor"
 )
 _library.define("pack(Tensor rows, Tensor(a!) weight, Tensor(b!)? scale, int bits) -> ()")
@@ -53,7 +53,7 @@ def packed_linear(
     return torch.ops.gpt2ml.packed_linear(x, weight, scale, bias, bits, outputs)
 
 
-def packed_block(
+def packed_layers(
     h: Tensor,
     positions: Tensor,
     keys: Tensor,
@@ -65,21 +65,24 @@ def packed_block(
     norms: Sequence[Tensor],
     bits: int,
 ) -> Tensor:
-    """A whole layer over its part of the key-value cache: (B, T, D) -> (B, T, D).
+    """All layers over their key-value cache: (B, T, D) -> (B, T, D).
 
-    keys, values: (B, S, H, K), written to at the slots `positions`, (B, T) int64; each token then
-    attends to all slots up to its own. `weights`, `scales` (empty for floating-point weights) and
-    `biases` are of qkv, attention output, mlp.up and mlp.down; `norms` are weight and bias of
-    mlp_norm and output_norm. A token's result does not depend on the other rows and tokens of the
-    call, bit for bit. There is a kernel for the CPU alone: see `has_block_kernel`.
+    keys, values: (layers, B, S, H, K), written to at the slots `positions`, (B, T) int64; each
+    token then attends to all slots up to its own. Layer by layer, `weights`, `scales` (none for
+    floating-point weights) and `biases` are of qkv, attention output, mlp.up and mlp.down; `norms`
+    are weight and bias of mlp_norm and output_norm. A token's result does not depend on the other
+    rows and tokens of the call, bit for bit. There is a kernel for the CPU alone, and nothing to
+    fall back to: see `supports_layers`.
     """
-    block = torch.ops.gpt2ml.packed_block
-    return block(h, positions, keys, values, weights, scales, biases, norms, bits)
+    run = torch.ops.gpt2ml.packed_layers
+    return run(h, positions, keys, values, weights, scales, biases, norms, bits)
 
 
-def has_block_kernel(h: Tensor, head_size: int) -> bool:
-    """Whether `packed_block` takes such inputs, where `load_kernels` succeeded."""
-    return h.device.type == "cpu" and h.dtype in KERNEL_DTYPES and head_size in KERNEL_HEAD_SIZES
+def supports_layers(like: Tensor, head_size: int) -> bool:
+    """Whether `packed_layers` takes inputs like this one, where `load_kernels` succeeded."""
+    return (
+        like.device.type == "cpu" and like.dtype in KERNEL_DTYPES and head_size in KERNEL_HEAD_SIZES
+    )
 
 
 def pack(weight: Tensor, precision: str) -> tuple[Tensor, Tensor | None]:
@@ -139,8 +142,8 @@ def _packed_linear_shape(
     return x.new_empty((*x.shape[:-1], outputs))
 
 
-@torch.library.register_fake("gpt2ml::packed_block")
-def _packed_block_shape(h: Tensor, *others: object) -> Tensor:
+@torch.library.register_fake("gpt2ml::packed_layers")
+def _packed_layers_shape(h: Tensor, *others: object) -> Tensor:
     return torch.empty_like(h, memory_format=torch.contiguous_format)
 
 

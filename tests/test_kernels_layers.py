@@ -1,14 +1,16 @@
-"""A layer as one operator: against float64, and each token independent of how it was fed."""
+"""All layers as one operator: against float64, and each token independent of how it was fed."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 
-from gpt2ml_torch import GPT2MLConfig, kernels
+from gpt2ml_torch import GPT2ML, GPT2MLConfig, KVCache, kernels
 from gpt2ml_torch.kernels import ops, packing
 from gpt2ml_torch.model import Block, KeysValues
 
@@ -48,9 +50,26 @@ def positions_of(h: Tensor, first: int = 0) -> Tensor:
     return torch.arange(first, first + h.shape[1]).expand(h.shape[:2])
 
 
+def arguments(block: Block, h: Tensor, cache: KeysValues, positions: Tensor) -> dict[str, Any]:
+    """Of the operator, for one layer."""
+    layers = (block.attention.qkv, block.attention.output, block.mlp.up, block.mlp.down)
+    scales = [cast(Tensor | None, layer.weight_scale) for layer in layers]
+    return {
+        "h": h,
+        "positions": positions,
+        "keys": cache.keys[None],
+        "values": cache.values[None],
+        "weights": [layer.weight for layer in layers],
+        "scales": [scale for scale in scales if scale is not None],
+        "biases": [layer.bias for layer in layers],
+        "norms": [*block.mlp_norm.parameters(), *block.output_norm.parameters()],
+        "bits": cast(int, layers[0].bits),
+    }
+
+
 def run(block: Block, h: Tensor, cache: KeysValues, positions: Tensor) -> Tensor:
-    assert block.has_kernel(h)
-    return block(h, positions=positions, cache=cache)
+    assert kernels.supports_layers(h, cache.keys.shape[-1])
+    return kernels.packed_layers(**arguments(block, h, cache, positions))
 
 
 def unpacked_twin(packed: Block, plain: Block) -> Block:
@@ -144,47 +163,64 @@ def test_a_position_outside_the_cache_is_an_error() -> None:
 
 
 @needs_kernels
-def test_it_compiles_in_one_graph_and_fills_the_cache() -> None:
-    block = loud_block(heads=2, width=64, inner=100)
-    kernels.pack_model(block, "int8")
-    h = torch.randn(2, 3, 64)
-    compiled, eager = empty_cache(h, 2), empty_cache(h, 2)
-    compiled_block = torch.compile(block, fullgraph=True)
-    with torch.inference_mode():
-        found = compiled_block(h, positions=positions_of(h), cache=compiled)
-    assert torch.equal(found, run(block, h, eager, positions_of(h)))
-    assert torch.equal(compiled.keys[:, :3], eager.keys[:, :3])
-    assert torch.equal(compiled.values[:, :3], eager.values[:, :3])
-
-
-@needs_kernels
 @pytest.mark.parametrize("precision", ["bfloat16", "int8"])
 def test_the_operator_is_declared_as_it_behaves(precision: str) -> None:
     block = loud_block(heads=2, width=32, inner=50)
     kernels.pack_model(block, precision)
     h = torch.randn(1, 2, 32)
-    layers = (block.attention.qkv, block.attention.output, block.mlp.up, block.mlp.down)
-    arguments = (
-        h,
-        positions_of(h).contiguous(),
-        *(t.nan_to_num() for t in empty_cache(h, 2)),
-        [layer.weight for layer in layers],
-        [layer.weight_scale for layer in layers] if precision == "int8" else [],
-        [layer.bias for layer in layers],
-        [*block.mlp_norm.parameters(), *block.output_norm.parameters()],
-        packing.BITS[precision],
-    )
-    torch.library.opcheck(torch.ops.gpt2ml.packed_block.default, arguments)
+    cache = KeysValues(*(t.nan_to_num() for t in empty_cache(h, 2)))
+    values = arguments(block, h, cache, positions_of(h).contiguous())
+    torch.library.opcheck(torch.ops.gpt2ml.packed_layers.default, tuple(values.values()))
+
+
+CONFIG = GPT2MLConfig(
+    vocab_size=50,
+    hidden_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    intermediate_size=100,
+    max_position_embeddings=32,
+)
+
+
+def loud_model(config: GPT2MLConfig) -> GPT2ML:
+    model = GPT2ML(config).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
+
+
+def ids_and_cache(config: GPT2MLConfig) -> tuple[Tensor, KVCache]:
+    ids = torch.randint(0, config.vocab_size, (2, 9))
+    return ids, KVCache(config, batch_size=2, length=config.max_position_embeddings)
+
+
+@needs_kernels
+def test_a_model_over_its_cache_is_the_model_without() -> None:
+    model = loud_model(CONFIG)
+    ids, cache = ids_and_cache(CONFIG)
+    expected = model.double()(ids)
+    kernels.pack_model(model.float(), "float32")
+    torch.testing.assert_close(model(ids, cache=cache).double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@needs_kernels
+def test_it_compiles_in_one_graph_and_fills_the_cache() -> None:
+    model = kernels.pack_model(loud_model(CONFIG), "int8")
+    ids, eager = ids_and_cache(CONFIG)
+    compiled = KVCache(CONFIG, batch_size=2, length=eager.length)
+    step = torch.compile(model, fullgraph=True)
+    with torch.inference_mode():
+        torch.testing.assert_close(step(ids, cache=compiled), model(ids, cache=eager))
+    torch.testing.assert_close(compiled.keys, eager.keys)
+    torch.testing.assert_close(compiled.values, eager.values)
 
 
 @needs_kernels
 def test_what_the_kernel_does_not_support_runs_on_pytorch() -> None:
-    block = loud_block(heads=2, width=48, inner=50)  # heads of 24
-    plain = copy.deepcopy(block)
-    kernels.pack_model(block, "float32")
-    h = torch.randn(1, 5, 48)
-    assert not block.has_kernel(h)
-    cache = KeysValues(*(t.nan_to_num() for t in empty_cache(h, 2)))
-    mask = (torch.arange(SLOTS) <= torch.arange(5)[:, None])[None, None]
-    found = block(h, positions=positions_of(h), mask=mask, cache=cache)
-    torch.testing.assert_close(found, plain(h))
+    config = dataclasses.replace(CONFIG, hidden_size=48, num_attention_heads=2)  # heads of 24
+    model = loud_model(config)
+    ids, cache = ids_and_cache(config)
+    expected = model(ids)
+    kernels.pack_model(model, "float32")
+    torch.testing.assert_close(model(ids, cache=cache), expected, rtol=1e-4, atol=1e-5)
