@@ -16,6 +16,7 @@ COMMANDS = {  # name: module with add_arguments and run, help
     "generate": ("gpt2ml_torch.commands.generate", "continue texts"),
     "score": ("gpt2ml_torch.commands.score", "log-likelihood and perplexity of given texts"),
     "info": ("gpt2ml_torch.commands.info", "what a model file holds"),
+    "quantize": ("gpt2ml_torch.commands.quantize", "store a model's weights in 8 or 4 bits"),
     "finetune": ("gpt2ml_torch.commands.finetune", "train a model on your own texts"),
     "merge": ("gpt2ml_torch.commands.merge", "add a LoRA adapter to a model's weights"),
 }

@@ -238,6 +238,17 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return packing.empty_in_huge_pages(shape, dtype)
 
 
+def read_tensor(path: str | os.PathLike[str], info: TensorInfo) -> Tensor:
+    """One tensor of a file in memory of its own: mapped pages would stay as well once read."""
+    tensor = torch.empty(info.shape, dtype=info.dtype)
+    with open(path, "rb") as file:
+        file.seek(info.start)
+        data = tensor.view(-1).view(torch.uint8).numpy().data
+        if file.readinto(data) != len(data):
+            raise ValueError(f"{path} became shorter while it was read")
+    return tensor
+
+
 def stream_rows(
     path: str | os.PathLike[str], metadata: CheckpointMetadata
 ) -> Iterator[tuple[str, int, Tensor]]:

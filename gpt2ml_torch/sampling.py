@@ -20,6 +20,8 @@ _GAMMA = 0x9E3779B97F4A7C15 - 2**64
 _MULTIPLY_1 = 0xBF58476D1CE4E5B9 - 2**64
 _MULTIPLY_2 = 0x94D049BB133111EB - 2**64
 
+_SMALL = 1024  # tokens among which looking for candidates takes longer than drawing for all
+
 
 class Knobs(NamedTuple):
     """What shapes the distribution, as 0-dimensional tensors, so that new values recompile nothing.
@@ -55,9 +57,46 @@ def choose(
     scores = process(logits, knobs, blocked=blocked, seen=seen)
     if knobs.sample is None:
         return scores.argmax(-1)  # of equal scores the lowest id
-    kept = keep(scores, knobs)
-    noisy = kept.double() - torch.log(exponential(keys, steps, logits.shape[-1]))
+    if knobs.temperature is not None:
+        scores = torch.where(knobs.sample, scores / knobs.temperature, scores)
+    if scores.device.type == "cpu" and scores.shape[-1] > _SMALL:
+        rows = zip(scores.split(1), keys.split(1), steps.split(1), strict=True)
+        return torch.cat([_draw_from_few(*row, knobs) for row in rows])
+    noise = exponential(keys, steps, torch.arange(scores.shape[-1], device=scores.device))
+    noisy = keep(scores, knobs).double() - noise.log_()
     return torch.where(knobs.sample, noisy, scores.double()).argmax(-1)
+
+
+def _draw_from_few(row: Tensor, key: Tensor, step: Tensor, knobs: Knobs) -> Tensor:
+    """As `choose` for one row, (1, V), without sorting and drawing for tokens that have no chance.
+
+    Rows are handled one by one, so that none depends on how many tokens others need.
+    """
+    if not knobs.sample:
+        return row.argmax(-1)
+    ids, log_total = candidates(row, knobs)
+    kept = keep(row[:, ids], knobs, log_total=log_total)
+    noise = exponential(key, step, ids)
+    return ids[(kept.double() - noise.log_()).argmax(-1)]
+
+
+def candidates(row: Tensor, knobs: Knobs) -> tuple[Tensor, Tensor | None]:
+    """The ids, ascending, among which are all that `keep` keeps of one row, (1, V); and the
+    logarithm of the sum of all exponentials, where the rules need it.
+    """
+    if knobs.top_k is not None and knobs.top_k <= row.shape[-1]:
+        worst = row.topk(int(knobs.top_k)).values[:, -1:]
+        return (row >= worst).nonzero()[:, 1], None
+    top_p = knobs.grover_top_p if knobs.top_p is None else knobs.top_p
+    if top_p is not None and knobs.typical_p is None:
+        log_total = row.logsumexp(-1, keepdim=True)
+        for count in (2**8, 2**12):
+            if count >= row.shape[-1]:
+                break
+            best = row.topk(count).values
+            if (best - log_total).exp().sum() > top_p:
+                return (row >= best[:, -1:]).nonzero()[:, 1], log_total
+    return torch.arange(row.shape[-1]), None
 
 
 def process(
@@ -72,16 +111,18 @@ def process(
     return scores
 
 
-def keep(scores: Tensor, knobs: Knobs) -> Tensor:
-    """Temperature, then each rule in the order in which transformers applies them."""
-    if knobs.temperature is not None:
-        scores = scores / knobs.temperature
+def keep(scores: Tensor, knobs: Knobs, *, log_total: Tensor | None = None) -> Tensor:
+    """Each rule in the order in which transformers applies them, after the temperature.
+
+    `log_total`, (B, 1), is the logarithm of the sum of all exponentials, where `scores` are but
+    some of them and top-p is the first rule.
+    """
     if knobs.top_k is not None:
         scores = keep_top_k(scores, knobs.top_k)
     if knobs.top_p is not None:
-        scores = keep_top_p(scores, knobs.top_p)
+        scores = keep_top_p(scores, knobs.top_p, log_total=log_total)
     if knobs.grover_top_p is not None:
-        scores = keep_top_p_grover(scores, knobs.grover_top_p)
+        scores = keep_top_p_grover(scores, knobs.grover_top_p, log_total=log_total)
     if knobs.min_p is not None:
         scores = keep_min_p(scores, knobs.min_p)
     if knobs.typical_p is not None:
@@ -96,29 +137,37 @@ def keep_top_k(scores: Tensor, k: Tensor) -> Tensor:
     return scores.masked_fill(scores < best_first.gather(-1, last), -torch.inf)
 
 
-def keep_top_p(scores: Tensor, p: Tensor) -> Tensor:
+def keep_top_p(scores: Tensor, p: Tensor, *, log_total: Tensor | None = None) -> Tensor:
     """The fewest of the best whose probabilities sum to p or more: the one that crosses p is kept.
 
     Of equal scores the lower ids stay; in transformers that is left to an unstable sort.
     Source: transformers, TopPLogitsWarper.
     """
-    worst_first, flipped = scores.flip(-1).sort(dim=-1, stable=True)
-    order = scores.shape[-1] - 1 - flipped
-    dropped = worst_first.softmax(-1).cumsum(-1) <= 1 - p
-    dropped[..., -1] = False
+    order, probabilities = _best_first(scores, log_total)
+    better = probabilities.cumsum(-1) - probabilities  # the sum of all better ones
+    dropped = (better >= p) & (p < 1)
+    dropped[..., 0] = False
     return _drop(scores, order, dropped)
 
 
-def keep_top_p_grover(scores: Tensor, p: Tensor) -> Tensor:
+def keep_top_p_grover(scores: Tensor, p: Tensor, *, log_total: Tensor | None = None) -> Tensor:
     """Those of the best whose probabilities sum to less than p, and the best one in any case.
 
     The token that crosses p is dropped; of equal scores the lower ids come first.
     Source: imcaspar/gpt2-ml, train/modeling.py, top_p_sample.
     """
-    best_first, order = scores.sort(dim=-1, descending=True, stable=True)
-    dropped = (best_first.softmax(-1).cumsum(-1) >= p) & (p < 1)
+    order, probabilities = _best_first(scores, log_total)
+    dropped = (probabilities.cumsum(-1) >= p) & (p < 1)
     dropped[..., 0] = False
     return _drop(scores, order, dropped)
+
+
+def _best_first(scores: Tensor, log_total: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Places by falling score, of equal scores the lower first, and their probabilities."""
+    ordered, order = scores.sort(dim=-1, descending=True, stable=True)
+    if log_total is None:
+        log_total = scores.logsumexp(-1, keepdim=True)
+    return order, (ordered - log_total).double().exp()
 
 
 def keep_min_p(scores: Tensor, p: Tensor) -> Tensor:
@@ -177,22 +226,22 @@ def row_key(seed: int, row: int) -> int:
     return mixed - 2**64 if mixed >= 2**63 else mixed
 
 
-def exponential(keys: Tensor, steps: Tensor, size: int) -> Tensor:
-    """Independent draws of the exponential distribution, (B,) keys and steps -> (B, size) float64.
+def exponential(keys: Tensor, steps: Tensor, ids: Tensor) -> Tensor:
+    """Independent draws of the exponential distribution, (B,) keys and steps -> (B, ids) float64.
 
-    argmax(logits - log(draws)) follows softmax(logits): the Gumbel-max method.
+    argmax(logits - log(draws)) follows softmax(logits): the Gumbel-max method. A token's draw
+    depends on its id, not on which others there are.
     """
-    ids = torch.arange(1, size + 1, device=keys.device)
-    bits = _mix(_mix(keys + steps * _GAMMA)[:, None] + ids * _GAMMA)
-    mantissa = (bits >> 11) & (2**53 - 1)  # (B, size), uniform on 53 bits
-    return -torch.log((mantissa.double() + 0.5) * 2.0**-53)
+    bits = _mix(_mix(keys + steps * _GAMMA)[:, None] + (ids + 1) * _GAMMA)
+    mantissa = (bits >> 11).bitwise_and_(2**53 - 1)  # (B, ids), uniform on 53 bits
+    return mantissa.double().add_(0.5).mul_(2.0**-53).log_().neg_()
 
 
 def _mix(z: Tensor) -> Tensor:
     """splitmix64's finalizer; int64 products wrap, and a mask makes each shift a logical one."""
-    z = (z ^ ((z >> 30) & (2**34 - 1))) * _MULTIPLY_1
-    z = (z ^ ((z >> 27) & (2**37 - 1))) * _MULTIPLY_2
-    return z ^ ((z >> 31) & (2**33 - 1))
+    z = (z >> 30).bitwise_and_(2**34 - 1).bitwise_xor_(z).mul_(_MULTIPLY_1)
+    z = (z >> 27).bitwise_and_(2**37 - 1).bitwise_xor_(z).mul_(_MULTIPLY_2)
+    return (z >> 31).bitwise_and_(2**33 - 1).bitwise_xor_(z)
 
 
 def _mix_int(z: int) -> int:

@@ -12,8 +12,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from gpt2ml_torch import kernels
 from gpt2ml_torch.__main__ import main
+from gpt2ml_torch.generation.loading import load_model
 from tests.tiny import tiny_model, tiny_tokenizer
 
 QUICK = ["--no-compile", "--quiet", "--threads", "1", "--seed", "1", "--max-new-tokens", "12"]
@@ -108,6 +111,39 @@ def test_score_and_info(model_file: str, capsys: pytest.CaptureFixture[str]) -> 
     assert main(["info", model_file, "--json"]) == 0
     info = json.loads(capsys.readouterr().out)
     assert (info["layers"], info["width"], info["vocabulary"]) == (2, 32, 146)
+
+
+def test_quantize_stores_what_loading_would_make(
+    model_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    packed = str(tmp_path / "packed.safetensors")
+    for precision in ("int8", "int4"):
+        assert main(["quantize", model_file, "--to", precision, "--out", packed, "--force"]) == 0
+        capsys.readouterr()
+        assert main(["generate", packed, "今天", *QUICK]) == 0
+        from_file = capsys.readouterr().out
+        assert main(["generate", model_file, "今天", "--quantize", precision, *QUICK]) == 0
+        assert capsys.readouterr().out == from_file
+    before = Path(packed).read_bytes()
+    assert main(["quantize", model_file, "--out", packed]) == 2  # it exists
+    assert main(["quantize", packed, "--out", packed + "2"]) == 2  # it is quantised already
+    assert Path(packed).read_bytes() == before
+    assert not Path(packed + "2").exists()
+
+
+def test_the_precision_is_chosen_by_the_device_unless_asked_for(model_file: str) -> None:
+    fast = kernels.load_kernels()
+    for asked, quantization, dtype in (
+        ({}, "int8" if fast else None, torch.bfloat16 if fast else torch.float32),
+        ({"dtype": torch.float32}, "float32" if fast else None, torch.float32),
+        ({"dtype": torch.float16}, "float16" if fast else None, torch.float16),
+        ({"quantize": "int4"}, "int4", torch.bfloat16),
+        ({"quantize": "float32"}, "float32", torch.float32),
+        ({"quantize": "int8", "dtype": torch.float32}, "int8", torch.float32),
+        ({"quantize": None}, None, torch.float32),
+    ):
+        model = load_model(model_file, **asked)
+        assert (model.quantization, model.dtype) == (quantization, dtype)
 
 
 @pytest.mark.parametrize(

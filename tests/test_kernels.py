@@ -124,7 +124,7 @@ def test_kernel_and_fallback_agree(precision: str) -> None:
     weight, scale = packed(100, 200, precision)
     x, bias = torch.randn(5, 200), torch.randn(100)
     fast = kernels.packed_linear(x, weight, scale, bias, bits=BITS[precision], outputs=100)
-    slow = ops._unpacked_linear(x, weight, scale, bias, BITS[precision], 100)
+    slow = ops.unpacked_linear(x, weight, scale, bias, BITS[precision], 100)
     assert relative_error(fast, slow.double()) < INPUT_ROUNDING[precision]
 
 

@@ -32,6 +32,14 @@ def scalar(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.tensor(value, dtype=dtype)
 
 
+def clear_of(p: float, x: Tensor) -> Tensor:
+    """The rows in which no sum of the best probabilities is p but for rounding."""
+    sums = x.double().softmax(-1).sort(-1, descending=True).values.cumsum(-1)
+    rows = x[((sums - p).abs() > 1e-6).all(-1)]
+    assert len(rows) > len(x) / 2
+    return rows
+
+
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("k", [1, 2, 5, 49, 50, 1000])
 def test_top_k_keeps_what_transformers_keeps(k: int, ties: bool) -> None:
@@ -49,7 +57,7 @@ def test_top_p_keeps_what_transformers_keeps(p: float) -> None:
 
 @pytest.mark.parametrize("p", [0.01, 0.3, 0.9, 0.95, 0.999])
 def test_top_p_keeps_as_many_of_equal_tokens_as_transformers_and_the_lower_ids(p: float) -> None:
-    x = scores(ties=True)
+    x = clear_of(p, scores(ties=True))
     ours, theirs = sampling.keep_top_p(x, scalar(p)), hf.TopPLogitsWarper(p)(NO_IDS, x)
     assert torch.equal(ours.sort(-1).values, theirs.sort(-1).values)
     worst = ours.masked_fill(~kept(ours), torch.inf).amin(-1, keepdim=True)
@@ -77,7 +85,7 @@ def test_typical_sampling_keeps_what_transformers_keeps(p: float, ties: bool) ->
 
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.95])
 def test_grovers_top_p_drops_the_token_that_crosses_and_prefers_lower_ids(p: float) -> None:
-    x = scores(ties=True)
+    x = clear_of(p, scores(ties=True))
     probabilities = x.double().softmax(-1)
     kept_rows = kept(sampling.keep_top_p_grover(x, scalar(p)))
     for row, kept_row in zip(probabilities, kept_rows, strict=True):
@@ -85,7 +93,7 @@ def test_grovers_top_p_drops_the_token_that_crosses_and_prefers_lower_ids(p: flo
         total, expected = 0.0, {order[0]}
         for id_ in order:
             total += row[id_].item()
-            if total >= p - 1e-6:
+            if total >= p:
                 break
             expected.add(id_)
         assert set(kept_row.nonzero()[:, 0].tolist()) == expected
@@ -153,13 +161,13 @@ def test_draws_after_top_k_follow_the_renormalised_distribution() -> None:
 
 def test_random_streams_are_uniform_and_unrelated() -> None:
     keys = torch.tensor([sampling.row_key(seed, row) for seed in range(20) for row in range(20)])
-    draws = sampling.exponential(keys, torch.zeros_like(keys), 64)
+    draws = sampling.exponential(keys, torch.zeros_like(keys), torch.arange(64))
     uniform = (-draws).exp()
     assert abs(uniform.mean() - 0.5) < 4 * math.sqrt(1 / 12 / uniform.numel())
     correlation = torch.corrcoef(uniform) - torch.eye(len(keys))
     assert correlation.abs().max() < 6 / math.sqrt(64)
     assert correlation.std() < 1.1 / math.sqrt(64)
-    next_step = (-sampling.exponential(keys, torch.ones_like(keys), 64)).exp()
+    next_step = (-sampling.exponential(keys, torch.ones_like(keys), torch.arange(64))).exp()
     both = torch.stack([uniform.flatten(), next_step.flatten()])
     assert abs(torch.corrcoef(both)[0, 1]) < 4 / math.sqrt(uniform.numel())
 
@@ -178,7 +186,7 @@ def test_the_noise_is_splitmix64() -> None:
         -math.log(((mix((state + id_ * gamma) % 2**64) >> 11) + 0.5) * 2.0**-53)
         for id_ in range(1, 9)
     ]
-    found = sampling.exponential(torch.tensor([key]), torch.tensor([7]), 8)[0]
+    found = sampling.exponential(torch.tensor([key]), torch.tensor([7]), torch.arange(8))[0]
     torch.testing.assert_close(
         found, torch.tensor(expected, dtype=torch.float64), rtol=1e-14, atol=0
     )
@@ -190,6 +198,45 @@ def test_greedy_takes_the_lowest_of_equal_ids_and_no_blocked_one() -> None:
     blocked = torch.tensor([True, False, False, False])
     assert sampling.choose(x, Knobs(), keys=zero, steps=zero).item() == 0
     assert sampling.choose(x, Knobs(), keys=zero, steps=zero, blocked=blocked).item() == 2
+
+
+LARGE = 5000  # a vocabulary in which candidates are looked for first
+RULES: list[dict[str, Any]] = [
+    {},
+    {"temperature": scalar(0.6)},
+    {"top_k": torch.tensor(5)},
+    {"top_k": torch.tensor(10_000)},
+    {"top_p": scalar(0.95)},
+    {"top_p": scalar(0.3), "temperature": scalar(1.7)},
+    {"grover_top_p": scalar(0.9)},
+    {"top_k": torch.tensor(400), "top_p": scalar(0.8), "min_p": scalar(0.01)},
+    {"min_p": scalar(0.05)},
+    {"top_p": scalar(0.9), "typical_p": scalar(0.7)},
+]
+
+
+@pytest.mark.parametrize("rules", RULES, ids=lambda rules: "+".join(rules) or "none")
+@pytest.mark.parametrize("spread", [0.01, 3.0, 12.0])
+@pytest.mark.parametrize("ties", [False, True])
+def test_looking_at_candidates_alone_changes_no_draw(
+    rules: dict[str, Any], spread: float, ties: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randn(20, LARGE, generator=torch.Generator().manual_seed(5)) * spread
+    x = x.round() if ties else x
+    knobs = Knobs(sample=torch.tensor(True), **rules)
+    draws = {"keys": torch.arange(20) * 7919, "steps": torch.arange(20)}
+    found = sampling.choose(x, knobs, **draws)
+    monkeypatch.setattr(sampling, "_SMALL", LARGE)
+    assert torch.equal(found, sampling.choose(x, knobs, **draws))
+
+
+@pytest.mark.parametrize("rules", RULES, ids=lambda rules: "+".join(rules) or "none")
+def test_every_token_that_is_kept_is_a_candidate(rules: dict[str, Any]) -> None:
+    for seed, spread in ((0, 0.1), (1, 4.0), (2, 15.0)):
+        x = torch.randn(1, LARGE, generator=torch.Generator().manual_seed(seed)) * spread
+        knobs = Knobs(**rules)
+        ids, _ = sampling.candidates(x, knobs)
+        assert set(kept(sampling.keep(x, knobs))[0].nonzero()[:, 0].tolist()) <= set(ids.tolist())
 
 
 def test_neutral_values_change_nothing() -> None:

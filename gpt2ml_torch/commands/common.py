@@ -12,19 +12,26 @@ import torch
 
 from gpt2ml_torch import GPT2ML, Generator, Tokenizer
 from gpt2ml_torch.checkpoint import read_metadata
+from gpt2ml_torch.kernels import PRECISIONS
 
 _logger = logging.getLogger(__name__)
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser, *, quantize: str) -> None:
+    """What says which model to load, and how; `quantize` is the default of that option."""
     parser.add_argument("model", metavar="MODEL", help="a .safetensors file made by the converter")
     parser.add_argument("--vocab", metavar="FILE", help="vocabulary, where the model holds none")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: auto)")
     parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], help="default: the file's"
+        "--quantize",
+        choices=["auto", "none", *PRECISIONS],
+        default=quantize,
+        help="precision of the weights (default: %(default)s; auto: the fastest safe one)",
     )
     parser.add_argument(
-        "--quantize", choices=["bfloat16", "int8", "int4"], help="pack the weights for the CPU"
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="of the activations, and of weights that are not quantised",
     )
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
     parser.add_argument("--no-compile", action="store_true", help="start at once, run slower")
@@ -42,14 +49,26 @@ def load_generator(arguments: argparse.Namespace) -> Generator:
     device = choose_device(arguments.device)
     dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
     read_metadata(arguments.model)  # a file that is no model should not be told so as a vocabulary
-    tokenizer = load_tokenizer(arguments)
-    model = GPT2ML.from_pretrained(
-        arguments.model, device=device, dtype=dtype, quantize=arguments.quantize
+    generator = Generator.from_pretrained(
+        arguments.model,
+        device=device,
+        dtype=dtype,
+        quantize=None if arguments.quantize == "none" else arguments.quantize,
+        compile=not arguments.no_compile,
+        batch_size=arguments.batch_size,
+        tokenizer=load_tokenizer(arguments),
     )
-    _logger.info("loaded %s in %.1f s", arguments.model, time.perf_counter() - began)
-    return Generator(
-        model, tokenizer, compile=not arguments.no_compile, batch_size=arguments.batch_size
+    _logger.info(
+        "loaded %s (%s) in %.1f s",
+        *(arguments.model, precision_of(generator.model), time.perf_counter() - began),
     )
+    return generator
+
+
+def precision_of(model: GPT2ML) -> str:
+    """The precision of the weights, in words."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    return dtype if model.quantization is None else f"{model.quantization}, activations {dtype}"
 
 
 def load_tokenizer(arguments: argparse.Namespace) -> Tokenizer:

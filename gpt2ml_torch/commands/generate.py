@@ -42,7 +42,7 @@ _LISTS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser)
+    add_model_arguments(parser, quantize="auto")
     parser.add_argument(
         "prompts", nargs="*", metavar="PROMPT", help="- reads one from stdin; none: interactive"
     )

@@ -39,6 +39,7 @@ def _describe(path: str) -> dict[str, Any]:
         "tokens": None if metadata.vocab is None else count_lines(metadata.vocab),
         "parameters": config.num_parameters,
         "dtype": str(metadata.dtype).removeprefix("torch."),
+        "quantization": metadata.quantization,
         "bytes": Path(path).stat().st_size,
         "source": metadata.source,
         "generation": metadata.generation,

@@ -11,7 +11,7 @@ from gpt2ml_torch.commands.common import add_model_arguments, load_generator, re
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser)
+    add_model_arguments(parser, quantize="none")
     parser.add_argument("texts", nargs="*", metavar="TEXT", help="- reads one from stdin")
     parser.add_argument("--file", metavar="FILE", help="texts, one a line")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt2ml_torch.checkpoint import read_metadata
 from gpt2ml_torch.generation.batch import Batch
 from gpt2ml_torch.generation.beam_search import BeamSearch
 from gpt2ml_torch.generation.config import GenerationConfig
 from gpt2ml_torch.generation.engine import Engine
+from gpt2ml_torch.generation.loading import AUTO, load_model
 from gpt2ml_torch.generation.scoring import Score, token_logprobs
 from gpt2ml_torch.generation.speculative import SpeculativeBatch
 from gpt2ml_torch.generation.stats import Stats
@@ -69,17 +69,20 @@ class Generator:
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
+        quantize: str | None = AUTO,
         compile: bool = True,
         batch_size: int | None = None,
+        tokenizer: Tokenizer | None = None,
     ) -> Generator:
-        """Model, vocabulary and defaults of one converted file."""
-        return cls(
-            GPT2ML.from_pretrained(path, device=device, dtype=dtype),
-            Tokenizer.from_pretrained(path),
-            compile=compile,
-            defaults=read_metadata(path).generation,
-            batch_size=batch_size,
-        )
+        """Model, vocabulary and defaults of one converted file.
+
+        `quantize` and `dtype` are those of `GPT2ML.from_pretrained`; "auto" takes the fastest safe
+        precision of the device. `tokenizer` is for files that hold no vocabulary.
+        """
+        if tokenizer is None:
+            tokenizer = Tokenizer.from_pretrained(path)
+        model = load_model(path, device=device, dtype=dtype, quantize=quantize)
+        return cls(model, tokenizer, compile=compile, batch_size=batch_size)
 
     @property
     def weight_bytes(self) -> int:

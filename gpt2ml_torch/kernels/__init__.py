@@ -8,9 +8,10 @@ from gpt2ml_torch.kernels.ops import (
     packed_linear,
     supports_layers,
 )
-from gpt2ml_torch.kernels.packing import unpack
+from gpt2ml_torch.kernels.packing import PRECISIONS, unpack
 
 __all__ = [
+    "PRECISIONS",
     "PackedEmbedding",
     "PackedLinear",
     "fill_rows",

@@ -24,6 +24,7 @@ GROUP = {8: 128, 4: 32}
 LARGEST = {8: 127, 4: 7}  # of a value; the smallest is -LARGEST at 8 bits and -LARGEST - 1 at 4
 OFFSET = {8: 128, 4: 8}  # values are stored unsigned
 BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "int8": 8, "int4": 4}  # by precision
+PRECISIONS = tuple(BITS)
 
 _INPUTS_TOGETHER = {torch.float32: 1, torch.float16: 1, torch.bfloat16: 2}  # in a step of a panel
 _HUGE_PAGE = 2 << 20
