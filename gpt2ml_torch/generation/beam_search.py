@@ -16,6 +16,7 @@ from gpt2ml_torch.generation.choosing import Chooser
 from gpt2ml_torch.generation.config import GenerationConfig
 from gpt2ml_torch.generation.engine import Engine
 from gpt2ml_torch.generation.text import Text
+from gpt2ml_torch.model import KVCache
 
 
 class BeamSearch:
@@ -43,6 +44,7 @@ class BeamSearch:
         self._beams = [prompt]
         self._scores = [0.0]
         self._finished: list[Text] = []
+        self._spare: KVCache | None = None
 
     def search(self) -> list[Text]:
         config = self._config
@@ -140,16 +142,30 @@ class BeamSearch:
         engine = self._engine
         if position >= engine.limit:
             return self._slide()
-        cache = engine.new_cache(len(parents), max(position + 1, self._cache.length))
-        self._copy(cache.keys, self._cache.keys, parents, position)
-        self._copy(cache.values, self._cache.values, parents, position)
-        self._cache = cache
+        self._follow(parents, position)
+        cache = self._cache
         padding = cache.keys.shape[1] - len(parents)
         device = cache.keys.device
         last = [text.ids[-1] for text in self._beams]
         ids = torch.tensor([*last, *[0] * padding], device=device)[:, None]
         positions = torch.full_like(ids, position)
         return engine.decode(ids, positions, cache)[:, -1]
+
+    def _follow(self, parents: list[int], position: int) -> None:
+        """Make row r of the cache that of parents[r], with room for a slot more."""
+        rows = self._engine.padded_rows(len(parents))
+        fits = self._cache.keys.shape[1] == rows and self._cache.length > position
+        if fits and parents == list(range(len(parents))):
+            return
+        target, self._spare = self._spare, None  # two caches take turns
+        if target is None or target.keys.shape[1] != rows or target.length <= position:
+            to_come = self._config.max_new_tokens - self._beams[0].count
+            target = self._engine.new_cache(len(parents), position + 1 + to_come)
+        self._copy(target.keys, self._cache.keys, parents, position)
+        self._copy(target.values, self._cache.values, parents, position)
+        if self._cache.keys.shape[1] == rows and self._cache.length == target.length:
+            self._spare = self._cache
+        self._cache = target
 
     @staticmethod
     @torch.inference_mode()
