@@ -13,7 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from gpt2ml_torch.kernels import packing
-from gpt2ml_torch.kernels.ops import load_kernels, pack, pack_rows, packed_linear
+from gpt2ml_torch.kernels.ops import (
+    load_kernels,
+    pack,
+    pack_rows,
+    packed_linear,
+    unpacked_linear,
+)
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -60,6 +66,13 @@ class _Packed(nn.Module):
             self.register_buffer(name, moved)
         return self
 
+    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x Wᵀ + b: (..., K) -> (..., N)."""
+        scale = self.weight_scale
+        if x.device.type == "cpu" and self.has_kernel:
+            return packed_linear(x, self.weight, scale, bias, bits=self.bits, outputs=self.outputs)
+        return unpacked_linear(x, self.weight, scale, bias, self.bits, self.outputs)
+
     def dequantized(self) -> Tensor:
         """The weight that the packed one stands for, float32 (outputs, inputs)."""
         return packing.unpack(self.weight, self.weight_scale, self.bits, self.outputs, self.inputs)
@@ -87,8 +100,7 @@ class PackedLinear(_Packed, nn.Linear):
         return packed
 
     def forward(self, x: Tensor) -> Tensor:
-        scale, bias = self.weight_scale, self.bias
-        return packed_linear(x, self.weight, scale, bias, bits=self.bits, outputs=self.outputs)
+        return self._product(x, self.bias)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, precision={self.precision}"
@@ -126,9 +138,7 @@ class PackedEmbedding(_Packed, nn.Embedding):
 
     def logits(self, h: Tensor) -> Tensor:
         """Scores of every row, in float32 or wider: (..., D) -> (..., V)."""
-        h = h.to(torch.promote_types(h.dtype, torch.float32))
-        scale = self.weight_scale
-        return packed_linear(h, self.weight, scale, None, bits=self.bits, outputs=self.outputs)
+        return self._product(h.to(torch.promote_types(h.dtype, torch.float32)), None)
 
 
 def pack_model(model: _Module, quantize: str) -> _Module:

@@ -1,8 +1,7 @@
 """The operators of the namespace `gpt2ml`: schemas, shapes, and what runs where there is no kernel.
 
 The C++ kernels register themselves for the CPU when `load_kernels` finds or builds them. Elsewhere
-PyTorch's own operators do the same, without rounding a packed layer's inputs: on the CPU slower, on
-CUDA in a form that the compiler can fuse.
+PyTorch's own operators do the same, without rounding a packed layer's inputs.
 """
 
 from __future__ import annotations
@@ -51,8 +50,6 @@ def packed_linear(
     group, and on CPUs that multiply bfloat16 those of bfloat16 weights; sums are exact or in
     float32. A row's result does not depend on the other rows. Gradients flow to x only.
     """
-    if x.device.type == "cuda":
-        return unpacked_linear(x, weight, scale, bias, bits, outputs)
     return torch.ops.gpt2ml.packed_linear(x, weight, scale, bias, bits, outputs)
 
 
@@ -133,10 +130,10 @@ def load_kernels() -> bool:
 def unpacked_linear(
     x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, bits: int, outputs: int
 ) -> Tensor:
-    """`packed_linear` in PyTorch's own operators."""
+    """`packed_linear` in PyTorch's own operators, which the compiler can fuse."""
     plain = packing.unpack(weight, scale, bits, outputs, x.shape[-1])  # (N, K), float32
-    if x.device.type == "cuda" and x.numel() == x.shape[-1]:
-        # A single row: compiled, this is one loop over the packed weight, unpacked on the way.
+    if torch.compiler.is_compiling() and x.numel() == x.shape[-1]:
+        # A single row: one loop over the packed weight, which is unpacked on the way.
         y = (plain * x.flatten().float()).sum(-1).to(x.dtype).view(*x.shape[:-1], outputs)
         return y if bias is None else y + bias.to(x.dtype)
     return F.linear(x, plain.to(x.dtype), None if bias is None else bias.to(x.dtype))

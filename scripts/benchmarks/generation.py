@@ -4,7 +4,8 @@
     scripts/bench --size base --groups 16-bit --repeats 2
 
 Contestants of one precision class stay loaded side by side and take turns, so that a machine whose
-speed drifts slows all of them; figures are medians. Writes RESULT.json, RESULT.md and RESULT.png.
+speed drifts slows all of them; figures are medians, after one turn that is not counted. Writes
+RESULT.json, RESULT.md and RESULT.png.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +64,10 @@ GROUPS: dict[str, list[tuple[str, str]]] = {
 }
 PREFILL = (128, 512, 1000)
 BATCHES = (1, 8, 32)
-WARM_UP = 2  # turns that are not counted; a size may still be compiled in the second one
-# (batch, contestant) pairs that would take minutes each and tell nothing
+PATIENCE = 100  # seconds; a request that takes longer in the first turn is not repeated
+# Who would take many minutes and tell nothing more: a few tokens at batch 1, or smaller batches.
 SLOW = ("ours, no cache", "TensorFlow, with cache")
+LARGEST = {"transformers GPT-2, eager": 8, "transformers GPT-2, compiled": 8}
 
 
 @dataclasses.dataclass
@@ -76,6 +79,7 @@ class Contestant:
     process: subprocess.Popen[str]
     facts: dict[str, Any]
     seconds: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    slow: set[str] = dataclasses.field(default_factory=set)  # requests not to be repeated
 
     def ask(self, what: str, *arguments: int) -> float | None:
         assert self.process.stdin is not None
@@ -119,37 +123,49 @@ def requests(contestant: Contestant, options: argparse.Namespace) -> list[tuple[
     if contestant.name in SLOW:
         return [("decode", 1, 8)]
     prefills = [("prefill", tokens, 0) for tokens in options.prefill]
-    return prefills + [("decode", batch, options.new_tokens) for batch in options.batches]
+    batches = [batch for batch in options.batches if batch <= LARGEST.get(contestant.name, batch)]
+    return prefills + [("decode", batch, options.new_tokens) for batch in batches]
 
 
-def run_group(group: str, options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+def run_group(
+    group: str, options: argparse.Namespace, folder: Path, bandwidths: list[float]
+) -> list[dict[str, Any]]:
     """Measure one group; a row for each contestant and request."""
     contestants = [start(*pair, options, folder) for pair in GROUPS[group]]
     present = [c for c in contestants if "absent" not in c.facts]
-    for turn in range(WARM_UP + options.repeats):
+    for turn in range(1 + options.repeats):  # the first one warms up
+        bandwidths.append(machine.read_bandwidth(options.device))
+        logger.info("turn %d: %.1f GB/s of read bandwidth", turn, bandwidths[-1] / 1e9)
         for contestant in present:
-            for what, size, new_tokens in requests(contestant, options):
-                arguments = (size,) if what == "prefill" else (size, new_tokens)
-                seconds = contestant.ask(what, *arguments)
-                if seconds is None:
-                    break
-                logger.info(
-                    "%s, %s: %s %d: %.2f s",
-                    contestant.name,
-                    contestant.precision,
-                    what,
-                    size,
-                    seconds,
-                )
-                if seconds <= 0:  # a difference of two runs, of which the shorter one was disturbed
-                    logger.warning("%s, %s: not counted", contestant.name, contestant.precision)
-                elif turn >= WARM_UP:
-                    contestant.seconds.setdefault(f"{what} {size} {new_tokens}", []).append(seconds)
+            for request in requests(contestant, options):
+                _measure(contestant, request, warm_up=turn == 0)
     rows = [row for contestant in contestants for row in _rows(group, contestant)]
     for contestant in contestants:
         contestant.process.kill()
         contestant.process.wait()
     return rows
+
+
+def _measure(contestant: Contestant, request: tuple[str, int, int], *, warm_up: bool) -> None:
+    what, size, new_tokens = request
+    key = f"{what} {size} {new_tokens}"
+    if key in contestant.slow:
+        return
+    arguments = (size,) if what == "prefill" else (size, new_tokens)
+    began = time.perf_counter()
+    seconds = contestant.ask(what, *arguments)
+    if seconds is None:
+        contestant.slow.add(key)
+        return
+    log = (contestant.name, contestant.precision, what, size, seconds)
+    logger.info("%s, %s: %s %d: %.2f s", *log)
+    if warm_up and time.perf_counter() - began > PATIENCE:
+        contestant.slow.add(key)  # once is enough, and nothing was compiled in so long a run
+        contestant.seconds[key] = [seconds]
+    elif seconds <= 0:  # a difference of two runs, of which the shorter one was disturbed
+        logger.warning("%s, %s: not counted", contestant.name, contestant.precision)
+    elif not warm_up:
+        contestant.seconds.setdefault(key, []).append(seconds)
 
 
 def _rows(group: str, contestant: Contestant) -> list[dict[str, Any]]:
@@ -192,16 +208,23 @@ def main(arguments: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="gpt2ml-bench-") as temporary:
         folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        bandwidth = [machine.read_bandwidth(options.device)]
+        bandwidths: list[float] = []
         rows: list[dict[str, Any]] = []
         for group in options.groups:
-            rows += run_group(group, options, folder)
-            bandwidth.append(machine.read_bandwidth(options.device))
+            rows += run_group(group, options, folder, bandwidths)
+            table = write(options, rows, bandwidths)  # after each, so that a long run loses nothing
+    print(table)
+
+
+def write(options: argparse.Namespace, rows: list[dict[str, Any]], bandwidths: list[float]) -> str:
+    """Write the files of all that was measured so far; returns the table."""
     result = {
         "machine": machine.describe(),
         "size": options.size,
         "new_tokens": options.new_tokens,
-        "read_bandwidth": statistics.median(bandwidth),
+        "read_bandwidth": statistics.median(bandwidths),
+        "slowest_bandwidth": min(bandwidths),
+        "fastest_bandwidth": max(bandwidths),
         "rows": rows,
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -209,7 +232,7 @@ def main(arguments: list[str] | None = None) -> None:
     table = report.markdown(result)
     options.out.with_suffix(".md").write_text(table)
     report.plot(result, options.out.with_suffix(".png"))
-    print(table)
+    return table
 
 
 if __name__ == "__main__":

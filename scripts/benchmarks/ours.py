@@ -37,11 +37,11 @@ class GPT2MLGenerator:
         self.weight_bytes = self.generator.weight_bytes
 
     def _generate(self, batch: int, tokens: int, new_tokens: int) -> Stats:
-        prompts = [weights.prompt(tokens, row=row) for row in range(batch)]
         stats = Stats()
         self.generator.complete(
-            prompts,
+            weights.prompt(tokens),
             stats=stats,
+            num_return_sequences=batch,
             top_k=5,
             min_new_tokens=new_tokens,
             max_new_tokens=new_tokens,

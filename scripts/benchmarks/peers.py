@@ -95,16 +95,23 @@ class LlamaCpp:
         llama_cpp.llama_log_set(self._silence, ctypes.c_void_p(0))
         model_options = llama_cpp.llama_model_default_params()
         model_options.use_mmap = False
-        model = llama_cpp.llama_model_load_from_file(str(path).encode(), model_options)
-        options = llama_cpp.llama_context_default_params()
-        options.n_ctx, options.n_seq_max = 32 * 256, 32
-        options.n_batch = options.n_ubatch = 1024
-        options.n_threads = options.n_threads_batch = torch.get_num_threads()
-        self.context = llama_cpp.llama_init_from_model(model, options)
-        self.memory = llama_cpp.llama_get_memory(self.context)
+        self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), model_options)
+        self.contexts: dict[int, Any] = {}
 
-    def _feed(self, ids: np.ndarray, start: int, *, logits: str = "last") -> None:
-        """Rows of ids, (batch, tokens), at positions from `start` on."""
+    def _context(self, rows: int) -> Any:
+        """An empty one for so many rows, with room for the longest prompt or the batch's texts."""
+        if rows not in self.contexts:
+            options = self.api.llama_context_default_params()
+            options.n_ctx, options.n_seq_max = (1024 if rows == 1 else rows * 256), rows
+            options.n_batch = options.n_ubatch = 1024
+            options.n_threads = options.n_threads_batch = torch.get_num_threads()
+            self.contexts[rows] = self.api.llama_init_from_model(self.model, options)
+        context = self.contexts[rows]
+        self.api.llama_memory_clear(self.api.llama_get_memory(context), True)
+        return context
+
+    def _feed(self, context: Any, ids: np.ndarray, start: int) -> None:
+        """Rows of ids, (batch, tokens), at positions from `start` on; logits of the last ones."""
         rows, tokens = ids.shape
         batch = self.api.llama_batch_init(ids.size, 0, 1)
         batch.n_tokens = ids.size
@@ -112,27 +119,28 @@ class LlamaCpp:
             batch.token[place], batch.pos[place] = int(token), start + column
             batch.n_seq_id[place], batch.seq_id[place][0] = 1, row
             batch.logits[place] = column == tokens - 1
-        if self.api.llama_decode(self.context, batch):
+        if self.api.llama_decode(context, batch):
             raise RuntimeError(f"llama_decode failed for {rows} x {tokens} tokens")
-        self.api.llama_synchronize(self.context)
+        self.api.llama_synchronize(context)
         self.api.llama_batch_free(batch)
 
     def prefill(self, tokens: int) -> float:
-        self.api.llama_memory_clear(self.memory, True)
+        context = self._context(1)
         ids = random_ids(1, tokens, self.vocab_size)
         started = time.perf_counter()
-        self._feed(ids, 0)
+        self._feed(context, ids, 0)
         return time.perf_counter() - started
 
     def decode(self, batch: int, new_tokens: int) -> float:
-        self.api.llama_memory_clear(self.memory, True)
-        prompts = random_ids(batch, PROMPT, self.vocab_size)
-        for begin in range(0, PROMPT, 32):
-            self._feed(prompts[:, begin : begin + 32], begin)
+        context = self._context(batch)
+        self._feed(context, random_ids(1, PROMPT, self.vocab_size), 0)
+        memory = self.api.llama_get_memory(context)
+        for row in range(1, batch):
+            self.api.llama_memory_seq_cp(memory, 0, row, -1, -1)
         steps = random_ids(batch, new_tokens, self.vocab_size)
         started = time.perf_counter()
         for step in range(new_tokens):
-            self._feed(steps[:, step : step + 1], PROMPT + step)
+            self._feed(context, steps[:, step : step + 1], PROMPT + step)
         return time.perf_counter() - started
 
 

@@ -22,9 +22,9 @@ def vocabulary(config: GPT2MLConfig) -> list[str]:
     ]
 
 
-def prompt(tokens: int, *, row: int = 0) -> str:
-    """A text of exactly so many tokens, another one for each row."""
-    generator = torch.Generator().manual_seed(row)
+def prompt(tokens: int) -> str:
+    """A text of exactly so many tokens."""
+    generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0x4E00, 0x8000, (tokens,), generator=generator)
     return "".join(chr(int(code)) for code in codes)
 
