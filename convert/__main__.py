@@ -11,14 +11,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from convert.locate import locate
-from convert.pipeline import Options, Progress, Report, convert
+from convert.pipeline import Progress, Report, convert
+from convert.plan import Options
 from gpt2ml_torch.layout import QUANTIZATIONS
 
-_DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+_DTYPES = ("float32", "bfloat16", "float16")
 _EXAMPLE_PROMPT = "今天天气不错"
 
 
@@ -81,7 +81,7 @@ def _run(arguments: argparse.Namespace, progress: Progress) -> str:
         return to_tf(arguments.source, arguments.out, overwrite=arguments.force, progress=progress)
     location = locate(arguments.source)
     options = Options(
-        dtype=_DTYPES.get(arguments.dtype, torch.float32),
+        dtype=arguments.dtype if arguments.dtype in _DTYPES else "float32",
         quantization=arguments.dtype if arguments.dtype in QUANTIZATIONS else None,
         config=arguments.config,
         vocab=arguments.vocab,

@@ -7,11 +7,10 @@ position embedding, norms and biases stay plain.
 
 from __future__ import annotations
 
-import torch
-
 from gpt2ml_torch.config import GPT2MLConfig
 from gpt2ml_torch.safetensors_writer import TensorSpec
 
+WEIGHT_DTYPES = ("float64", "float32", "bfloat16", "float16")  # of what is not packed
 QUANTIZATIONS = ("int8", "int4")
 SCALE = "_scale"  # follows the name of a packed weight
 
@@ -42,9 +41,9 @@ def expected_shapes(config: GPT2MLConfig) -> dict[str, tuple[int, ...]]:
 
 
 def expected_tensors(
-    config: GPT2MLConfig, dtype: torch.dtype, quantization: str | None = None
+    config: GPT2MLConfig, dtype: str, quantization: str | None = None
 ) -> dict[str, TensorSpec]:
-    """Every tensor of the file; `dtype` is that of all that is not packed."""
+    """Every tensor of the file; `dtype`, by its name, is that of all that is not packed."""
     if quantization is None:
         return {name: (dtype, shape) for name, shape in expected_shapes(config).items()}
     from gpt2ml_torch.kernels import packing  # brings the compiler, which takes seconds to import
@@ -57,8 +56,8 @@ def expected_tensors(
             continue
         packed = packing.packed_shapes(shape[0], shape[1], bits)
         assert packed.scale is not None
-        tensors[name] = (torch.uint8, packed.weight)
-        tensors[name + SCALE] = (torch.bfloat16, packed.scale)
+        tensors[name] = ("uint8", packed.weight)
+        tensors[name + SCALE] = ("bfloat16", packed.scale)
     return tensors
 
 

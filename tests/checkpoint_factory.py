@@ -73,9 +73,8 @@ def with_slots(weights: Arrays) -> Arrays:
 
 def write_tf(folder: Path, tensors: Mapping[str, Any], *, name: str = f"model.ckpt-{STEP}") -> Path:
     """Write a checkpoint with TensorFlow's own op; returns the prefix."""
-    from convert.tf_source import import_tensorflow
+    import tensorflow as tf  # takes seconds
 
-    tf = import_tensorflow()
     names = sorted(tensors)
     tf.raw_ops.SaveV2(
         prefix=str(folder / name),

@@ -144,15 +144,13 @@ def test_what_a_killed_writer_left_is_no_obstacle(path: Path) -> None:
 
 
 def test_a_disk_that_changes_bytes_is_found(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = os.pwrite
+    real = checkpoint.CheckpointWriter._write_at
 
-    def bad(fd: int, data: Any, offset: int) -> int:
-        if offset > 5000:
-            data = bytes(len(data))
-        return real(fd, data, offset)
+    def bad(writer: Any, file: Any, offset: int, data: memoryview) -> None:
+        real(writer, file, offset, memoryview(bytes(len(data))) if offset > 5000 else data)
 
     before = path.read_bytes()
-    monkeypatch.setattr(os, "pwrite", bad)
+    monkeypatch.setattr(checkpoint.CheckpointWriter, "_write_at", bad)
     with pytest.raises(OSError, match="reads back differently"):
         checkpoint.save(path, weights(), CONFIG)
     assert path.read_bytes() == before

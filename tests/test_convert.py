@@ -129,14 +129,14 @@ def test_a_lone_checkpoint_needs_no_right_state_file(folder: Path, out: Path) ->
 
 
 def test_several_shards_are_read(folder: Path, out: Path) -> None:
-    from convert.tf_source import import_tensorflow
+    import tensorflow as tf
 
     tensors = factory.with_slots(factory.tf_weights())
     halves = [dict(list(tensors.items())[part::2]) for part in range(2)]
     for name in (DATA, INDEX):
         (folder / name).unlink()
     prefixes = [factory.write_tf(folder, half, name=f"part{i}") for i, half in enumerate(halves)]
-    import_tensorflow().raw_ops.MergeV2Checkpoints(
+    tf.raw_ops.MergeV2Checkpoints(
         checkpoint_prefixes=[str(prefix) for prefix in prefixes],
         destination_prefix=str(folder / PREFIX),
         delete_old_dirs=False,
@@ -221,9 +221,8 @@ def test_float64_is_rounded_once(folder: Path, out: Path) -> None:
 
 @pytest.mark.parametrize("name", ["bfloat16", "float16", "float64"])
 def test_variables_of_other_dtypes_are_read(name: str, folder: Path, out: Path) -> None:
-    from convert.tf_source import import_tensorflow
+    import tensorflow as tf
 
-    tf = import_tensorflow()
     weights = factory.tf_weights()
     cast = {key: tf.cast(value, getattr(tf, name)) for key, value in weights.items()}
     factory.write_tf(folder, cast)
@@ -253,13 +252,25 @@ def test_the_communitys_file_gives_the_same_data(
     assert_identical(tmp_path / "bin.safetensors", expected_tensors(factory.tf_weights()))
 
 
-def test_a_bin_converts_without_tensorflow(folder: Path, out: Path) -> None:
-    state = factory.community_state_dict(factory.tf_weights())
-    torch.save(state, folder / "pytorch_model.bin")
+def test_neither_way_needs_tensorflow(folder: Path, out: Path) -> None:
+    torch.save(factory.community_state_dict(factory.tf_weights()), folder / "pytorch_model.bin")
     code = (
         "import sys; sys.modules['tensorflow'] = None\n"
         "from convert.__main__ import main\n"
-        f"sys.exit(main([{str(folder / 'pytorch_model.bin')!r}, {str(out)!r}]))"
+        f"folder, out = {str(folder)!r}, {str(out)!r}\n"
+        "sys.exit(main([folder, out]) or main(['--to-tf', out, folder + '/back'])\n"
+        "  or main([folder + '/pytorch_model.bin', out, '--force']))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_a_float32_checkpoint_converts_before_pytorch_would_have_started(
+    folder: Path, out: Path
+) -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from convert.__main__ import main\n"
+        f"sys.exit(main([{str(folder)!r}, {str(out)!r}]))"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
@@ -279,25 +290,23 @@ def test_to_tensorflow_and_back_is_the_identity(folder: Path, out: Path, tmp_pat
 def test_what_goes_back_is_what_the_original_code_restores(
     folder: Path, out: Path, tmp_path: Path
 ) -> None:
-    from convert.tf_source import import_tensorflow
+    """As the original does it: build the variables, and let a Saver restore them."""
+    import tensorflow as tf
 
-    tf = import_tensorflow()
     run(folder, out)
     run("--to-tf", out, tmp_path / "back")
     prefix = tf.train.latest_checkpoint(str(tmp_path / "back"))
     assert prefix == str(tmp_path / "back" / PREFIX)
-    weights = factory.tf_weights()
+    expected = {**factory.tf_weights(), "global_step": np.array(factory.STEP, np.int64)}
+    assert {name for name, _ in tf.train.list_variables(prefix)} == expected.keys()
     with tf.Graph().as_default(), tf.compat.v1.Session() as session:
-        saver = tf.compat.v1.train.import_meta_graph(f"{prefix}.meta")
-        saver.restore(session, prefix)
-        for variable in tf.compat.v1.global_variables():
-            name = variable.op.name
-            value = session.run(variable)
-            expected = weights.get(name, np.array(factory.STEP, np.int64))
-            assert value.dtype == expected.dtype
-            assert np.array_equal(value, expected)
-    names = {name for name, _ in tf.train.list_variables(prefix)}
-    assert names == {*weights, "global_step"}
+        variables = {
+            name: tf.compat.v1.get_variable(name, value.shape, tf.as_dtype(value.dtype))
+            for name, value in expected.items()
+        }
+        tf.compat.v1.train.Saver().restore(session, prefix)
+        for name, value in expected.items():
+            assert np.array_equal(session.run(variables[name]), value), name
 
 
 def test_going_back_keeps_what_is_there_unless_told(
