@@ -40,7 +40,7 @@ from gpt2ml_torch.layout import (
     WEIGHT_DTYPES,
     expected_shapes,
     expected_tensors,
-    packed_bits,
+    packed_precision,
 )
 from gpt2ml_torch.safetensors_reader import CURE, TensorInfo, check_entries, read_header
 from gpt2ml_torch.safetensors_writer import dtype_name
@@ -125,7 +125,7 @@ def load_tensors(
             raise ValueError(f"{path}: {error}") from None
     copied = {}
     for name, tensor in stream_tensors(path, metadata):
-        packed = packed_bits(name.removesuffix(SCALE), metadata.quantization) is not None
+        packed = packed_precision(name.removesuffix(SCALE), metadata.quantization) is not None
         wanted = tensor.dtype if packed or dtype is None else dtype
         copied[name] = tensor.to(device, wanted, copy=True)
     return copied
@@ -211,7 +211,9 @@ def _float_dtype(
     tensors: Mapping[str, TensorInfo], config: GPT2MLConfig, quantization: str | None
 ) -> str:
     """The one dtype of the weights that are not packed."""
-    plain = [name for name in expected_shapes(config) if packed_bits(name, quantization) is None]
+    plain = [
+        name for name in expected_shapes(config) if packed_precision(name, quantization) is None
+    ]
     dtypes = {dtype_name(tensors[name].dtype) for name in plain if name in tensors}
     if len(dtypes) > 1 or not dtypes <= set(WEIGHT_DTYPES):
         found = ", ".join(sorted(dtypes))

@@ -18,7 +18,7 @@ from gpt2ml_torch.layout import (
     WEIGHT_DTYPES,
     expected_shapes,
     expected_tensors,
-    packed_bits,
+    packed_precision,
 )
 from gpt2ml_torch.safetensors_writer import SafetensorsWriter, dtype_name
 
@@ -91,13 +91,13 @@ class CheckpointWriter(SafetensorsWriter):
 
     def write_weight(self, name: str, tensor: Tensor) -> None:
         """Write one weight, floating point as the model has it, packed where the file packs it."""
-        bits = packed_bits(name, self._quantization)
-        if bits is None:
+        precision = packed_precision(name, self._quantization)
+        if precision is None:
             return self.write(name, tensor)
         from gpt2ml_torch.kernels import packing  # brings the compiler, seconds to import
 
         try:
-            weight, scale = packing.pack(tensor.detach().cpu(), bits)
+            weight, scale = packing.pack(tensor.detach().cpu(), precision)
         except ValueError as error:
             raise ValueError(f"tensor {name!r}: {error}") from None
         assert scale is not None
@@ -132,7 +132,9 @@ def save(
         )
     expected = expected_tensors(config, "float32", quantization)
     check_names(tensors, expected, "the state dict")
-    plain = [name for name in expected_shapes(config) if packed_bits(name, quantization) is None]
+    plain = [
+        name for name in expected_shapes(config) if packed_precision(name, quantization) is None
+    ]
     dtypes = {tensors[name].dtype for name in plain}
     if len(dtypes) > 1:
         raise ValueError(
