@@ -31,7 +31,9 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0 for success, 2 for an error, told in one line on stderr."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    _check(parser, options)
     warnings.simplefilter("ignore")
     try:
         with _progress_bar() as progress:
@@ -64,6 +66,11 @@ def _parser() -> argparse.ArgumentParser:
         default="float32",
         help="default: %(default)s",
     )
+    parser.add_argument(
+        "--keep-optimizer",
+        action="store_true",
+        help="keep Adafactor's statistics, for fine-tuning to go on with; 0.1 %% more",
+    )
     parser.add_argument("--force", action="store_true", help="overwrite OUT")
     parser.add_argument(
         "--no-verify", action="store_true", help="accept a published size with another SHA-256"
@@ -74,9 +81,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """End with an error for options that exclude each other."""
+    if options.keep_optimizer and options.dtype in QUANTIZATIONS:
+        parser.error(f"--keep-optimizer excludes --dtype {options.dtype}, which can't be tuned")
+    if options.to_tf:
+        one_way = ("config", "vocab", "no_vocab", "keep_optimizer", "no_verify", "dtype")
+        for name in one_way:
+            if getattr(options, name) != parser.get_default(name):
+                option = f"--{name.replace('_', '-')}"
+                parser.error(f"{option} has no meaning with --to-tf")
+
+
 def _run(arguments: argparse.Namespace, progress: Progress) -> str:
     if arguments.to_tf:
-        from convert.to_tf import to_tf
+        from convert.to_tf import to_tf  # brings PyTorch, which takes seconds to import
 
         return to_tf(arguments.source, arguments.out, overwrite=arguments.force, progress=progress)
     location = locate(arguments.source)
@@ -86,6 +105,7 @@ def _run(arguments: argparse.Namespace, progress: Progress) -> str:
         config=arguments.config,
         vocab=arguments.vocab,
         with_vocab=not arguments.no_vocab,
+        keep_optimizer=arguments.keep_optimizer,
         verify=not arguments.no_verify,
         overwrite=arguments.force,
     )
@@ -99,6 +119,7 @@ def _summary(report: Report, out: Path, dtype: str, notes: Sequence[str]) -> str
     dropped = (
         ", ".join(f"{count} {reason}" for reason, count in report.dropped.items()) or "nothing"
     )
+    kept = f"kept: {report.kept:,} optimiser slots; " if report.kept else ""
     vocabulary = report.vocabulary
     words = f"{vocabulary.lines:,} tokens from {vocabulary.path}" if vocabulary else "none stored"
     step = f", step {source['step']:,}" if "step" in source else ""
@@ -107,7 +128,7 @@ def _summary(report: Report, out: Path, dtype: str, notes: Sequence[str]) -> str
         f"  model       {config.num_hidden_layers} layers, width {config.hidden_size}, "
         f"{config.num_attention_heads} heads, {config.vocab_size:,} embeddings",
         f"  tensors     {report.tensors:,}, {config.num_parameters:,} parameters, {dtype}; "
-        f"dropped: {dropped}",
+        f"{kept}dropped: {dropped}",
         f"  vocabulary  {words}",
         *(f"  note        {note}" for note in (*notes, *report.notes)),
         f"  written     {report.size:,} bytes in {report.seconds:.1f} s, read back and compared",

@@ -113,6 +113,18 @@ def recipes(layers: int, source: Format) -> dict[str, Recipe]:
     return result
 
 
+def slot_recipes(weights: Mapping[str, Recipe], slots: Iterable[str]) -> dict[str, Recipe]:
+    """The recipes of the optimizer's statistics, named `<weight>.<slot>`, as flat vectors."""
+    result = {}
+    for name in slots:
+        key, _, slot = name.rpartition(".")
+        if weights[key].transpose:  # a kernel's rows are the weight's columns
+            slot = {"vr": "vc", "vc": "vr"}[slot]
+        sources = (f"{source}/adafactor_{slot}" for source in weights[key].sources)
+        result[name] = Recipe(tuple(sources), transpose=False)
+    return result
+
+
 @dataclasses.dataclass(frozen=True)
 class Inventory:
     """The names of a source, sorted: the highest layer plus one, what is dropped, and what nobody

@@ -26,7 +26,7 @@ from convert.transpose import rows_in_order
 from convert.vocabulary import Vocabulary
 from gpt2ml_torch.checkpoint_writer import CheckpointWriter
 from gpt2ml_torch.config import GPT2MLConfig
-from gpt2ml_torch.layout import expected_shapes
+from gpt2ml_torch.layout import SLOT
 from gpt2ml_torch.safetensors_writer import resolve_target
 
 _WORKERS = 2  # more of them wait for the same disk
@@ -39,6 +39,7 @@ class Report:
     config: GPT2MLConfig
     source: dict[str, Any]
     tensors: int
+    kept: int  # optimiser slots
     dropped: dict[str, int]
     vocabulary: Vocabulary | None
     notes: list[str]
@@ -68,6 +69,7 @@ def convert(
             dtype=options.dtype,
             quantization=options.quantization,
             vocab=plan.vocabulary.text if plan.vocabulary else None,
+            slots=options.keep_optimizer,
             overwrite=options.overwrite,
         ) as writer:
             _copy(source, plan, writer, options, progress)
@@ -80,6 +82,7 @@ def convert(
         config=plan.config,
         source=origin,
         tensors=len(plan.recipes),
+        kept=sum(len(recipe.sources) for recipe in plan.slots.values()),
         dropped={reason: len(names) for reason, names in plan.dropped.items()},
         vocabulary=plan.vocabulary,
         notes=notes,
@@ -115,21 +118,19 @@ def _copy(
     progress: Progress | None,
 ) -> None:
     """Make and write all tensors; the first that fails stops the others."""
-    shapes = expected_shapes(plan.config)
-    itemsize = storage(options.dtype).itemsize
-    sizes = {key: math.prod(shape) * itemsize for key, shape in shapes.items()}
+    jobs = collections.deque([(key, recipe, options.dtype) for key, recipe in plan.recipes.items()])
+    jobs.extend((SLOT + name, recipe, "float32") for name, recipe in plan.slots.items())
+    sizes = {key: _bytes_made(source, recipe, dtype) for key, recipe, dtype in jobs}
     total = sum(sizes.values())
-    keys = collections.deque(plan.recipes)
     reporting = threading.Lock()
 
     def work() -> None:
-        while keys:
+        while jobs:
             try:
-                key = keys.popleft()
+                key, recipe, dtype = jobs.popleft()
             except IndexError:  # another took the last one
                 return
-            pieces = _pieces(source, key, plan.recipes[key], options.dtype)
-            _write(writer, key, pieces, options.quantization)
+            _write(writer, key, _pieces(source, key, recipe, dtype), options.quantization)
             if progress:
                 with reporting:
                     progress(sizes[key], total)
@@ -140,7 +141,12 @@ def _copy(
             for worker in concurrent.futures.as_completed(workers):
                 worker.result()
         finally:
-            keys.clear()
+            jobs.clear()
+
+
+def _bytes_made(source: Source, recipe: Recipe, dtype: str) -> int:
+    numbers = sum(math.prod(source.entries[name][1]) for name in recipe.sources)
+    return numbers * storage(dtype).itemsize
 
 
 def _pieces(source: Source, key: str, recipe: Recipe, dtype: str) -> Iterator[Array]:

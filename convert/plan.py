@@ -4,13 +4,14 @@ configuration and vocabulary."""
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 from convert import configs, mapping
 from convert.sources import Source
 from convert.vocabulary import Vocabulary, find_vocabulary
 from gpt2ml_torch.config import MAX_LAYERS, GPT2MLConfig
-from gpt2ml_torch.layout import expected_shapes
+from gpt2ml_torch.layout import expected_shapes, slot_shapes
 
 _MAX_FAULTS = 200  # named in one error; a hostile file may have millions
 
@@ -24,6 +25,7 @@ class Options:
     config: Path | None = None
     vocab: Path | None = None
     with_vocab: bool = True
+    keep_optimizer: bool = False
     verify: bool = True
     overwrite: bool = False
 
@@ -33,6 +35,7 @@ class Plan:
     """Which tensors are made of what, and what goes with them."""
 
     recipes: dict[str, mapping.Recipe]
+    slots: dict[str, mapping.Recipe]  # those of the optimizer that are kept
     config: GPT2MLConfig
     vocabulary: Vocabulary | None
     dropped: dict[str, list[str]]
@@ -53,17 +56,45 @@ def make_plan(source: Source, folder: Path, options: Options) -> Plan:
     if faults:
         raise ValueError(f"{source.name} is no complete GPT2_ML: {_enumerate(faults)}")
     source.check()
+    slots = _plan_slots(source, recipes, config) if options.keep_optimizer else {}
+    kept = {name for recipe in slots.values() for name in recipe.sources}
     vocabulary = None
     if options.with_vocab:
         vocabulary = find_vocabulary(folder, options.vocab, config.vocab_size)
     return Plan(
         recipes={key: recipes[key] for key in shapes},
+        slots=slots,
         config=config,
         vocabulary=vocabulary,
-        dropped=inventory.dropped,
+        dropped={
+            reason: dropped
+            for reason, names in inventory.dropped.items()
+            if (dropped := [name for name in names if name not in kept])
+        },
         notes=notes,
         inputs=[path for path in (origin, vocabulary and vocabulary.path) if path],
     )
+
+
+def _plan_slots(
+    source: Source, recipes: dict[str, mapping.Recipe], config: GPT2MLConfig
+) -> dict[str, mapping.Recipe]:
+    """The optimizer's statistics, all of them.
+
+    Raises `ValueError` where any is missing, for half of them would continue no training.
+    """
+    shapes = slot_shapes(config)
+    slots = mapping.slot_recipes(recipes, shapes)
+    if not any(name in source.entries for recipe in slots.values() for name in recipe.sources):
+        raise ValueError(f"{source.name} holds no optimizer; go without --keep-optimizer")
+    flat = {name: (math.prod(shape),) for name, shape in shapes.items()}
+    faults = mapping.find_faults(source.entries, slots, flat, ())
+    if False:
+        raise ValueError(
+            f"the optimizer in {source.name} is not complete: {_enumerate(faults)}; go without "
+            "--keep-optimizer"
+        )
+    return slots
 
 
 def _sizes(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import json
 import math
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -36,7 +37,8 @@ def to_tf(
     """Write `model.ckpt-STEP.*`, `checkpoint`, config.json and vocab.txt into a folder; returns the
     summary.
 
-    The weights are float32, whatever the file's dtype. Raises as `read_metadata` does, and
+    The weights are float32, whatever the file's dtype; the optimizer's statistics go along where
+    the file kept them. Raises as `read_metadata` does, and
     `FileExistsError`.
     """
     started = time.monotonic()
@@ -54,27 +56,29 @@ def to_tf(
     _check_folder(folder, names, overwrite)
     created = not folder.exists()
     folder.mkdir(exist_ok=True)
-    # Beside the final place, so that the last step is a rename; what a killed run leaves is a
-    # hidden folder.
-    scratch = Path(tempfile.mkdtemp(prefix=".convert-", dir=folder))
+    # In the folder itself, so that the last step is a rename. A killed run leaves it to the next.
+    scratch = folder / f".{prefix}.partial"
+    shutil.rmtree(scratch, ignore_errors=True)
     try:
+        scratch.mkdir()
         _write_all(scratch, prefix, source, metadata, step, progress)
         for name in names:
             (scratch / name).replace(folder / name)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         if created:
-            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # if there is something in it, it isn't ours
+                folder.rmdir()
         raise
     scratch.rmdir()
     size = sum((folder / name).stat().st_size for name in names)
     return "\n".join(
         [
-            f"{folder / prefix}: {metadata.config.num_parameters:,} parameters, float32, step "
-            f"{step:,}",
+            f"{folder / prefix}: {metadata.config.num_parameters:,} parameters, float32, "
+            f"step {step:,}{', with its optimizer' if metadata.slots else ''}",
             f"  files       {', '.join(names)}",
-            f"  written     {size:,} bytes in {time.monotonic() - started:.1f} s, read back and "
-            "compared",
+            f"  written     {size:,} bytes in {time.monotonic() - started:.1f} s, "
+            "read back and compared",
             "next: give this folder to the original code, or to python -m convert",
         ]
     )
@@ -109,7 +113,7 @@ def _write_all(
 ) -> None:
     variables = dict(_variables(source, metadata))
     variables[mapping.TF_STEP] = Variable.of(np.array(step, np.int64))
-    total = 4 * metadata.config.num_parameters
+    total = sum(math.prod(variable.shape) * 4 for variable in variables.values())
     write_tf_checkpoint(
         folder / prefix,
         variables,
@@ -124,8 +128,14 @@ def _write_all(
 
 def _variables(source: Path, metadata: CheckpointMetadata) -> Iterator[tuple[str, Variable]]:
     """The variables by their TensorFlow names, each read from the file when it is wanted."""
-    for key, recipe in mapping.recipes(metadata.config.num_hidden_layers, "tf").items():
-        info = metadata.tensors[key]
+    recipes = mapping.recipes(metadata.config.num_hidden_layers, "tf")
+    slots = mapping.slot_recipes(recipes, metadata.slots)
+    flat = {
+        name: dataclasses.replace(info, shape=(math.prod(info.shape),))
+        for name, info in metadata.slots.items()
+    }
+    for key, recipe in {**recipes, **slots}.items():
+        info = flat.get(key) or metadata.tensors[key]
         shape = recipe.source_shape(info.shape)
         for index, name in enumerate(recipe.sources):
             load = functools.partial(_load, source, info, recipe, index)

@@ -9,6 +9,7 @@ A safetensors file whose metadata holds, beside the customary `format`:
     generation      JSON: defaults for generation, if any
     quantization    "int8" or "int4" where the large matrices are packed (`gpt2ml_torch.layout`)
 
+Beside the weights it may keep the optimizer's statistics, which only fine-tuning asks for.
 Files come from strangers: every size is checked against the file's real length before anything is
 allocated.
 """
@@ -37,17 +38,20 @@ from gpt2ml_torch.config import GPT2MLConfig
 from gpt2ml_torch.layout import (
     QUANTIZATIONS,
     SCALE,
+    SLOT,
     WEIGHT_DTYPES,
-    expected_shapes,
+    expected_slots,
     expected_tensors,
     packed_precision,
+    plain_weights,
 )
 from gpt2ml_torch.safetensors_reader import CURE, TensorInfo, check_entries, read_header
-from gpt2ml_torch.safetensors_writer import dtype_name
+from gpt2ml_torch.safetensors_writer import TensorSpec, dtype_name
 
 __all__ = [
     "CheckpointMetadata",
     "CheckpointWriter",
+    "load_optimizer_slots",
     "load_tensors",
     "read_metadata",
     "save",
@@ -67,7 +71,8 @@ class CheckpointMetadata:
     source: dict[str, Any]
     generation: dict[str, Any]
     quantization: str | None
-    tensors: dict[str, TensorInfo]
+    tensors: dict[str, TensorInfo]  # the weights
+    slots: dict[str, TensorInfo]  # the optimizer's statistics, if they were kept
 
     @property
     def dtype(self) -> torch.dtype:
@@ -84,12 +89,16 @@ def read_metadata(path: str | os.PathLike[str]) -> CheckpointMetadata:
     header, data_start, size = read_header(Path(path))
     try:
         custom = _check_custom(header.pop("__metadata__", None), header)
-        tensors = check_entries(header, data_start, size)
+        entries = check_entries(header, data_start, size)
+        slots = {name: info for name, info in entries.items() if name.startswith(SLOT)}
+        tensors = {name: info for name, info in entries.items() if name not in slots}
         config = GPT2MLConfig.from_dict(_parse_object(custom["config"], "config"))
         vocab = custom.get("vocab")
         check_vocab(vocab, config)
         quantization = custom.get("quantization")
         _check_tensors(tensors, config, quantization)
+        if slots:
+            _check_specs(slots, expected_slots(config), "the optimizer in the file")
         return CheckpointMetadata(
             config=config,
             vocab=vocab,
@@ -97,6 +106,7 @@ def read_metadata(path: str | os.PathLike[str]) -> CheckpointMetadata:
             generation=_parse_object(custom.get("generation", "{}"), "generation"),
             quantization=quantization,
             tensors=tensors,
+            slots={name.removeprefix(SLOT): info for name, info in slots.items()},
         )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -129,6 +139,20 @@ def load_tensors(
         wanted = tensor.dtype if packed or dtype is None else dtype
         copied[name] = tensor.to(device, wanted, copy=True)
     return copied
+
+
+def load_optimizer_slots(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The statistics of the optimizer that made the weights, if the file kept them: those of
+    `layout.slot_shapes`, or none.
+
+    Memory-mapped, and checked as by `read_metadata`.
+    """
+    names = read_metadata(path).slots
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(SLOT + name) for name in names}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def stream_tensors(
@@ -196,7 +220,14 @@ def _check_tensors(
     if quantization not in (None, *QUANTIZATIONS):
         raise ValueError(f"weights quantised as {quantization[:40]!r}; update gpt2ml_torch")
     expected = expected_tensors(config, _float_dtype(tensors, config, quantization), quantization)
-    check_names(tensors, expected, "the file")
+    _check_specs(tensors, expected, "the file")
+
+
+def _check_specs(
+    tensors: Mapping[str, TensorInfo], expected: Mapping[str, TensorSpec], where: str
+) -> None:
+    """Raise `ValueError` unless the tensors are these, of these dtypes and shapes."""
+    check_names(tensors, expected, where)
     for name, (wanted, shape) in expected.items():
         info = tensors[name]
         if info.shape != tuple(shape):
@@ -211,9 +242,7 @@ def _float_dtype(
     tensors: Mapping[str, TensorInfo], config: GPT2MLConfig, quantization: str | None
 ) -> str:
     """The one dtype of the weights that are not packed."""
-    plain = [
-        name for name in expected_shapes(config) if packed_precision(name, quantization) is None
-    ]
+    plain = plain_weights(config, quantization)
     dtypes = {dtype_name(tensors[name].dtype) for name in plain if name in tensors}
     if len(dtypes) > 1 or not dtypes <= set(WEIGHT_DTYPES):
         found = ", ".join(sorted(dtypes))

@@ -16,9 +16,10 @@ from gpt2ml_torch.layout import (
     QUANTIZATIONS,
     SCALE,
     WEIGHT_DTYPES,
-    expected_shapes,
+    expected_slots,
     expected_tensors,
     packed_precision,
+    plain_weights,
 )
 from gpt2ml_torch.safetensors_writer import SafetensorsWriter, dtype_name
 
@@ -36,7 +37,8 @@ class CheckpointWriter(SafetensorsWriter):
     tensor)`.
 
     Every weight of `expected_shapes(config)` must be written, in `dtype`; with a `quantization` the
-    large ones are packed on the way. Raises as `SafetensorsWriter` does.
+    large ones are packed on the way; with `slots` so must be the optimizer's statistics
+    (`layout.slot_shapes`). Raises as `SafetensorsWriter` does.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class CheckpointWriter(SafetensorsWriter):
         source: Mapping[str, Any] | None = None,
         generation: Mapping[str, Any] | None = None,
         quantization: str | None = None,
+        slots: bool = False,
         overwrite: bool = False,
     ) -> None:
         if quantization not in (None, *QUANTIZATIONS):
@@ -73,6 +76,8 @@ class CheckpointWriter(SafetensorsWriter):
             self._custom["quantization"] = quantization
         self._quantization = quantization
         specs = expected_tensors(config, dtype, quantization)
+        if slots:
+            specs.update(expected_slots(config))
         super().__init__(path, specs, self._custom, overwrite=overwrite, reserve=_RESERVE)
 
     def write(self, name: str, tensor: Tensor) -> None:
@@ -132,10 +137,7 @@ def save(
         )
     expected = expected_tensors(config, "float32", quantization)
     check_names(tensors, expected, "the state dict")
-    plain = [
-        name for name in expected_shapes(config) if packed_precision(name, quantization) is None
-    ]
-    dtypes = {tensors[name].dtype for name in plain}
+    dtypes = {tensors[name].dtype for name in plain_weights(config, quantization)}
     if len(dtypes) > 1:
         raise ValueError(
             f"weights of several dtypes, {', '.join(sorted(map(dtype_name, dtypes)))}; convert the "

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from gpt2ml_torch import checkpoint
 from gpt2ml_torch.config import GPT2MLConfig
+from gpt2ml_torch.layout import expected_shapes, expected_slots
 
 CONFIG = GPT2MLConfig(
     vocab_size=21,
@@ -35,7 +36,7 @@ def weights(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     return {
         name: torch.randn(shape, generator=generator).to(dtype)
-        for name, shape in checkpoint.expected_shapes(CONFIG).items()
+        for name, shape in expected_shapes(CONFIG).items()
     }
 
 
@@ -56,7 +57,7 @@ def test_metadata_come_back(path: Path) -> None:
     assert metadata.generation == {"top_k": 5}
     assert metadata.dtype == torch.float32
     assert {name: info.shape for name, info in metadata.tensors.items()} == (
-        checkpoint.expected_shapes(CONFIG)
+        expected_shapes(CONFIG)
     )
 
 
@@ -269,6 +270,41 @@ def test_a_hostile_header_is_a_clear_error(name: str, path: Path) -> None:
     _assert_refused(path, expected)
 
 
+HOSTILE_SLOTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "one missing": (
+        lambda h: h.pop("optimizer.embedding_norm.bias.v"),
+        "leaves a gap|found .* bytes",
+    ),
+    "one renamed": (
+        lambda h: h.update({"optimizer.x": h.pop("optimizer.embedding_norm.bias.v")}),
+        "optimizer in the file lacks .*embedding_norm.bias.v; .* has unknown optimizer.x",
+    ),
+    "wrong shape": (
+        lambda h: h["optimizer.embedding_norm.bias.v"].update(shape=[3, 4]),
+        r"shape \(3, 4\); the configuration says \(12,\)",
+    ),
+    "integers": (
+        lambda h: h["optimizer.embedding_norm.bias.v"].update(dtype="I32"),
+        "'optimizer.embedding_norm.bias.v' is int32; expected float32",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_SLOTS)
+def test_a_hostile_optimizer_is_a_clear_error(name: str, path: Path) -> None:
+    with checkpoint.CheckpointWriter(
+        path, CONFIG, dtype="float32", slots=True, overwrite=True
+    ) as writer:
+        for key, tensor in weights().items():
+            writer.write(key, tensor)
+        for key, (_, shape) in expected_slots(CONFIG).items():
+            writer.write(key, torch.ones(shape))
+    assert len(checkpoint.load_optimizer_slots(path)) == len(expected_slots(CONFIG))
+    change, expected = HOSTILE_SLOTS[name]
+    path.write_bytes(_edit(path, change))
+    _assert_refused(path, expected)
+
+
 def _duplicate(path: Path) -> bytes:
     header, data = _read(path)
     text = json.dumps(header)
@@ -303,7 +339,11 @@ def test_a_damaged_file_is_a_clear_error(name: str, path: Path) -> None:
 
 
 def _assert_refused(path: Path, expected: str) -> None:
-    for load in (checkpoint.read_metadata, checkpoint.load_tensors):
+    for load in (
+        checkpoint.read_metadata,
+        checkpoint.load_tensors,
+        checkpoint.load_optimizer_slots,
+    ):
         with pytest.raises((ValueError, OSError)) as caught:
             load(path)
         assert re.search(expected, str(caught.value))
@@ -342,7 +382,7 @@ def test_loading_does_not_read_what_is_not_used(tmp_path: Path) -> None:
         intermediate_size=1024,
     )
     path = tmp_path / "large"
-    zeros = {n: torch.zeros(1).expand(s) for n, s in checkpoint.expected_shapes(config).items()}
+    zeros = {n: torch.zeros(1).expand(s) for n, s in expected_shapes(config).items()}
     checkpoint.save(path, zeros, config)
     code = (
         "import resource, sys, torch\n"
