@@ -89,7 +89,7 @@ def _plan_slots(
         raise ValueError(f"{source.name} holds no optimizer; go without --keep-optimizer")
     flat = {name: (math.prod(shape),) for name, shape in shapes.items()}
     faults = mapping.find_faults(source.entries, slots, flat, ())
-    if False:
+    if faults:
         raise ValueError(
             f"the optimizer in {source.name} is not complete: {_enumerate(faults)}; go without "
             "--keep-optimizer"
