@@ -163,7 +163,8 @@ def _one_line(error: ValueError | OSError) -> str:
         text = f"{where}{error.strerror}"
     if isinstance(error, FileExistsError):
         text += "; --force overwrites it"
-    return " ".join(text.split())
+    printable = (c if c.isprintable() else "?" for c in " ".join(text.split()))
+    return "".join(printable)  # names in files from strangers could steer a terminal
 
 
 def _fail(message: str, *, status: int = 2) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import re
 import threading
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,16 @@ from torch import Tensor
 
 from convert import mapping
 from convert.sources import Array, Entries
+from gpt2ml_torch.safetensors_writer import dtype_name
 
 # Bytes of the mapped file that may be resident: pages that were read stay until it is unmapped.
 _RELEASE_EVERY = 96 << 20
+
+# What PyTorch's errors say beside what is wrong, the advice to load the file all the same included.
+_ADVICE = re.compile(
+    r"^Weights only load failed.*?\n\s*\n|^Check the documentation.*|This is an internal miniz.*",
+    re.DOTALL | re.MULTILINE,
+)
 
 
 class BinSource:
@@ -34,7 +43,7 @@ class BinSource:
         self._resident = 0
         self._lock = threading.Lock()
         self.entries: Entries = {
-            name: (_dtype(value), tuple(value.shape) if isinstance(value, Tensor) else ())
+            name: (dtype_name(value.dtype), tuple(value.shape)) if _is_plain(value) else (None, ())
             for name, value in self._tensors.items()
         }
 
@@ -67,31 +76,39 @@ class BinSource:
         self._resident += 2 * embedding.nbytes
 
     def _load(self) -> dict[str, Any]:
+        with self._path.open("rb"):
+            pass  # if it can't be opened, that is what is wrong
         try:
-            try:
-                loaded = torch.load(self._path, map_location="cpu", weights_only=True, mmap=True)
-                self._mapped = True
-            except RuntimeError as error:
-                if "mmap" not in str(error):
-                    raise
-                # PyTorch's format before 1.6 can't be mapped; it is as restricted, but takes
-                # memory.
-                loaded = torch.load(self._path, map_location="cpu", weights_only=True)
-                self._mapped = False
+            loaded = self._unpickle()
         except pickle.UnpicklingError as error:
             raise ValueError(
-                f"{self._path} is no plain state dict, or hostile: {_first_line(error)}; nothing "
-                "was run"
+                f"{self._path} is no plain state dict, or hostile: {_reason(error)}; "
+                "nothing was run"
             ) from None
         except Exception as error:  # a damaged zip or pickle surfaces as almost any exception
-            if isinstance(error, OSError) and error.errno:
-                raise
             raise ValueError(
-                f"{self._path} is damaged or truncated: {_first_line(error)}"
+                f"{self._path} is damaged or truncated: {_reason(error)}; fetch it again"
             ) from None
         if not isinstance(loaded, Mapping) or not all(isinstance(key, str) for key in loaded):
             raise ValueError(f"{self._path} holds {type(loaded).__name__}; expected a state dict")
         return _without_prefix(loaded, self._path)
+
+    def _unpickle(self) -> Any:
+        if zipfile.is_zipfile(self._path):
+            with zipfile.ZipFile(self._path) as archive:
+                inflated = sum(member.file_size for member in archive.infolist())
+            if inflated > self._path.stat().st_size:  # PyTorch compresses nothing
+                raise RuntimeError(f"it would inflate to {inflated:,} bytes")
+        try:
+            loaded = torch.load(self._path, map_location="cpu", weights_only=True, mmap=True)
+            self._mapped = True
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+            # PyTorch's format before 1.6 can't be mapped; it is as restricted, but takes memory.
+            loaded = torch.load(self._path, map_location="cpu", weights_only=True)
+            self._mapped = False
+        return loaded
 
 
 def _without_prefix(loaded: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -104,16 +121,15 @@ def _without_prefix(loaded: Mapping[str, Any], path: Path) -> dict[str, Any]:
     return result
 
 
-def _dtype(value: Any) -> str | None:
-    """The name of a tensor's dtype; None for what is no plain tensor with numbers in memory."""
-    plain = (
+def _is_plain(value: Any) -> bool:
+    """Whether it is a tensor with its numbers in memory, one beside the other."""
+    return (
         isinstance(value, Tensor)
+        and not value.is_nested
+        and not value.is_quantized
         and value.layout == torch.strided
         and value.device.type == "cpu"
-        and not value.is_quantized
-        and not value.is_nested
     )
-    return str(value.dtype).removeprefix("torch.") if plain else None
 
 
 def _identical(a: Tensor, b: Tensor) -> bool:
@@ -122,6 +138,9 @@ def _identical(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:200] if lines else type(error).__name__
+def _reason(error: BaseException) -> str:
+    """What is wrong, in a line."""
+    text = next(iter(_ADVICE.sub("", str(error)).strip().splitlines()), "")
+    if not text or not isinstance(error, RuntimeError | pickle.UnpicklingError):
+        text = f"{type(error).__name__}: {text}"
+    return text.rstrip(".: ")[:200]

@@ -28,6 +28,8 @@ DIALECTS: dict[str, tuple[str, ...]] = {
     "hidden_dropout_prob": ("hidden_dropout_prob", "resid_pdrop"),
     "initializer_range": ("initializer_range",),
 }
+_FRACTION = ((int, float), "a number")
+_KINDS = {"hidden_dropout_prob": _FRACTION, "initializer_range": _FRACTION}
 _MARKS = ("hidden_size", "n_embd")
 _USUAL_NAMES = ("config.json", "bert_config.json", "gpt2_config.json", "model_config.json")
 
@@ -72,13 +74,9 @@ def read_config(path: Path) -> dict[str, Any]:
         if len({repr(value) for value in given.values()}) > 1:
             raise ValueError(f"{path} contradicts itself: {_pairs(given)}")
         for name, value in given.items():
-            number = (
-                (int,)
-                if field not in ("hidden_dropout_prob", "initializer_range")
-                else (int, float)
-            )
-            if type(value) not in number:
-                raise ValueError(f"{path}: {name} is {value!r}; expected a number")
+            kinds, what = _KINDS.get(field, ((int,), "a whole number"))
+            if type(value) not in kinds:
+                raise ValueError(f"{path}: {name} is {value!r}; expected {what}")
             result[field] = value
     return result
 

@@ -165,7 +165,7 @@ def check_names(found: Mapping[str, Any], expected: Mapping[str, Any], where: st
         ("has unknown", set(found) - set(expected)),
     ):
         if names:
-            shown = ", ".join(name[:80] for name in sorted(names)[:5])
+            shown = ", ".join(repr(name[:80]) for name in sorted(names)[:5])
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             faults.append(f"{where} {what} {shown}{more}")
     if faults:

@@ -102,7 +102,9 @@ def _parse_header(text: bytes) -> dict[str, Any]:
     except _Duplicate as error:
         raise ValueError(f"damaged: {error}") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"not a safetensors file: the header is not JSON ({error})") from None
+        raise ValueError(
+            f"not a safetensors file: the header is not JSON ({error}); {CURE}"
+        ) from None
     return dict(header)
 
 

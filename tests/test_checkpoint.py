@@ -165,8 +165,8 @@ def test_an_existing_file_is_kept_unless_told(path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (lambda w: w.pop("embedding_norm.bias"), "lacks embedding_norm.bias"),
-        (lambda w: w.update(x=torch.zeros(1)), "has unknown x"),
+        (lambda w: w.pop("embedding_norm.bias"), "lacks .embedding_norm.bias"),
+        (lambda w: w.update(x=torch.zeros(1)), "has unknown .x"),
         (lambda w: w.update({"embedding_norm.bias": torch.zeros(13)}), r"shape \(13,\)"),
         (lambda w: w.update({"embedding_norm.bias": torch.zeros(12).half()}), "several dtypes"),
     ],
@@ -239,7 +239,7 @@ HOSTILE_HEADERS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "missing tensor": (lambda h: h.pop("embedding_norm.bias"), "leaves a gap|found .* bytes"),
     "renamed tensor": (
         lambda h: h.update({"norm.bias": h.pop("embedding_norm.bias")}),
-        "lacks embedding_norm.bias; the file has unknown norm.bias",
+        "lacks .embedding_norm.bias.; the file has unknown .norm.bias",
     ),
     "no metadata": (lambda h: h.pop("__metadata__"), "not a converted GPT2_ML"),
     "metadata no object": (lambda h: h.update(__metadata__=[1]), "metadata are not strings"),
@@ -253,7 +253,7 @@ HOSTILE_HEADERS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "config nested": (_meta(config="[" * 50_000), "not JSON"),
     "config unknown field": (_config(n_embd=3), "unknown fields .'n_embd'."),
     "10**12 layers": (_config(num_hidden_layers=10**12), "num_hidden_layers is 1000000000000"),
-    "other layers": (_config(num_hidden_layers=3), "lacks blocks.2.attention.output.bias"),
+    "other layers": (_config(num_hidden_layers=3), "lacks .blocks.2.attention.output.bias"),
     "no heads": (_config(num_attention_heads=0), "num_attention_heads is 0"),
     "width a string": (_config(hidden_size="12"), "hidden_size is '12'"),
     "long vocabulary": (_meta(vocab="a\n" * 22), "has 22 lines, the model 21 rows"),
@@ -277,7 +277,7 @@ HOSTILE_SLOTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     ),
     "one renamed": (
         lambda h: h.update({"optimizer.x": h.pop("optimizer.embedding_norm.bias.v")}),
-        "optimizer in the file lacks .*embedding_norm.bias.v; .* has unknown optimizer.x",
+        "optimizer in the file lacks .*embedding_norm.bias.v'; .* has unknown .optimizer.x",
     ),
     "wrong shape": (
         lambda h: h["optimizer.embedding_norm.bias.v"].update(shape=[3, 4]),

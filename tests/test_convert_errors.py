@@ -10,6 +10,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -355,7 +356,7 @@ def config_heads_do_not_divide(folder: Path) -> None:
     configure(folder, num_attention_heads=5)
 
 
-@case("num_attention_heads is '4'; expected a number")
+@case("num_attention_heads is '4'; expected a whole number")
 def config_has_a_string(folder: Path) -> None:
     configure(folder, num_attention_heads="4")
 
@@ -474,6 +475,37 @@ def bin_is_another_zip(folder: Path) -> list[str]:
     return [str(folder / "pytorch_model.bin")]
 
 
+@case("is damaged or truncated: it would inflate to 100,000,001 bytes")
+def bin_is_a_zip_bomb(folder: Path) -> list[str]:
+    with zipfile.ZipFile(folder / "pytorch_model.bin", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(10**8))
+        archive.writestr("archive/version", "3")
+    return [str(folder / "pytorch_model.bin")]
+
+
+@case("'h.1.ln_2.bias' holds no numbers")
+def bin_has_a_nested_tensor(folder: Path) -> list[str]:
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    return write_bin(folder, {**state_dict(), "transformer.h.1.ln_2.bias": nested})
+
+
+@case("'h.1.ln_2.bias' holds no numbers")
+def bin_has_a_tensor_without_memory(folder: Path) -> list[str]:
+    empty = torch.empty(64, device="meta")
+    return write_bin(folder, {**state_dict(), "transformer.h.1.ln_2.bias": empty})
+
+
+@case("'h.1.ln_2.bias' holds complex64, expected floating point")
+def bin_has_complex_numbers(folder: Path) -> list[str]:
+    numbers = torch.ones(64, dtype=torch.complex64)
+    return write_bin(folder, {**state_dict(), "transformer.h.1.ln_2.bias": numbers})
+
+
+@case(r"unknown tensor 'h.0.\\x1b\[31mx'")
+def bin_has_a_name_that_steers_the_terminal(folder: Path) -> list[str]:
+    return write_bin(folder, {**state_dict(), "transformer.h.0.\x1b[31mx": torch.zeros(2)})
+
+
 @case("holds list; expected a state dict")
 def bin_holds_a_list(folder: Path) -> list[str]:
     return write_bin(folder, [torch.zeros(3)])
@@ -537,6 +569,7 @@ def assert_one_line(stderr: str) -> None:
     assert stderr.startswith("convert: ")
     assert stderr.count("\n") == 1
     assert stderr.endswith("\n")
+    assert stderr.removesuffix("\n").isprintable()
     assert "Traceback" not in stderr
 
 
