@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import shlex
 import sys
 import warnings
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MemoryError:
         return _fail("out of memory")
     except (ValueError, OSError) as error:
-        return _fail(_one_line(error))
+        return _fail(_one_line(error, options.source))
     return 0
 
 
@@ -156,11 +157,12 @@ def _progress_bar() -> Iterator[Progress]:
             bar.close()
 
 
-def _one_line(error: ValueError | OSError) -> str:
+def _one_line(error: ValueError | OSError, source: Path) -> str:
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
-        where = f"{error.filename}: " if error.filename else ""
-        text = f"{where}{error.strerror}"
+        text = error.strerror
+        if error.errno and text == os.strerror(error.errno):  # the system's bare words
+            text = f"{error.filename or source}: {text}"
     if isinstance(error, FileExistsError):
         text += "; --force overwrites it"
     printable = (c if c.isprintable() else "?" for c in " ".join(text.split()))

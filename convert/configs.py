@@ -43,7 +43,8 @@ def find_config(folder: Path) -> Path | None:
     for name in _USUAL_NAMES:
         if (folder / name).is_file():
             return folder / name
-    found = [path for path in sorted(folder.glob("*.json")) if _looks_like_config(path)]
+    files = (path for path in sorted(folder.glob("*.json")) if path.is_file())
+    found = [path for path in files if _looks_like_config(path)]
     if len(found) > 1:
         names = ", ".join(path.name for path in found)
         raise ValueError(f"several configurations in {folder}: {names}; choose one with --config")
@@ -82,6 +83,8 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _load(path: Path) -> dict[str, Any]:
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise ValueError(f"{path} is no file; give another with --config")
     if path.stat().st_size > _MAX_BYTES:
         raise ValueError(f"{path} is too large for a configuration; give another with --config")
     try:

@@ -103,10 +103,10 @@ def open_source(location: Location) -> Source:
 
 
 def check_target(out: Path, inputs: Iterable[Path], *, overwrite: bool) -> None:
-    """Raise `OSError` where the output can't be written, or is the source itself."""
+    """Raise `OSError` where the output can't be written, `ValueError` if it is an input itself."""
     for path in inputs:
         if out.exists() and out.samefile(path):
-            raise FileExistsError(f"{out} is the source itself; give another name")
+            raise ValueError(f"{out} is the source itself; give another name")
     resolve_target(out, overwrite=overwrite)
 
 

@@ -317,6 +317,9 @@ def _open_locked(partial: Path) -> int:
             fd = os.open(partial, os.O_RDWR | os.O_CREAT | _NO_LINK, 0o666)
         except OSError as error:
             raise OSError(error.errno, f"can't write {partial}: {error.strerror}") from error
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise OSError(errno.EINVAL, f"can't write {partial}: it is in the way; remove it")
         if fcntl is None:
             return fd
         try:

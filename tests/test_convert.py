@@ -358,19 +358,13 @@ def test_a_published_checkpoint_is_recognised_by_its_hash(
 def test_killed_at_any_moment_it_leaves_the_old_file_or_the_new_one(
     folder: Path, out: Path
 ) -> None:
-    """The child converts over and over, so that the kills land in every phase of it.
-
-    From the .bin, since a process without TensorFlow starts sooner.
-    """
-    state = factory.community_state_dict(factory.tf_weights())
-    torch.save(state, folder / "pytorch_model.bin")
-    source = folder / "pytorch_model.bin"
+    """The child converts over and over, so that the kills land in every phase of it."""
     old = b"precious"
-    run(source, out)
+    run(folder, out)
     new = out.read_bytes()
     code = (
         "import sys; from convert.__main__ import main\n"
-        f"arguments = [{str(source)!r}, {str(out)!r}, '--force']\n"
+        f"arguments = [{str(folder)!r}, {str(out)!r}, '--force']\n"
         "main(arguments)\n"
         "print('ready', flush=True)\n"
         "while True: main(arguments)\n"
@@ -391,6 +385,6 @@ def test_killed_at_any_moment_it_leaves_the_old_file_or_the_new_one(
         child.wait()
         child.stdout.close()
         assert out.read_bytes() in (old, new)
-    run(source, out, "--force")
+    run(folder, out, "--force")
     assert out.read_bytes() == new
     assert sorted(os.listdir(out.parent)) == ["ckpt", out.name]

@@ -377,6 +377,13 @@ def several_configs(folder: Path) -> None:
     shutil.copy(folder / "a.json", folder / "b.json")
 
 
+@case("config.json is no file")
+def given_config_is_a_pipe(folder: Path) -> list[str]:
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+    return [str(folder), "--config", str(folder / "config.json")]
+
+
 @case("nowhere.json")
 def given_config_does_not_exist(folder: Path) -> list[str]:
     return [str(folder), "--config", str(folder / "nowhere.json")]
@@ -424,6 +431,12 @@ def given_vocabulary_does_not_exist(folder: Path) -> list[str]:
 @case("can't read the vocabulary")
 def given_vocabulary_is_a_folder(folder: Path) -> list[str]:
     return [str(folder), "--vocab", str(folder)]
+
+
+@case("can't read the vocabulary .*: it is no file")
+def given_vocabulary_is_a_pipe(folder: Path) -> list[str]:
+    os.mkfifo(folder / "pipe")
+    return [str(folder), "--vocab", str(folder / "pipe")]
 
 
 @case("not allowed with argument --vocab")
@@ -619,8 +632,21 @@ def test_force_does_not_overwrite_the_source_itself(
     before = (folder / name).read_bytes()
     status, _, stderr = run([str(folder), str(folder / name), "--force"], capfd)
     assert status == 2
-    assert "is the source itself" in stderr
+    assert stderr.endswith("is the source itself; give another name\n")
     assert (folder / name).read_bytes() == before
+
+
+@pytest.mark.parametrize("obstacle", [os.mkfifo, os.mkdir])
+def test_what_stands_where_the_unfinished_file_goes_is_left_alone(
+    obstacle: Callable[[Path], None], folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    partial = folder.parent / "out.partial"
+    obstacle(partial)
+    status, _, stderr = run([str(folder), str(folder.parent / "out")], capfd)
+    assert status == 2
+    assert re.search(r"out\.partial: (it is in the way; remove it|Is a directory)", stderr)
+    assert_one_line(stderr)
+    assert partial.exists()
 
 
 def test_a_full_disk_is_one_line(folder: Path) -> None:
