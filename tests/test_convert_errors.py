@@ -10,6 +10,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -285,6 +286,23 @@ def an_embedding_of_one_dimension(folder: Path) -> None:
     rewrite(folder, lambda t: t.update({"newslm/embeddings/word_embed": np.zeros(5, "f4")}))
 
 
+@case(
+    "unknown tensor 'x'; 'newslm/layer00/output/bias' holds int64, expected floating point; "
+    r"'newslm/layer02/output/kernel' has shape \(96, 65\), expected \(96, 64\); "
+    "layer 1 is missing altogether .*; missing tensor 'newslm/layer00/key_layer/bias'"
+)
+def faults_of_every_kind(folder: Path) -> None:
+    def change(tensors: dict[str, Any]) -> None:
+        tensors["x"] = np.zeros(3)
+        tensors["newslm/layer00/output/bias"] = np.zeros(64, "i8")
+        tensors["newslm/layer02/output/kernel"] = np.zeros((96, 65), "f4")
+        del tensors["newslm/layer00/key_layer/bias"]
+        for name in [name for name in tensors if "layer01" in name]:
+            del tensors[name]
+
+    rewrite(folder, change)
+
+
 @case("no layers")
 def no_layers(folder: Path) -> None:
     def change(tensors: dict[str, Any]) -> None:
@@ -498,7 +516,9 @@ def bin_is_a_zip_bomb(folder: Path) -> list[str]:
 
 @case("'h.1.ln_2.bias' holds no numbers")
 def bin_has_a_nested_tensor(folder: Path) -> list[str]:
-    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that they are a prototype
+        nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
     return write_bin(folder, {**state_dict(), "transformer.h.1.ln_2.bias": nested})
 
 
