@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import shlex
 import sys
 import warnings
@@ -11,14 +12,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from convert.locate import locate
-from convert.pipeline import Options, Progress, Report, convert
+from convert.pipeline import Progress, Report, convert
+from convert.plan import Options
 from gpt2ml_torch.layout import QUANTIZATIONS
 
-_DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+_DTYPES = ("float32", "bfloat16", "float16")
 _EXAMPLE_PROMPT = "今天天气不错"
 
 
@@ -31,7 +32,9 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0 for success, 2 for an error, told in one line on stderr."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    _check(parser, options)
     warnings.simplefilter("ignore")
     try:
         with _progress_bar() as progress:
@@ -41,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MemoryError:
         return _fail("out of memory")
     except (ValueError, OSError) as error:
-        return _fail(_one_line(error))
+        return _fail(_one_line(error, options.source))
     return 0
 
 
@@ -64,6 +67,11 @@ def _parser() -> argparse.ArgumentParser:
         default="float32",
         help="default: %(default)s",
     )
+    parser.add_argument(
+        "--keep-optimizer",
+        action="store_true",
+        help="keep Adafactor's statistics, for fine-tuning to go on with; 0.1 %% more",
+    )
     parser.add_argument("--force", action="store_true", help="overwrite OUT")
     parser.add_argument(
         "--no-verify", action="store_true", help="accept a published size with another SHA-256"
@@ -74,18 +82,31 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """End with an error for options that exclude each other."""
+    if options.keep_optimizer and options.dtype in QUANTIZATIONS:
+        parser.error(f"--keep-optimizer excludes --dtype {options.dtype}, which can't be tuned")
+    if options.to_tf:
+        one_way = ("config", "vocab", "no_vocab", "keep_optimizer", "no_verify", "dtype")
+        for name in one_way:
+            if getattr(options, name) != parser.get_default(name):
+                option = f"--{name.replace('_', '-')}"
+                parser.error(f"{option} has no meaning with --to-tf")
+
+
 def _run(arguments: argparse.Namespace, progress: Progress) -> str:
     if arguments.to_tf:
-        from convert.to_tf import to_tf
+        from convert.to_tf import to_tf  # brings PyTorch, which takes seconds to import
 
         return to_tf(arguments.source, arguments.out, overwrite=arguments.force, progress=progress)
     location = locate(arguments.source)
     options = Options(
-        dtype=_DTYPES.get(arguments.dtype, torch.float32),
+        dtype=arguments.dtype if arguments.dtype in _DTYPES else "float32",
         quantization=arguments.dtype if arguments.dtype in QUANTIZATIONS else None,
         config=arguments.config,
         vocab=arguments.vocab,
         with_vocab=not arguments.no_vocab,
+        keep_optimizer=arguments.keep_optimizer,
         verify=not arguments.no_verify,
         overwrite=arguments.force,
     )
@@ -99,6 +120,7 @@ def _summary(report: Report, out: Path, dtype: str, notes: Sequence[str]) -> str
     dropped = (
         ", ".join(f"{count} {reason}" for reason, count in report.dropped.items()) or "nothing"
     )
+    kept = f"kept: {report.kept:,} optimiser slots; " if report.kept else ""
     vocabulary = report.vocabulary
     words = f"{vocabulary.lines:,} tokens from {vocabulary.path}" if vocabulary else "none stored"
     step = f", step {source['step']:,}" if "step" in source else ""
@@ -107,7 +129,7 @@ def _summary(report: Report, out: Path, dtype: str, notes: Sequence[str]) -> str
         f"  model       {config.num_hidden_layers} layers, width {config.hidden_size}, "
         f"{config.num_attention_heads} heads, {config.vocab_size:,} embeddings",
         f"  tensors     {report.tensors:,}, {config.num_parameters:,} parameters, {dtype}; "
-        f"dropped: {dropped}",
+        f"{kept}dropped: {dropped}",
         f"  vocabulary  {words}",
         *(f"  note        {note}" for note in (*notes, *report.notes)),
         f"  written     {report.size:,} bytes in {report.seconds:.1f} s, read back and compared",
@@ -135,14 +157,16 @@ def _progress_bar() -> Iterator[Progress]:
             bar.close()
 
 
-def _one_line(error: ValueError | OSError) -> str:
+def _one_line(error: ValueError | OSError, source: Path) -> str:
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
-        where = f"{error.filename}: " if error.filename else ""
-        text = f"{where}{error.strerror}"
+        text = error.strerror
+        if error.errno and text == os.strerror(error.errno):  # the system's bare words
+            text = f"{error.filename or source}: {text}"
     if isinstance(error, FileExistsError):
         text += "; --force overwrites it"
-    return " ".join(text.split())
+    printable = (c if c.isprintable() else "?" for c in " ".join(text.split()))
+    return "".join(printable)  # names in files from strangers could steer a terminal
 
 
 def _fail(message: str, *, status: int = 2) -> int:

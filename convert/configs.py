@@ -28,6 +28,8 @@ DIALECTS: dict[str, tuple[str, ...]] = {
     "hidden_dropout_prob": ("hidden_dropout_prob", "resid_pdrop"),
     "initializer_range": ("initializer_range",),
 }
+_FRACTION = ((int, float), "a number")
+_KINDS = {"hidden_dropout_prob": _FRACTION, "initializer_range": _FRACTION}
 _MARKS = ("hidden_size", "n_embd")
 _USUAL_NAMES = ("config.json", "bert_config.json", "gpt2_config.json", "model_config.json")
 
@@ -41,7 +43,8 @@ def find_config(folder: Path) -> Path | None:
     for name in _USUAL_NAMES:
         if (folder / name).is_file():
             return folder / name
-    found = [path for path in sorted(folder.glob("*.json")) if _looks_like_config(path)]
+    files = (path for path in sorted(folder.glob("*.json")) if path.is_file())
+    found = [path for path in files if _looks_like_config(path)]
     if len(found) > 1:
         names = ", ".join(path.name for path in found)
         raise ValueError(f"several configurations in {folder}: {names}; choose one with --config")
@@ -72,18 +75,16 @@ def read_config(path: Path) -> dict[str, Any]:
         if len({repr(value) for value in given.values()}) > 1:
             raise ValueError(f"{path} contradicts itself: {_pairs(given)}")
         for name, value in given.items():
-            number = (
-                (int,)
-                if field not in ("hidden_dropout_prob", "initializer_range")
-                else (int, float)
-            )
-            if type(value) not in number:
-                raise ValueError(f"{path}: {name} is {value!r}; expected a number")
+            kinds, what = _KINDS.get(field, ((int,), "a whole number"))
+            if type(value) not in kinds:
+                raise ValueError(f"{path}: {name} is {value!r}; expected {what}")
             result[field] = value
     return result
 
 
 def _load(path: Path) -> dict[str, Any]:
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise ValueError(f"{path} is no file; give another with --config")
     if path.stat().st_size > _MAX_BYTES:
         raise ValueError(f"{path} is too large for a configuration; give another with --config")
     try:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
-from typing import Literal
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal, TypeVar
 
-import torch
-from torch import Tensor
+from gpt2ml_torch.layout import WEIGHT_DTYPES
 
 Format = Literal["tf", "bin"]
 TF_SCOPE = "newslm/"
+
+_Array = TypeVar("_Array", bound=Any)  # NumPy's or PyTorch's, which are cut and turned alike
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,15 +91,12 @@ class Recipe:
         part = (shape[0] // len(self.sources), *shape[1:])
         return part[::-1] if self.transpose else part
 
-    def apply(self, parts: Iterable[Tensor], out: Tensor) -> None:
-        """Fill `out` from the sources."""
-        for target, part in zip(out.chunk(len(self.sources)), parts, strict=True):
-            target.copy_(part.t() if self.transpose else part)
-
-    def invert(self, tensor: Tensor) -> Iterable[tuple[str, Tensor]]:
-        """The sources back from the result, as views."""
-        for name, part in zip(self.sources, tensor.chunk(len(self.sources)), strict=True):
-            yield name, part.t() if self.transpose else part
+    def parts(self, whole: _Array) -> Iterator[tuple[str, _Array]]:
+        """The sources' names, each with the view of the result that holds that source."""
+        rows = len(whole) // len(self.sources)
+        for index, name in enumerate(self.sources):
+            part = whole[index * rows : (index + 1) * rows]
+            yield name, part.T if self.transpose else part
 
 
 def recipes(layers: int, source: Format) -> dict[str, Recipe]:
@@ -112,6 +110,18 @@ def recipes(layers: int, source: Format) -> dict[str, Recipe]:
             if "{" in weight.key:
                 names = tuple(name.format(layer) for name in weight.names(source))
                 result[weight.key.format(layer)] = Recipe(names, weight.transpose)
+    return result
+
+
+def slot_recipes(weights: Mapping[str, Recipe], slots: Iterable[str]) -> dict[str, Recipe]:
+    """The recipes of the optimizer's statistics, named `<weight>.<slot>`, as flat vectors."""
+    result = {}
+    for name in slots:
+        key, _, slot = name.rpartition(".")
+        if weights[key].transpose:  # a kernel's rows are the weight's columns
+            slot = {"vr": "vc", "vc": "vr"}[slot]
+        sources = (f"{source}/adafactor_{slot}" for source in weights[key].sources)
+        result[name] = Recipe(tuple(sources), transpose=False)
     return result
 
 
@@ -171,7 +181,7 @@ def _drop_reason(name: str, source: Format) -> str | None:
 
 
 def find_faults(
-    entries: Mapping[str, tuple[torch.dtype | None, tuple[int, ...]]],
+    entries: Mapping[str, tuple[str | None, tuple[int, ...]]],
     plan: Mapping[str, Recipe],
     shapes: Mapping[str, tuple[int, ...]],
     unknown: Iterable[str],
@@ -186,7 +196,7 @@ def find_faults(
                 missing.append(name)
                 continue
             dtype, shape = entries[name]
-            if dtype is None or not dtype.is_floating_point:
+            if dtype not in WEIGHT_DTYPES:
                 faults.append(f"{name!r} holds {dtype or 'no numbers'}, expected floating point")
             if shape != expected:
                 faults.append(f"{name!r} has shape {shape}, expected {expected}")

@@ -1,143 +1,46 @@
-"""What the pipeline asks of a source, and the community's pickled PyTorch file as one."""
+"""What the pipeline asks of a source, whatever its format."""
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from convert import mapping
 
-# Bytes of the mapped file that may be resident: pages that were read stay until it is unmapped.
-_RELEASE_EVERY = 96 << 20
-
-Entries = Mapping[str, tuple[torch.dtype | None, tuple[int, ...]]]
+Array = NDArray[Any]
+Entries = Mapping[str, tuple[str | None, tuple[int, ...]]]
 
 
 class Source(Protocol):
-    """A checkpoint whose tensors can be read one by one."""
+    """A checkpoint whose tensors can be read one by one, from several threads."""
 
     format: mapping.Format
     name: str
-    entries: Entries  # dtype None: no numbers
+    entries: Entries  # dtype and shape; dtype None: no numbers
     data_files: list[Path]
-    gives_away: bool  # whether tensors that were read may be overwritten
 
-    def read(self, name: str) -> Tensor: ...
-
-    def step(self) -> int | None: ...
-
-    def check(self) -> None: ...
-
-
-class BinSource:
-    """`pytorch_model.bin`: memory-mapped, unpickled by the restricted loader, which runs nothing.
-
-    Raises `ValueError` for a file that isn't a state dict, or that would run code.
-    """
-
-    format: mapping.Format = "bin"
-    gives_away = False  # they are the mapped file itself
-
-    def __init__(self, path: Path) -> None:
-        self.name = path.name
-        self.data_files = [path]
-        self._path = path
-        self._tensors = self._load()
-        self._resident = 0
-        self.entries: Entries = {
-            name: (_dtype(value), tuple(value.shape) if isinstance(value, Tensor) else ())
-            for name, value in self._tensors.items()
-        }
-
-    def read(self, name: str) -> Tensor:
-        if self._resident > _RELEASE_EVERY and self._mapped:
-            self._tensors = self._load()
-            self._resident = 0
-        tensor = self._tensors[name]
-        self._resident += tensor.nbytes
-        return tensor
+    def read(self, name: str) -> Array:
+        """A tensor, memory-mapped where it can be; bfloat16, which NumPy lacks, as float32."""
+        ...
 
     def step(self) -> int | None:
-        return None
+        """The step of the training, if the source knows."""
+        ...
 
     def check(self) -> None:
-        """The tied output layer, where it is stored, must be the embedding: the file has no room
-        for another."""
-        if mapping.BIN_TIED not in self._tensors:
-            return
-        tied, embedding = self._tensors[mapping.BIN_TIED], self._tensors.get("wte.weight")
-        if not isinstance(embedding, Tensor) or not isinstance(tied, Tensor):
-            return
-        if tied.data_ptr() != embedding.data_ptr() and not _identical(tied, embedding):
-            raise ValueError(
-                f"{self._path}: {mapping.BIN_TIED} differs from wte.weight; in GPT2_ML they are "
-                "one tensor"
-            )
-        self._resident += 2 * embedding.nbytes
-
-    def _load(self) -> dict[str, Any]:
-        try:
-            try:
-                loaded = torch.load(self._path, map_location="cpu", weights_only=True, mmap=True)
-                self._mapped = True
-            except RuntimeError as error:
-                if "mmap" not in str(error):
-                    raise
-                # PyTorch's format before 1.6 can't be mapped; it is as restricted, but takes
-                # memory.
-                loaded = torch.load(self._path, map_location="cpu", weights_only=True)
-                self._mapped = False
-        except pickle.UnpicklingError as error:
-            raise ValueError(
-                f"{self._path} is no plain state dict, or hostile: {_first_line(error)}; nothing "
-                "was run"
-            ) from None
-        except Exception as error:  # a damaged zip or pickle surfaces as almost any exception
-            if isinstance(error, OSError) and error.errno:
-                raise
-            raise ValueError(
-                f"{self._path} is damaged or truncated: {_first_line(error)}"
-            ) from None
-        if not isinstance(loaded, Mapping) or not all(isinstance(key, str) for key in loaded):
-            raise ValueError(f"{self._path} holds {type(loaded).__name__}; expected a state dict")
-        return _without_prefix(loaded, self._path)
+        """Raise `ValueError` for what is wrong with the source beyond names, dtypes and shapes."""
+        ...
 
 
-def _without_prefix(loaded: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in loaded.items():
-        short = key.removeprefix(mapping.BIN_PREFIX)
-        if short in result:
-            raise ValueError(f"{path} has {short!r} twice, with and without {mapping.BIN_PREFIX!r}")
-        result[short] = value
-    return result
+def storage(dtype: str) -> np.dtype[Any]:
+    """The NumPy type that holds such numbers in files; bfloat16, which NumPy lacks, as its bits."""
+    return np.dtype("uint16" if dtype == "bfloat16" else dtype).newbyteorder("<")
 
 
-def _dtype(value: Any) -> torch.dtype | None:
-    plain = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized
-    return value.dtype if plain else None
-
-
-def _identical(a: Tensor, b: Tensor) -> bool:
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:200] if lines else type(error).__name__
-
-
-def total_bytes(entries: Entries, names: Iterable[str]) -> int:
-    """Bytes that the named tensors take in their source's dtypes."""
-    return sum(
-        torch.Size(entries[name][1]).numel() * dtype.itemsize
-        for name in names
-        if (dtype := entries[name][0]) is not None
-    )
+def widened(bits: Array) -> Array:
+    """Bfloat16, by its bits, as float32, whose upper half it is."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)

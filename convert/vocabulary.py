@@ -4,9 +4,10 @@ else tells them apart."""
 from __future__ import annotations
 
 import dataclasses
+import errno
 from pathlib import Path
 
-from gpt2ml_torch.checkpoint import count_lines
+from gpt2ml_torch.checkpoint_writer import count_lines
 
 # Rows of the published checkpoint of the 15G corpus, and lines of its vocabulary: two rows are
 # reserved.
@@ -66,6 +67,8 @@ def needed(rows: int) -> str:
 def read_vocabulary(path: Path) -> Vocabulary:
     """Read a vocabulary; `ValueError` with the line for bytes that are not UTF-8, and `OSError`."""
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise OSError(errno.EINVAL, "it is no file")
         if path.stat().st_size > _MAX_BYTES:
             raise ValueError(f"{path} is too large for a vocabulary")
         data = path.read_bytes()

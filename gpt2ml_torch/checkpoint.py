@@ -9,6 +9,7 @@ A safetensors file whose metadata holds, beside the customary `format`:
     generation      JSON: defaults for generation, if any
     quantization    "int8" or "int4" where the large matrices are packed (`gpt2ml_torch.layout`)
 
+Beside the weights it may keep the optimizer's statistics, which only fine-tuning asks for.
 Files come from strangers: every size is checked against the file's real length before anything is
 allocated.
 """
@@ -27,25 +28,40 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gpt2ml_torch import kernels
+from gpt2ml_torch.checkpoint_writer import (
+    FORMAT_VERSION,
+    CheckpointWriter,
+    check_names,
+    check_vocab,
+    save,
+)
 from gpt2ml_torch.config import GPT2MLConfig
 from gpt2ml_torch.kernels import packing
 from gpt2ml_torch.layout import (
     QUANTIZATIONS,
     SCALE,
-    expected_shapes,
+    SLOT,
+    WEIGHT_DTYPES,
+    expected_slots,
     expected_tensors,
     packed_precision,
+    plain_weights,
 )
 from gpt2ml_torch.safetensors_reader import CURE, TensorInfo, check_entries, read_header
-from gpt2ml_torch.safetensors_writer import SafetensorsWriter
+from gpt2ml_torch.safetensors_writer import TensorSpec, dtype_name
 
-FORMAT_VERSION = 1
+__all__ = [
+    "CheckpointMetadata",
+    "CheckpointWriter",
+    "load_optimizer_slots",
+    "load_tensors",
+    "read_metadata",
+    "save",
+]
+
 PIECE_BYTES = 4 << 20  # of a tensor that is converted or moved: they stay in the cache
 
-_RESERVE = 2 << 10  # bytes of the header kept free for `CheckpointWriter.set_source`
 _ROWS_MULTIPLE = 16  # packed together
-_WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,120 +73,13 @@ class CheckpointMetadata:
     source: dict[str, Any]
     generation: dict[str, Any]
     quantization: str | None
-    tensors: dict[str, TensorInfo]
+    tensors: dict[str, TensorInfo]  # the weights
+    slots: dict[str, TensorInfo]  # the optimizer's statistics, if they were kept
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that all weights share, but for those that are packed."""
         return self.tensors["position_embedding.weight"].dtype
-
-
-class CheckpointWriter(SafetensorsWriter):
-    """Writes the one file tensor by tensor: `with CheckpointWriter(...) as w: w.write_weight(name,
-    tensor)`.
-
-    Every weight of `expected_shapes(config)` must be written, in `dtype`; with a `quantization` the
-    large ones are packed on the way. Raises as `SafetensorsWriter` does.
-    """
-
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        config: GPT2MLConfig,
-        *,
-        dtype: torch.dtype,
-        vocab: str | None = None,
-        source: Mapping[str, Any] | None = None,
-        generation: Mapping[str, Any] | None = None,
-        quantization: str | None = None,
-        overwrite: bool = False,
-    ) -> None:
-        if quantization not in (None, *QUANTIZATIONS):
-            raise ValueError(
-                f"quantization is {quantization!r}; expected one of {', '.join(QUANTIZATIONS)}"
-            )
-        if dtype not in _WEIGHT_DTYPES:
-            raise ValueError(f"weights of {dtype}; expected one of {_names(_WEIGHT_DTYPES)}")
-        _check_vocab(vocab, config)
-        self._custom = {
-            "format": "pt",
-            "gpt2ml_format": str(FORMAT_VERSION),
-            "config": _to_json(config.to_dict()),
-            "source": _to_json(dict(source or {})),
-        }
-        if generation:
-            self._custom["generation"] = _to_json(dict(generation))
-        if vocab is not None:
-            self._custom["vocab"] = vocab
-        if quantization is not None:
-            self._custom["quantization"] = quantization
-        self._quantization = quantization
-        if quantization is not None:
-            kernels.load_kernels()  # here rather than in the threads that may write
-        specs = expected_tensors(config, dtype, quantization)
-        super().__init__(path, specs, self._custom, overwrite=overwrite, reserve=_RESERVE)
-
-    def write_weight(self, name: str, tensor: Tensor) -> None:
-        """Write one weight, floating point as the model has it, packed where the file packs it."""
-        precision = packed_precision(name, self._quantization)
-        if precision is None:
-            return self.write(name, tensor)
-        try:
-            weight, scale = kernels.pack(tensor.detach().cpu(), precision)
-        except ValueError as error:
-            raise ValueError(f"tensor {name!r}: {error}") from None
-        assert scale is not None
-        self.write(name, weight)
-        self.write(name + SCALE, scale)
-
-    def set_source(self, source: Mapping[str, Any]) -> None:
-        """Say where the weights come from, once that is known (a hash takes as long as reading)."""
-        self.replace_metadata({**self._custom, "source": _to_json(dict(source))})
-
-
-def save(
-    path: str | os.PathLike[str],
-    tensors: Mapping[str, Tensor],
-    config: GPT2MLConfig,
-    *,
-    vocab: str | None = None,
-    source: Mapping[str, Any] | None = None,
-    generation: Mapping[str, Any] | None = None,
-    quantization: str | None = None,
-    overwrite: bool = True,
-) -> None:
-    """Write a state dict; the file replaces an older one only when it is complete and checked.
-
-    `quantization` says that its large matrices are packed already. Raises `ValueError` for tensors
-    that are not those of the configuration, or of several dtypes, and `OSError`.
-    """
-    if quantization is not None and quantization not in QUANTIZATIONS:
-        raise ValueError(
-            f"weights packed as {quantization} are for decoding alone; save the model before they "
-            "are packed"
-        )
-    expected = expected_tensors(config, torch.float32, quantization)
-    _check_names(tensors, expected, "the state dict")
-    plain = [
-        name for name in expected_shapes(config) if packed_precision(name, quantization) is None
-    ]
-    dtypes = {tensors[name].dtype for name in plain}
-    if len(dtypes) > 1:
-        raise ValueError(
-            f"weights of several dtypes, {_names(dtypes)}; convert the model to one first"
-        )
-    with CheckpointWriter(
-        path,
-        config,
-        dtype=dtypes.pop(),
-        vocab=vocab,
-        source=source,
-        generation=generation,
-        quantization=quantization,
-        overwrite=overwrite,
-    ) as writer:
-        for name in expected:
-            writer.write(name, tensors[name])
 
 
 def read_metadata(path: str | os.PathLike[str]) -> CheckpointMetadata:
@@ -182,12 +91,16 @@ def read_metadata(path: str | os.PathLike[str]) -> CheckpointMetadata:
     header, data_start, size = read_header(Path(path))
     try:
         custom = _check_custom(header.pop("__metadata__", None), header)
-        tensors = check_entries(header, data_start, size)
+        entries = check_entries(header, data_start, size)
+        slots = {name: info for name, info in entries.items() if name.startswith(SLOT)}
+        tensors = {name: info for name, info in entries.items() if name not in slots}
         config = GPT2MLConfig.from_dict(_parse_object(custom["config"], "config"))
         vocab = custom.get("vocab")
-        _check_vocab(vocab, config)
+        check_vocab(vocab, config)
         quantization = custom.get("quantization")
         _check_tensors(tensors, config, quantization)
+        if slots:
+            _check_specs(slots, expected_slots(config), "the optimizer in the file")
         return CheckpointMetadata(
             config=config,
             vocab=vocab,
@@ -195,6 +108,7 @@ def read_metadata(path: str | os.PathLike[str]) -> CheckpointMetadata:
             generation=_parse_object(custom.get("generation", "{}"), "generation"),
             quantization=quantization,
             tensors=tensors,
+            slots={name.removeprefix(SLOT): info for name, info in slots.items()},
         )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -247,6 +161,20 @@ def read_tensor(path: str | os.PathLike[str], info: TensorInfo) -> Tensor:
         if file.readinto(data) != len(data):
             raise ValueError(f"{path} became shorter while it was read")
     return tensor
+
+
+def load_optimizer_slots(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The statistics of the optimizer that made the weights, if the file kept them: those of
+    `layout.slot_shapes`, or none.
+
+    Memory-mapped, and checked as by `read_metadata`.
+    """
+    names = read_metadata(path).slots
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(SLOT + name) for name in names}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def stream_rows(
@@ -314,67 +242,35 @@ def _check_tensors(
 ) -> None:
     if quantization not in (None, *QUANTIZATIONS):
         raise ValueError(f"weights quantised as {quantization[:40]!r}; update gpt2ml_torch")
-    dtype = _float_dtype(tensors, config, quantization)
-    expected = expected_tensors(config, dtype, quantization)
-    _check_names(tensors, expected, "the file")
+    expected = expected_tensors(config, _float_dtype(tensors, config, quantization), quantization)
+    _check_specs(tensors, expected, "the file")
+
+
+def _check_specs(
+    tensors: Mapping[str, TensorInfo], expected: Mapping[str, TensorSpec], where: str
+) -> None:
+    """Raise `ValueError` unless the tensors are these, of these dtypes and shapes."""
+    check_names(tensors, expected, where)
     for name, (wanted, shape) in expected.items():
         info = tensors[name]
         if info.shape != tuple(shape):
             raise ValueError(
                 f"tensor {name!r} has shape {info.shape}; the configuration says {tuple(shape)}"
             )
-        if info.dtype != wanted:
-            raise ValueError(
-                f"tensor {name!r} is {_names([info.dtype])}; expected {_names([wanted])}"
-            )
+        if dtype_name(info.dtype) != wanted:
+            raise ValueError(f"tensor {name!r} is {dtype_name(info.dtype)}; expected {wanted}")
 
 
 def _float_dtype(
     tensors: Mapping[str, TensorInfo], config: GPT2MLConfig, quantization: str | None
-) -> torch.dtype:
+) -> str:
     """The one dtype of the weights that are not packed."""
-    plain = [
-        name for name in expected_shapes(config) if packed_precision(name, quantization) is None
-    ]
-    dtypes = {tensors[name].dtype for name in plain if name in tensors}
-    if len(dtypes) > 1 or not dtypes <= set(_WEIGHT_DTYPES):
-        raise ValueError(f"weights of {_names(dtypes)}; expected one of {_names(_WEIGHT_DTYPES)}")
-    return dtypes.pop() if dtypes else torch.float32
-
-
-def _check_names(found: Mapping[str, Any], expected: Mapping[str, Any], where: str) -> None:
-    faults = []
-    for what, names in (
-        ("lacks", set(expected) - set(found)),
-        ("has unknown", set(found) - set(expected)),
-    ):
-        if names:
-            shown = ", ".join(name[:80] for name in sorted(names)[:5])
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            faults.append(f"{where} {what} {shown}{more}")
-    if faults:
-        raise ValueError(f"not the weights of this configuration: {'; '.join(faults)}")
-
-
-def _check_vocab(vocab: str | None, config: GPT2MLConfig) -> None:
-    if vocab is None:
-        return
-    try:
-        vocab.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"damaged: the vocabulary is not valid Unicode ({error.reason})") from None
-    lines = count_lines(vocab)
-    if lines > config.vocab_size:
-        raise ValueError(
-            f"the vocabulary has {lines} lines, the model {config.vocab_size} rows: it belongs to "
-            "another model"
-        )
-
-
-def count_lines(vocab: str) -> int:
-    r"""Tokens in a vocabulary: lines ended by `\n` and nothing else (two tokens hold other line
-    separators)."""
-    return len(vocab.removesuffix("\n").split("\n")) if vocab else 0
+    plain = plain_weights(config, quantization)
+    dtypes = {dtype_name(tensors[name].dtype) for name in plain if name in tensors}
+    if len(dtypes) > 1 or not dtypes <= set(WEIGHT_DTYPES):
+        found = ", ".join(sorted(dtypes))
+        raise ValueError(f"weights of {found}; expected one of {', '.join(WEIGHT_DTYPES)}")
+    return dtypes.pop() if dtypes else "float32"
 
 
 def _parse_object(text: str, what: str) -> dict[str, Any]:
@@ -385,11 +281,3 @@ def _parse_object(text: str, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"damaged: {what} in the metadata is not a JSON object")
     return value
-
-
-def _to_json(value: Mapping[str, Any]) -> str:
-    return json.dumps(value, ensure_ascii=False, sort_keys=True)
-
-
-def _names(dtypes: Any) -> str:
-    return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))

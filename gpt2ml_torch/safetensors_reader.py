@@ -19,12 +19,15 @@ from typing import Any
 
 import torch
 
-from gpt2ml_torch.safetensors_writer import DTYPE_NAMES
+from gpt2ml_torch.safetensors_writer import DTYPES
+
+# Opening a pipe must not wait for a writer; and Windows must not translate line ends.
+_NO_WAIT = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
 MAX_HEADER = 32 << 20  # bytes; ours take about 0.3 MB, and parsing costs ten times as much memory
 CURE = "make it again with `python -m convert`"
 
-_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+_DTYPES: dict[str, torch.dtype] = {code: getattr(torch, name) for name, (code, _) in DTYPES.items()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +44,7 @@ class TensorInfo:
 def read_header(path: Path) -> tuple[dict[str, Any], int, int]:
     """The header's JSON, where the data begin, and the file's size."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | _NO_WAIT)
     except OSError as error:
         raise type(error)(
             error.errno, f"can't read the model file {path}: {error.strerror}"
@@ -99,7 +102,9 @@ def _parse_header(text: bytes) -> dict[str, Any]:
     except _Duplicate as error:
         raise ValueError(f"damaged: {error}") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"not a safetensors file: the header is not JSON ({error})") from None
+        raise ValueError(
+            f"not a safetensors file: the header is not JSON ({error}); {CURE}"
+        ) from None
     return dict(header)
 
 

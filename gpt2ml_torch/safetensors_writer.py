@@ -3,43 +3,53 @@
 The safetensors library serialises a whole state dict at once, which for a model that just fits in
 memory is one copy too many. Here the header comes first, each tensor goes to its place as it is
 ready, is read back and compared, and the finished file is renamed: a process killed at any moment
-leaves what stood under the name untouched.
+leaves what stood under the name untouched. PyTorch is not imported: it takes longer to start than
+the converter takes for a small model.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
+import math
 import os
+import shutil
 import stat
 import struct
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
-DTYPE_NAMES: dict[torch.dtype, str] = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
+try:
+    import fcntl
+except ImportError:  # Windows, where two processes that write one file are not told so
+    fcntl = None  # type: ignore[assignment]
+
+# PyTorch's name of a dtype: what the format calls it, and bytes of a number.
+DTYPES: dict[str, tuple[str, int]] = {
+    "float64": ("F64", 8),
+    "float32": ("F32", 4),
+    "bfloat16": ("BF16", 2),
+    "float16": ("F16", 2),
+    "int64": ("I64", 8),
+    "int32": ("I32", 4),
+    "int16": ("I16", 2),
+    "int8": ("I8", 1),
+    "uint8": ("U8", 1),
+    "bool": ("BOOL", 1),
 }
 
-ALIGNMENT = 64  # bytes: a cache line, and the widest vector load
-CHUNK = 2 << 20  # bytes written, then read back while they are still in the processor's cache
+ALIGNMENT = 4096  # bytes: a page, so that writing and mapping large tensors costs least
+CHUNK = 512 << 10  # bytes written, then read back while they are still in the processor's cache
 
-TensorSpec = tuple[torch.dtype, Sequence[int]]
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)  # where they exist
+
+TensorSpec = tuple[str, Sequence[int]]  # dtype, by its name in `DTYPES`, and shape
 
 _Writer = TypeVar("_Writer", bound="SafetensorsWriter")  # typing.Self, before Python 3.11
 
@@ -76,34 +86,37 @@ class SafetensorsWriter:
         self.size = len(header) + size
         self._missing = set(self._specs)
         self._partial = self.path.with_name(self.path.name + ".partial")
-        self._check_free_space()
         self._fd = _open_locked(self._partial)
+        self._unfinished = True
+        self._writing = threading.Lock()
         try:
-            os.ftruncate(self._fd, 0)
-            self._write_at(0, memoryview(header))
+            os.ftruncate(self._fd, 0)  # what a killed process left takes room
+            self._check_free_space()
+            with self._open() as file:
+                self._write_at(file, 0, memoryview(header))
         except BaseException:
             self.abort()
             raise
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Write one declared tensor; from any device, contiguous or not."""
+    def write_pieces(self, name: str, pieces: Iterable[Any]) -> None:
+        """Write one declared tensor's bytes, from anything contiguous that has a buffer."""
         if name not in self._missing:
             state = "was written already" if name in self._specs else "was not declared"
             raise ValueError(f"tensor {name!r} {state}")
-        dtype, shape = self._specs[name]
-        if tensor.dtype != dtype or tuple(tensor.shape) != tuple(shape):
-            raise ValueError(
-                f"tensor {name!r} is {tensor.dtype} of shape {tuple(tensor.shape)}; "
-                f"expected {dtype} of shape {tuple(shape)}"
-            )
-        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        data = _memory_of(flat)
-        offset = self._offsets[name]
-        back = torch.empty(min(CHUNK, len(data)), dtype=torch.uint8)
-        for start in range(0, len(data), CHUNK):
-            piece = slice(start, min(start + CHUNK, len(data)))
-            self._write_at(offset + start, data[piece])
-            self._compare(name, offset + start, flat[piece], back)
+        start = self._offsets[name]
+        at, end = start, start + _size(self._specs[name])
+        with self._open() as file:
+            for piece in pieces:
+                data = memoryview(piece).cast("B")
+                if at + len(data) > end:
+                    raise ValueError(f"tensor {name!r} takes {end - start} bytes; more were given")
+                for chunk in (data[i : i + CHUNK] for i in range(0, len(data), CHUNK)):
+                    self._write_at(file, at, chunk)
+                    self._compare(file, at, chunk, name)
+                    at += len(chunk)
+        if at != end:
+            raise ValueError(f"tensor {name!r} takes {end - start} bytes; {at - start} were given")
+        _start_writeback(self._fd, start, end - start)
         self._missing.discard(name)
 
     def replace_metadata(self, metadata: Mapping[str, str]) -> None:
@@ -113,7 +126,8 @@ class SafetensorsWriter:
         if spare < 0:
             raise ValueError(f"the metadata take {-spare} bytes more than was reserved for them")
         text = header[8:] + b" " * spare
-        self._write_at(0, memoryview(struct.pack("<Q", len(text)) + text))
+        with self._open() as file:
+            self._write_at(file, 0, memoryview(struct.pack("<Q", len(text)) + text))
         self._metadata = dict(metadata)
 
     def commit(self) -> None:
@@ -124,15 +138,21 @@ class SafetensorsWriter:
         self._guard(os.fsync, self._fd)
         if not self._overwrite and self.path.exists():  # it may have appeared meanwhile
             raise _exists(self.path)
+        if fcntl is None:  # Windows renames no open file
+            self._close()
         self._guard(os.replace, self._partial, self.path)
+        self._unfinished = False
         self._close()
         _sync_directory(self.path.parent)
 
     def abort(self) -> None:
         """Remove what was written so far."""
-        if self._fd >= 0:
+        if self._unfinished:
+            self._unfinished = False
+            if fcntl is None:  # Windows removes no open file
+                self._close()
             self._partial.unlink(missing_ok=True)
-            self._close()
+        self._close()
 
     def __enter__(self: _Writer) -> _Writer:
         return self
@@ -150,16 +170,13 @@ class SafetensorsWriter:
             self.abort()  # does nothing after a commit
 
     def _close(self) -> None:
-        os.close(
-            self._fd
-        )  # releases the lock: last, so that nobody takes over a file that is being renamed
-        self._fd = -1
+        """Release the lock: last, so that nobody takes over a file that is being renamed."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
     def _check_free_space(self) -> None:
-        usage = os.statvfs(self.path.parent)
-        free = usage.f_bavail * usage.f_frsize
-        if self._partial.is_file():
-            free += self._partial.stat().st_blocks * 512
+        free = shutil.disk_usage(self.path.parent).free
         if free < self.size:
             raise OSError(
                 errno.ENOSPC,
@@ -167,16 +184,21 @@ class SafetensorsWriter:
                 "make room or write elsewhere",
             )
 
-    def _write_at(self, offset: int, data: memoryview) -> None:
-        while data:
-            written = self._guard(os.pwrite, self._fd, data, offset)
-            offset += written
-            data = data[written:]
+    def _open(self) -> FileIO:
+        """The unfinished file, with a place of its own in it, so that threads don't meet."""
+        return self._guard(open, self._partial, "r+b", buffering=0)
 
-    def _compare(self, name: str, offset: int, written: Tensor, back: Tensor) -> None:
-        back = back[: len(written)]
-        count = self._guard(os.preadv, self._fd, [_memory_of(back)], offset)
-        if count != len(written) or not _same_bytes(back, written):
+    def _write_at(self, file: FileIO, offset: int, data: memoryview) -> None:
+        file.seek(offset)
+        with self._writing:  # the kernel lets one thread write to a file, and the others spin
+            while data:
+                data = data[self._guard(file.write, data) :]
+
+    def _compare(self, file: FileIO, offset: int, written: memoryview, name: str) -> None:
+        file.seek(offset)
+        back = bytearray(len(written))
+        self._guard(file.readinto, back)
+        if back != written:
             raise OSError(
                 errno.EIO,
                 f"{self.path}: tensor {name!r} reads back differently from what was written; "
@@ -187,7 +209,7 @@ class SafetensorsWriter:
         if os.fstat(self._fd).st_size != self.size:
             raise OSError(errno.EIO, f"{self.path}: wrote {self.size} bytes, found another size")
         try:
-            with safe_open(self._partial, framework="pt") as file:
+            with safe_open(self._partial, framework="np") as file:
                 slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
                 found = {
                     name: (part.get_dtype(), tuple(part.get_shape()))
@@ -197,15 +219,15 @@ class SafetensorsWriter:
         except SafetensorError as error:
             raise OSError(errno.EIO, f"{self.path} reads back damaged: {error}") from error
         expected = {
-            name: (DTYPE_NAMES[dtype], tuple(shape)) for name, (dtype, shape) in self._specs.items()
+            name: (DTYPES[dtype][0], tuple(shape)) for name, (dtype, shape) in self._specs.items()
         }
         if found != expected or (metadata or {}) != self._metadata:
             raise OSError(errno.EIO, f"{self.path}: the header reads back differently")
 
-    def _guard(self, function, *arguments):  # type: ignore[no-untyped-def]
-        """Call an `os` function; its errors name the file and what it takes."""
+    def _guard(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """Call a function of the operating system; its errors name the file and what it takes."""
         try:
-            return function(*arguments)
+            return function(*arguments, **options)
         except OSError as error:
             raise OSError(
                 error.errno, f"writing {self.path} ({self.size:,} bytes) failed: {error.strerror}"
@@ -220,9 +242,7 @@ def _layout(
     The header is padded so that the data begin aligned. The format allows no holes, so further
     alignment comes from the order: tensors whose size keeps the next one aligned come first.
     """
-    sizes = {
-        name: torch.Size(shape).numel() * dtype.itemsize for name, (dtype, shape) in specs.items()
-    }
+    sizes = {name: _size(spec) for name, spec in specs.items()}
     order = sorted(specs, key=lambda name: -_alignment(sizes[name]))
     entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     starts: dict[str, int] = {}
@@ -232,7 +252,7 @@ def _layout(
         starts[name] = end
         end += sizes[name]
         entries[name] = {
-            "dtype": DTYPE_NAMES[dtype],
+            "dtype": DTYPES[dtype][0],
             "shape": list(shape),
             "data_offsets": [starts[name], end],
         }
@@ -247,15 +267,15 @@ def _alignment(size: int) -> int:
     return min(size & -size, ALIGNMENT) if size else ALIGNMENT
 
 
-def _memory_of(flat: Tensor) -> memoryview:
-    """The bytes of a contiguous uint8 tensor on the CPU, without a copy."""
-    return flat.numpy().data
+def dtype_name(dtype: Any) -> str:
+    """The name in `DTYPES` of one of PyTorch's dtypes, or of what is a name already."""
+    return str(dtype).removeprefix("torch.")
 
 
-def _same_bytes(a: Tensor, b: Tensor) -> bool:
-    if len(a) % 8 == 0:  # eight times faster, where it goes
-        a, b = a.view(torch.int64), b.view(torch.int64)
-    return torch.equal(a, b)
+def _size(spec: TensorSpec) -> int:
+    """Bytes of a tensor."""
+    dtype, shape = spec
+    return math.prod(shape) * DTYPES[dtype][1]
 
 
 def resolve_target(path: str | os.PathLike[str], *, overwrite: bool) -> Path:
@@ -294,9 +314,14 @@ def _open_locked(partial: Path) -> int:
     """Open or take over the unfinished file, alone."""
     while True:
         try:
-            fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+            fd = os.open(partial, os.O_RDWR | os.O_CREAT | _NO_LINK, 0o666)
         except OSError as error:
             raise OSError(error.errno, f"can't write {partial}: {error.strerror}") from error
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise OSError(errno.EINVAL, f"can't write {partial}: it is in the way; remove it")
+        if fcntl is None:
+            return fd
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             same = os.path.samestat(os.fstat(fd), os.stat(partial))
@@ -314,11 +339,25 @@ def _open_locked(partial: Path) -> int:
         os.close(fd)
 
 
+def _start_writeback(fd: int, offset: int, size: int) -> None:
+    """Let the disk begin with what was written, so that little is left for `fsync` to wait for.
+
+    On Linux that is what giving up interest in the file's pages does; they stay in memory, since
+    they aren't on the disk yet.
+    """
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, offset, size, os.POSIX_FADV_DONTNEED)
+
+
 def _sync_directory(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
+    """Make the new name survive a loss of power, where the file system can."""
+    try:
+        fd = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return  # Windows opens no folder
     try:
         os.fsync(fd)
     except OSError:
-        pass  # some file systems can't; the data itself is safe
+        pass  # the data itself is safe
     finally:
         os.close(fd)

@@ -83,7 +83,7 @@ class Tokenizer:
         Raises OSError where nothing can be read, ValueError where it holds no vocabulary.
         """
         path = _find_vocab(Path(path))
-        if path.suffix != ".safetensors":
+        if not _is_converted(path):
             text = _read_text(path)
         else:
             # Here, so that processes which only tokenise need not load torch.
@@ -380,6 +380,15 @@ def _find_vocab(path: Path) -> Path:
             names = ", ".join(file.name for file in found)
             raise ValueError(f"{path} holds {len(found)} candidates ({names}): name one of them")
     raise FileNotFoundError(f"{path} holds neither a vocab.txt nor a converted .safetensors file")
+
+
+def _is_converted(path: Path) -> bool:
+    """Whether it is a converted model, whatever its name: a length, then JSON."""
+    if path.suffix == ".safetensors":
+        return True
+    with path.open("rb") as file:
+        start = file.read(9)
+    return start[7:] == b"\0{"
 
 
 def _read_text(path: Path) -> str:

@@ -60,22 +60,20 @@ def tf_weights(*, layers: int = LAYERS, seed: int = 0) -> Arrays:
 
 
 def with_slots(weights: Arrays) -> Arrays:
-    """The same with the optimiser's slots and the step counter, as published."""
+    """The same with the optimiser's slots, all different, and the step counter, as published."""
+    random = np.random.default_rng(1)
     full: Arrays = {**weights, "global_step": np.array(STEP, np.int64)}
     for name, value in weights.items():
-        if value.ndim == 2:
-            full[f"{name}/adafactor_vr"] = np.full(value.shape[0], 1e-8, np.float32)
-            full[f"{name}/adafactor_vc"] = np.full(value.shape[1], 1e-8, np.float32)
-        else:
-            full[f"{name}/adafactor_v"] = np.full(value.shape, 1e-8, np.float32)
+        slots = ("adafactor_vr", "adafactor_vc") if value.ndim == 2 else ("adafactor_v",)
+        for slot, size in zip(slots, value.shape, strict=True):
+            full[f"{name}/{slot}"] = random.uniform(1e-9, 1e-6, size).astype(np.float32)
     return full
 
 
 def write_tf(folder: Path, tensors: Mapping[str, Any], *, name: str = f"model.ckpt-{STEP}") -> Path:
     """Write a checkpoint with TensorFlow's own op; returns the prefix."""
-    from convert.tf_source import import_tensorflow
+    import tensorflow as tf  # takes seconds
 
-    tf = import_tensorflow()
     names = sorted(tensors)
     tf.raw_ops.SaveV2(
         prefix=str(folder / name),

@@ -190,16 +190,32 @@ def cross_entropy(logits: Tensor, token_ids: Tensor) -> Tensor:
 
 def largest_error(found: Any, exact: Tensor) -> float:
     """The largest absolute difference; NaN anywhere counts as infinite."""
-    error = (to_float64(found) - exact).abs().max().item()
-    return math.inf if math.isnan(error) else error
+    return _size((to_float64(found) - exact).abs().max())
+
+
+def typical_error(found: Any, exact: Tensor) -> float:
+    """The root mean square difference; NaN anywhere counts as infinite."""
+    return _size((to_float64(found) - exact).square().mean().sqrt())
+
+
+def _size(error: Tensor) -> float:
+    return math.inf if error.isnan() else error.item()
 
 
 def assert_within_twice(found: Any, plain: Any, exact: Tensor, dtype: torch.dtype) -> None:
-    """`found` strays from `exact` at most twice as far as `plain`, plus one rounding of the largest
-    number.
+    """`found` strays from `exact` at most twice as far as `plain`, plus one rounding.
+
+    In the root mean square, which hardly depends on the machine's order of additions: over 75 pairs
+    of weights and ids and three dtypes the ratio of two such errors was 0.5 to 1.2. The largest of
+    so many errors is a matter of luck, 0.4 to 1.6 there, so only four times as large is too large.
     """
-    ours, theirs = largest_error(found, exact), largest_error(plain, exact)
-    rounding = torch.finfo(dtype).eps / 2 * exact.abs().max().item()
-    assert ours <= 2 * theirs + rounding, (
-        f"error {ours:.3g}, plain implementation's {theirs:.3g}, one rounding {rounding:.3g}"
-    )
+    rounding = torch.finfo(dtype).eps / 2
+    for error, times, scale in (
+        (typical_error, 2, exact.square().mean().sqrt().item()),
+        (largest_error, 4, exact.abs().max().item()),
+    ):
+        ours, theirs = error(found, exact), error(plain, exact)
+        assert ours <= times * theirs + rounding * scale, (
+            f"{error.__name__} {ours:.3g}, that of the plain implementation {theirs:.3g}, "
+            f"one rounding {rounding * scale:.3g}"
+        )

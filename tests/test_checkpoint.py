@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from gpt2ml_torch import checkpoint
 from gpt2ml_torch.config import GPT2MLConfig
+from gpt2ml_torch.layout import expected_shapes, expected_slots
 
 CONFIG = GPT2MLConfig(
     vocab_size=21,
@@ -35,7 +36,7 @@ def weights(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     return {
         name: torch.randn(shape, generator=generator).to(dtype)
-        for name, shape in checkpoint.expected_shapes(CONFIG).items()
+        for name, shape in expected_shapes(CONFIG).items()
     }
 
 
@@ -56,7 +57,7 @@ def test_metadata_come_back(path: Path) -> None:
     assert metadata.generation == {"top_k": 5}
     assert metadata.dtype == torch.float32
     assert {name: info.shape for name, info in metadata.tensors.items()} == (
-        checkpoint.expected_shapes(CONFIG)
+        expected_shapes(CONFIG)
     )
 
 
@@ -144,15 +145,13 @@ def test_what_a_killed_writer_left_is_no_obstacle(path: Path) -> None:
 
 
 def test_a_disk_that_changes_bytes_is_found(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = os.pwrite
+    real = checkpoint.CheckpointWriter._write_at
 
-    def bad(fd: int, data: Any, offset: int) -> int:
-        if offset > 5000:
-            data = bytes(len(data))
-        return real(fd, data, offset)
+    def bad(writer: Any, file: Any, offset: int, data: memoryview) -> None:
+        real(writer, file, offset, memoryview(bytes(len(data))) if offset > 5000 else data)
 
     before = path.read_bytes()
-    monkeypatch.setattr(os, "pwrite", bad)
+    monkeypatch.setattr(checkpoint.CheckpointWriter, "_write_at", bad)
     with pytest.raises(OSError, match="reads back differently"):
         checkpoint.save(path, weights(), CONFIG)
     assert path.read_bytes() == before
@@ -166,8 +165,8 @@ def test_an_existing_file_is_kept_unless_told(path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (lambda w: w.pop("embedding_norm.bias"), "lacks embedding_norm.bias"),
-        (lambda w: w.update(x=torch.zeros(1)), "has unknown x"),
+        (lambda w: w.pop("embedding_norm.bias"), "lacks .embedding_norm.bias"),
+        (lambda w: w.update(x=torch.zeros(1)), "has unknown .x"),
         (lambda w: w.update({"embedding_norm.bias": torch.zeros(13)}), r"shape \(13,\)"),
         (lambda w: w.update({"embedding_norm.bias": torch.zeros(12).half()}), "several dtypes"),
     ],
@@ -240,7 +239,7 @@ HOSTILE_HEADERS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "missing tensor": (lambda h: h.pop("embedding_norm.bias"), "leaves a gap|found .* bytes"),
     "renamed tensor": (
         lambda h: h.update({"norm.bias": h.pop("embedding_norm.bias")}),
-        "lacks embedding_norm.bias; the file has unknown norm.bias",
+        "lacks .embedding_norm.bias.; the file has unknown .norm.bias",
     ),
     "no metadata": (lambda h: h.pop("__metadata__"), "not a converted GPT2_ML"),
     "metadata no object": (lambda h: h.update(__metadata__=[1]), "metadata are not strings"),
@@ -254,7 +253,7 @@ HOSTILE_HEADERS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "config nested": (_meta(config="[" * 50_000), "not JSON"),
     "config unknown field": (_config(n_embd=3), "unknown fields .'n_embd'."),
     "10**12 layers": (_config(num_hidden_layers=10**12), "num_hidden_layers is 1000000000000"),
-    "other layers": (_config(num_hidden_layers=3), "lacks blocks.2.attention.output.bias"),
+    "other layers": (_config(num_hidden_layers=3), "lacks .blocks.2.attention.output.bias"),
     "no heads": (_config(num_attention_heads=0), "num_attention_heads is 0"),
     "width a string": (_config(hidden_size="12"), "hidden_size is '12'"),
     "long vocabulary": (_meta(vocab="a\n" * 22), "has 22 lines, the model 21 rows"),
@@ -267,6 +266,41 @@ HOSTILE_HEADERS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 @pytest.mark.parametrize("name", HOSTILE_HEADERS)
 def test_a_hostile_header_is_a_clear_error(name: str, path: Path) -> None:
     change, expected = HOSTILE_HEADERS[name]
+    path.write_bytes(_edit(path, change))
+    _assert_refused(path, expected)
+
+
+HOSTILE_SLOTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "one missing": (
+        lambda h: h.pop("optimizer.embedding_norm.bias.v"),
+        "leaves a gap|found .* bytes",
+    ),
+    "one renamed": (
+        lambda h: h.update({"optimizer.x": h.pop("optimizer.embedding_norm.bias.v")}),
+        "optimizer in the file lacks .*embedding_norm.bias.v'; .* has unknown .optimizer.x",
+    ),
+    "wrong shape": (
+        lambda h: h["optimizer.embedding_norm.bias.v"].update(shape=[3, 4]),
+        r"shape \(3, 4\); the configuration says \(12,\)",
+    ),
+    "integers": (
+        lambda h: h["optimizer.embedding_norm.bias.v"].update(dtype="I32"),
+        "'optimizer.embedding_norm.bias.v' is int32; expected float32",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_SLOTS)
+def test_a_hostile_optimizer_is_a_clear_error(name: str, path: Path) -> None:
+    with checkpoint.CheckpointWriter(
+        path, CONFIG, dtype="float32", slots=True, overwrite=True
+    ) as writer:
+        for key, tensor in weights().items():
+            writer.write(key, tensor)
+        for key, (_, shape) in expected_slots(CONFIG).items():
+            writer.write(key, torch.ones(shape))
+    assert len(checkpoint.load_optimizer_slots(path)) == len(expected_slots(CONFIG))
+    change, expected = HOSTILE_SLOTS[name]
     path.write_bytes(_edit(path, change))
     _assert_refused(path, expected)
 
@@ -305,7 +339,11 @@ def test_a_damaged_file_is_a_clear_error(name: str, path: Path) -> None:
 
 
 def _assert_refused(path: Path, expected: str) -> None:
-    for load in (checkpoint.read_metadata, checkpoint.load_tensors):
+    for load in (
+        checkpoint.read_metadata,
+        checkpoint.load_tensors,
+        checkpoint.load_optimizer_slots,
+    ):
         with pytest.raises((ValueError, OSError)) as caught:
             load(path)
         assert re.search(expected, str(caught.value))
@@ -344,7 +382,7 @@ def test_loading_does_not_read_what_is_not_used(tmp_path: Path) -> None:
         intermediate_size=1024,
     )
     path = tmp_path / "large"
-    zeros = {n: torch.zeros(1).expand(s) for n, s in checkpoint.expected_shapes(config).items()}
+    zeros = {n: torch.zeros(1).expand(s) for n, s in expected_shapes(config).items()}
     checkpoint.save(path, zeros, config)
     code = (
         "import resource, sys, torch\n"

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from convert.__main__ import main
-from gpt2ml_torch import checkpoint
+from gpt2ml_torch import Tokenizer, checkpoint
 from tests import checkpoint_factory as factory
 
 PREFIX = f"model.ckpt-{factory.STEP}"
@@ -128,15 +128,24 @@ def test_a_lone_checkpoint_needs_no_right_state_file(folder: Path, out: Path) ->
     run(folder, out)
 
 
+def test_more_than_a_hundred_layers_are_read(folder: Path, out: Path) -> None:
+    weights = factory.tf_weights(layers=101)
+    factory.write_tf(folder, weights)
+    (folder / "config.json").unlink()
+    run(folder, out)
+    found = checkpoint.load_tensors(out)["blocks.100.mlp.down.bias"]
+    assert np.array_equal(found, weights["newslm/layer100/output/bias"])
+
+
 def test_several_shards_are_read(folder: Path, out: Path) -> None:
-    from convert.tf_source import import_tensorflow
+    import tensorflow as tf
 
     tensors = factory.with_slots(factory.tf_weights())
     halves = [dict(list(tensors.items())[part::2]) for part in range(2)]
     for name in (DATA, INDEX):
         (folder / name).unlink()
     prefixes = [factory.write_tf(folder, half, name=f"part{i}") for i, half in enumerate(halves)]
-    import_tensorflow().raw_ops.MergeV2Checkpoints(
+    tf.raw_ops.MergeV2Checkpoints(
         checkpoint_prefixes=[str(prefix) for prefix in prefixes],
         destination_prefix=str(folder / PREFIX),
         delete_old_dirs=False,
@@ -181,6 +190,39 @@ def test_the_vocabulary_that_fits_is_chosen(folder: Path, out: Path) -> None:
     assert checkpoint.read_metadata(out).vocab == fitting
 
 
+@pytest.fixture
+def like_the_15g_checkpoint(folder: Path) -> Path:
+    """21,130 rows, 21,128 lines of vocabulary, and a configuration that says 8,021."""
+    weights = factory.with_slots(factory.tf_weights())
+    weights["newslm/embeddings/word_embed"] = np.ones((21_130, factory.WIDTH), np.float32)
+    factory.write_tf(folder, weights)
+    (folder / "config.json").write_text(json.dumps({**factory.CONFIG, "vocab_size": 8021}))
+    (folder / "vocab.txt").write_text("[PAD]\n[UNK]\n" + "".join(f"{i}\n" for i in range(21_126)))
+    return folder
+
+
+def test_the_two_reserved_ids_of_the_15g_checkpoint_have_no_text_and_are_not_produced(
+    like_the_15g_checkpoint: Path, out: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run(like_the_15g_checkpoint, out)
+    said = capfd.readouterr().out
+    assert "says vocab_size 8021; the tensor has 21130 rows, which counts" in said
+    assert "2 rows of the embedding have no token (reserved; never produced)" in said
+    tokenizer = Tokenizer.from_pretrained(out)
+    assert (len(tokenizer), tokenizer.num_embeddings) == (21_128, 21_130)
+    assert tokenizer.banned_ids[-2:] == (21_128, 21_129)
+    assert tokenizer.decode([21_128, 21_129]) == ""
+
+
+def test_the_other_published_vocabulary_is_told_apart_by_its_length(
+    like_the_15g_checkpoint: Path, out: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (like_the_15g_checkpoint / "vocab.txt").write_text("x\n" * 8_021)
+    assert main([str(like_the_15g_checkpoint), str(out)]) == 2
+    needed = "has 8021 lines; the checkpoint needs bert-base-chinese, 21,128 lines"
+    assert needed in capfd.readouterr().err
+
+
 def test_no_vocabulary_on_request(folder: Path, out: Path) -> None:
     run(folder, out, "--no-vocab")
     assert checkpoint.read_metadata(out).vocab is None
@@ -221,9 +263,8 @@ def test_float64_is_rounded_once(folder: Path, out: Path) -> None:
 
 @pytest.mark.parametrize("name", ["bfloat16", "float16", "float64"])
 def test_variables_of_other_dtypes_are_read(name: str, folder: Path, out: Path) -> None:
-    from convert.tf_source import import_tensorflow
+    import tensorflow as tf
 
-    tf = import_tensorflow()
     weights = factory.tf_weights()
     cast = {key: tf.cast(value, getattr(tf, name)) for key, value in weights.items()}
     factory.write_tf(folder, cast)
@@ -253,13 +294,25 @@ def test_the_communitys_file_gives_the_same_data(
     assert_identical(tmp_path / "bin.safetensors", expected_tensors(factory.tf_weights()))
 
 
-def test_a_bin_converts_without_tensorflow(folder: Path, out: Path) -> None:
-    state = factory.community_state_dict(factory.tf_weights())
-    torch.save(state, folder / "pytorch_model.bin")
+def test_neither_way_needs_tensorflow(folder: Path, out: Path) -> None:
+    torch.save(factory.community_state_dict(factory.tf_weights()), folder / "pytorch_model.bin")
     code = (
         "import sys; sys.modules['tensorflow'] = None\n"
         "from convert.__main__ import main\n"
-        f"sys.exit(main([{str(folder / 'pytorch_model.bin')!r}, {str(out)!r}]))"
+        f"folder, out = {str(folder)!r}, {str(out)!r}\n"
+        "sys.exit(main([folder, out]) or main(['--to-tf', out, folder + '/back'])\n"
+        "  or main([folder + '/pytorch_model.bin', out, '--force']))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_a_float32_checkpoint_converts_before_pytorch_would_have_started(
+    folder: Path, out: Path
+) -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from convert.__main__ import main\n"
+        f"sys.exit(main([{str(folder)!r}, {str(out)!r}]))"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
@@ -269,35 +322,30 @@ def test_to_tensorflow_and_back_is_the_identity(folder: Path, out: Path, tmp_pat
     back, again = tmp_path / "back", tmp_path / "again.safetensors"
     run("--to-tf", out, back)
     run(back, again)
-    assert_identical(again, checkpoint.load_tensors(out))
-    one, other = checkpoint.read_metadata(out), checkpoint.read_metadata(again)
-    assert (one.config, one.vocab) == (other.config, other.vocab)
-    assert other.source["step"] == factory.STEP
+    assert again.read_bytes() == out.read_bytes()
     assert (back / "vocab.txt").read_text() == factory.VOCAB
 
 
 def test_what_goes_back_is_what_the_original_code_restores(
     folder: Path, out: Path, tmp_path: Path
 ) -> None:
-    from convert.tf_source import import_tensorflow
+    """As the original does it: build the variables, and let a Saver restore them."""
+    import tensorflow as tf
 
-    tf = import_tensorflow()
     run(folder, out)
     run("--to-tf", out, tmp_path / "back")
     prefix = tf.train.latest_checkpoint(str(tmp_path / "back"))
     assert prefix == str(tmp_path / "back" / PREFIX)
-    weights = factory.tf_weights()
+    expected = {**factory.tf_weights(), "global_step": np.array(factory.STEP, np.int64)}
+    assert {name for name, _ in tf.train.list_variables(prefix)} == expected.keys()
     with tf.Graph().as_default(), tf.compat.v1.Session() as session:
-        saver = tf.compat.v1.train.import_meta_graph(f"{prefix}.meta")
-        saver.restore(session, prefix)
-        for variable in tf.compat.v1.global_variables():
-            name = variable.op.name
-            value = session.run(variable)
-            expected = weights.get(name, np.array(factory.STEP, np.int64))
-            assert value.dtype == expected.dtype
-            assert np.array_equal(value, expected)
-    names = {name for name, _ in tf.train.list_variables(prefix)}
-    assert names == {*weights, "global_step"}
+        variables = {
+            name: tf.compat.v1.get_variable(name, value.shape, tf.as_dtype(value.dtype))
+            for name, value in expected.items()
+        }
+        tf.compat.v1.train.Saver().restore(session, prefix)
+        for name, value in expected.items():
+            assert np.array_equal(session.run(variables[name]), value), name
 
 
 def test_going_back_keeps_what_is_there_unless_told(
@@ -349,19 +397,13 @@ def test_a_published_checkpoint_is_recognised_by_its_hash(
 def test_killed_at_any_moment_it_leaves_the_old_file_or_the_new_one(
     folder: Path, out: Path
 ) -> None:
-    """The child converts over and over, so that the kills land in every phase of it.
-
-    From the .bin, since a process without TensorFlow starts sooner.
-    """
-    state = factory.community_state_dict(factory.tf_weights())
-    torch.save(state, folder / "pytorch_model.bin")
-    source = folder / "pytorch_model.bin"
+    """The child converts over and over, so that the kills land in every phase of it."""
     old = b"precious"
-    run(source, out)
+    run(folder, out)
     new = out.read_bytes()
     code = (
         "import sys; from convert.__main__ import main\n"
-        f"arguments = [{str(source)!r}, {str(out)!r}, '--force']\n"
+        f"arguments = [{str(folder)!r}, {str(out)!r}, '--force']\n"
         "main(arguments)\n"
         "print('ready', flush=True)\n"
         "while True: main(arguments)\n"
@@ -382,6 +424,6 @@ def test_killed_at_any_moment_it_leaves_the_old_file_or_the_new_one(
         child.wait()
         child.stdout.close()
         assert out.read_bytes() in (old, new)
-    run(source, out, "--force")
+    run(folder, out, "--force")
     assert out.read_bytes() == new
     assert sorted(os.listdir(out.parent)) == ["ckpt", out.name]

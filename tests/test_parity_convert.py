@@ -31,6 +31,7 @@ from tests.tf_reference import Sizes, TFReference, Weights, loud_weights, write_
 FOREIGN = [
     Sizes(layers=3, width=40, heads=5, mlp=72, vocab=97, positions=33),
     Sizes(layers=6, width=48, heads=3, mlp=48, vocab=161, positions=28),
+    Sizes(layers=48, width=21, heads=3, mlp=40, vocab=61, positions=17),
 ]
 
 

@@ -8,15 +8,19 @@ into query, key and value.
 from __future__ import annotations
 
 import functools
+import re
+from collections import defaultdict
 
 import numpy as np
 import pytest
+import tensorflow as tf
 import torch
 from torch import Tensor
 
 from gpt2ml_torch import GPT2ML
 from tests.parity import (
     ODD_SIZES,
+    assert_within_twice,
     cross_entropy,
     largest_error,
     make_model,
@@ -24,15 +28,16 @@ from tests.parity import (
     tf_weights_of,
     to_float64,
     to_torch,
+    typical_error,
 )
 from tests.tf_reference import Array, Sizes, TFReference, Weights, loud_weights, round_to
 
 
 @functools.cache
-def tf_case(sizes: Sizes, dtype: str) -> tuple[Weights, Array, float, Weights]:
+def tf_case(sizes: Sizes, dtype: str, *, seed: int = 0) -> tuple[Weights, Array, float, Weights]:
     """Float32 weights held in `dtype`, ids, and TensorFlow's loss and gradients."""
-    weights = round_to(loud_weights(sizes), dtype)
-    ids = random_ids(sizes, rows=3, tokens=sizes.positions + 1)
+    weights = round_to(loud_weights(sizes, seed=seed), dtype)
+    ids = random_ids(sizes, rows=3, tokens=sizes.positions + 1, seed=seed)
     ids[1, 9:] = 0  # a short text, padded
     return weights, ids, *TFReference(weights, heads=sizes.heads).loss_and_gradients(ids)
 
@@ -59,22 +64,62 @@ def test_float64_loss_and_every_gradient_agree_within_1e_10(sizes: Sizes) -> Non
         assert largest_error(gradients[name], to_float64(exact)) <= 1e-10 * scale, name
 
 
-def test_float32_gradients_stray_at_most_twice_as_far_as_tensorflows() -> None:
-    """For each parameter the root mean square error, since the largest of a few numbers is a matter
-    of luck.
+def test_float32_losses_stray_at_most_twice_as_far_as_tensorflows() -> None:
+    """Position by position: the loss of a batch is a single number, whose error is a matter of
+    luck. Over 20 pairs of weights and batches the ratio of two such single errors was 0.1 to 35,
+    that of the root mean squares over the positions 0.8 to 1.4.
     """
     sizes = ODD_SIZES[3]
-    weights, ids, tf_loss, tf_gradients = tf_case(sizes, "float32")
-    _, _, exact_loss, exact_gradients = tf_case(sizes, "float64")
-    loss, gradients = loss_and_gradients(make_model(sizes, weights), ids)
-    rounding = np.finfo(np.float32).eps / 2
-    assert abs(loss - exact_loss) <= 2 * abs(tf_loss - exact_loss) + rounding * exact_loss
-    largest = max(abs(g).max() for g in exact_gradients.values())
-    for name, exact in exact_gradients.items():
-        scale = largest if name.endswith("key_layer/bias") else abs(exact).max()  # see above
-        ours = float(np.sqrt(np.mean((gradients[name].numpy() - exact) ** 2)))
-        theirs = float(np.sqrt(np.mean((tf_gradients[name] - exact) ** 2)))
-        assert ours <= 2 * theirs + rounding * scale, (name, ours, theirs)
+    weights, ids, *_ = tf_case(sizes, "float32")
+    tokens = to_torch(ids)
+    with torch.no_grad():
+        logits = make_model(sizes, weights)(tokens[:, :-1])
+        found = position_losses(logits, tokens)
+    theirs, exact = (
+        tf_losses(TFReference(round_to(weights, dtype), heads=sizes.heads), ids)
+        for dtype in ("float32", "float64")
+    )
+    assert_within_twice(found, theirs, to_float64(exact), torch.float32)
+
+
+def position_losses(logits: Tensor, tokens: Tensor) -> Tensor:
+    """The cross entropy of each next token that is not 0."""
+    targets = tokens[:, 1:].flatten()
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets, reduction="none")
+    return losses[targets != 0]
+
+
+def tf_losses(reference: TFReference, ids: Array) -> Array:
+    """The same in TensorFlow."""
+    targets = ids[:, 1:].flatten()
+    logits = tf.reshape(reference.logits(ids[:, :-1]), [len(targets), -1])
+    losses = tf.nn.sparse_softmax_cross_entropy_with_logits(targets, logits).numpy()
+    return np.asarray(losses[targets != 0])
+
+
+def test_float32_gradients_stray_at_most_twice_as_far_as_tensorflows() -> None:
+    """For each kind of parameter the root mean square error, relative to the parameter's largest
+    gradient, over all layers and four pairs of weights and batches.
+
+    What a single parameter's gradient strays in a single batch is correlated with all the others
+    and a matter of luck: the ratio to TensorFlow's was 0.4 to 2.9 there, against 0.8 to 1.4 for the
+    95 kinds of five sizes.
+    """
+    sizes = ODD_SIZES[3]
+    squares: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for seed in range(4):
+        weights, ids, _, tf_gradients = tf_case(sizes, "float32", seed=seed)
+        *_, exact_gradients = tf_case(sizes, "float64", seed=seed)
+        _, gradients = loss_and_gradients(make_model(sizes, weights), ids)
+        largest = max(abs(g).max() for g in exact_gradients.values())
+        for name, exact in exact_gradients.items():
+            scale = largest if name.endswith("key_layer/bias") else abs(exact).max()  # see above
+            errors = (typical_error(g[name], to_float64(exact)) for g in (gradients, tf_gradients))
+            ours, theirs = ((error / scale) ** 2 for error in errors)
+            squares[re.sub(r"layer\d\d", "layer", name)].append((ours, theirs))
+    for kind, pairs in squares.items():
+        ours, theirs = np.sqrt(np.mean(pairs, axis=0))
+        assert ours <= 2 * theirs + np.finfo(np.float32).eps / 2, (kind, ours, theirs)
 
 
 @pytest.mark.parametrize("sizes", ODD_SIZES[:2], ids=str)

@@ -18,6 +18,7 @@ LAYERS = (
     {"config"},
     {"kernels", "safetensors_writer"},
     {"layout", "safetensors_reader"},
+    {"checkpoint_writer"},
     {"checkpoint"},
     {"model", "words"},
     {"tokenizer", "sampling"},

@@ -129,6 +129,11 @@ def test_a_converted_file_keeps_the_text_and_its_rows_are_the_ids(tmp_path: Path
     assert tokenizer.decode([16, 10]) == "中"
 
 
+def test_a_converted_file_is_known_by_its_content(tmp_path: Path):
+    save_model(tmp_path / "model", Tokenizer(TEXT))
+    assert Tokenizer.from_pretrained(tmp_path / "model") == Tokenizer(TEXT)
+
+
 def test_a_converted_file_without_vocabulary_says_what_to_do(tmp_path: Path):
     save_model(tmp_path / "m.safetensors", None)
     with pytest.raises(ValueError, match=r"m\.safetensors holds no vocabulary: .* --vocab"):

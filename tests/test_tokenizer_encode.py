@@ -113,22 +113,19 @@ def test_longest_match_with_any_vocabulary(pieces: list[str], word: str):
     assert Tokenizer(tokens).encode(word) == reference_ids(word, tokens)
 
 
-# Letters of any script, but no unassigned or private character: transformers drops those, and
-# normalises to NFC first, where the original keeps them and does not.
-@settings(max_examples=300, deadline=None)
-@given(
-    texts(
-        "abcXYZ中国。，!#[]éé가ΣΑİ \n\u3000\u2028",
-        st.characters(categories=("Lu", "Ll", "Nd", "P", "S", "Zs"), max_codepoint=0x33FF),
-    )
-)
-def test_ids_agree_with_transformers_in_python(text: str):
+def test_every_character_is_treated_as_transformers_does_it_in_python():
+    """But for unassigned and private ones, which it drops where the original keeps them."""
     name = "transformers.models.bert.tokenization_bert_legacy"
     legacy = pytest.importorskip(name, reason="this transformers has no BERT tokenizer in Python")
-    words = legacy.BasicTokenizer().tokenize(text)
     vocab = {token: id_ for id_, token in enumerate(TOKENS)}
     split = legacy.WordpieceTokenizer(vocab, "[UNK]", max_input_chars_per_word=200).tokenize
-    assert TOKENIZER.encode(text) == [vocab[piece] for word in words for piece in split(word)]
+    dropped = ("Cn", "Co", "Cs")
+    characters = map(chr, range(sys.maxunicode + 1))
+    known = [c for c in characters if unicodedata.category(c) not in dropped]
+    for first in range(0, len(known), 4096):
+        text = "".join(f"{c}中a{c}b" for c in known[first : first + 4096])
+        words = legacy.BasicTokenizer().tokenize(text)
+        assert TOKENIZER.encode(text) == [vocab[piece] for word in words for piece in split(word)]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from convert.configs import original_dialect
 from convert.mapping import Recipe, recipes
-from convert.tf_writer import write_tf_checkpoint
+from convert.tf_writer import Variable, write_tf_checkpoint
 from gpt2ml_torch.model import GPT2ML, KVCache
 
 PROMPTS = (
@@ -44,7 +44,7 @@ def tf_variables(
     plan = recipes(model.config.num_hidden_layers, "tf")
     variables: dict[str, NDArray[Any]] = {"global_step": np.array(step, dtype=np.int64)}
     for key, parameter in model.named_parameters():
-        for name, value in plan[key].invert(parameter.detach()):
+        for name, value in plan[key].parts(parameter.detach()):
             variables[name] = value.contiguous().numpy()
         for name, value in _slots(plan[key], slots[parameter]):
             variables[name] = value.contiguous().numpy()
@@ -71,7 +71,7 @@ def save_tf(folder: Path, variables: Mapping[str, NDArray[Any]]) -> None:
     for old in (*folder.glob("model.ckpt-*"), *folder.glob("checkpoint")):
         old.unlink()
     prefix = folder / f"model.ckpt-{variables['global_step']}"
-    write_tf_checkpoint(prefix, variables)
+    write_tf_checkpoint(prefix, {name: Variable.of(value) for name, value in variables.items()})
     with tf.Graph().as_default() as graph:
         # Only what a Saver needs: `import_meta_graph(...).restore(...)` brings every variable back.
         saver = tf.compat.v1.train.Saver(
