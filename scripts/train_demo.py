@@ -32,9 +32,10 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # started as a script, from any folder
 
-from gpt2ml_torch.config import GPT2MLConfig  # noqa: E402
 from gpt2ml_torch.finetuning.adafactor import Adafactor, parameter_groups  # noqa: E402
 from gpt2ml_torch.finetuning.loss import next_token_loss  # noqa: E402
+
+from gpt2ml_torch.config import GPT2MLConfig  # noqa: E402
 from gpt2ml_torch.model import GPT2ML  # noqa: E402
 from scripts.demo_model import card as demo_card  # noqa: E402
 from scripts.demo_model import corpus as demo_corpus  # noqa: E402

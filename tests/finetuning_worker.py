@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from gpt2ml_torch.finetuning.config import FinetuneConfig
+from gpt2ml_torch.finetuning.processes import process_rank, processes
 from gpt2ml_torch.finetuning.reporting import read_metrics
 from gpt2ml_torch.finetuning.run import finetune
-from gpt2ml_torch.finetuning.sharding import process_rank, processes
 
 
 def main() -> None:

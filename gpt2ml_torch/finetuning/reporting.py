@@ -1,5 +1,6 @@
-"""What a run leaves to look at: metrics.jsonl, loss.png and TensorBoard's files, each fed by the
-loop's events.
+"""What a run leaves to look at: metrics.jsonl, loss.png and TensorBoard's files.
+
+Each is fed by the loop's events.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from typing import Any
 class Event:
     """Something that happened in a run, after so many steps.
 
-    Kinds and their `values`: "start" (total_steps, rows, parameters, trainable), "step" (loss,
-    learning_rate, gradient_norm,
-    tokens, seconds, tokens_per_second, memory_gib), "skip" (loss, reason), "eval" (loss,
-    perplexity,
-    bits_per_character, best), "sample" (prompt, text), "checkpoint" (path), "warning" (text), "end"
-    (reason, best_step).
+    Kinds and their `values`: "start" (total_steps, steps_per_epoch, parameters, trainable, and of
+    weights and slots those of this process: weights_here, slots_here), "step" (loss,
+    learning_rate, gradient_norm, tokens, seconds, tokens_per_second, memory_gib), "skip" (loss,
+    reason, at), "eval" (loss, perplexity, bits_per_character, best), "sample" (prompt, text),
+    "checkpoint" (path), "end" (reason, best_step, best_loss). Losses are nats a token; `tokens`
+    are those learned so far.
     """
 
     kind: str
@@ -38,9 +39,8 @@ _WRITTEN = ("start", "step", "skip", "eval", "sample", "end")
 class MetricsFile:
     """A callback that appends each event to a JSON Lines file, flushed line by line.
 
-    On resuming after `step` steps, what a killed run wrote beyond them is cut off, so that the file
-    reads as if it had
-    never stopped.
+    With `resume_after` steps, what a killed run wrote beyond them is cut off, so that the file
+    reads as if it had never stopped.
     """
 
     def __init__(self, path: Path, *, resume_after: int | None = None) -> None:

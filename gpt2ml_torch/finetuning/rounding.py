@@ -1,11 +1,8 @@
-"""Stochastic rounding to bfloat16: an update smaller than half a step of the grid is not lost, on
-average.
+"""Stochastic rounding to bfloat16, with which small updates of a weight are not lost.
 
-bfloat16 keeps 8 bits of a weight, so near 0.1 its neighbours are 4e-4 apart and an update of 1e-5
-rounded to
-nearest changes nothing, ever. Rounded up with a probability equal to the fraction that is cut off,
-its expectation
-is exact.
+bfloat16 keeps 8 bits of a weight, so near 0.1 its neighbours are 4e-4 apart, and an update of 1e-5
+rounded to nearest changes nothing, ever. Rounded up with a probability equal to the fraction that
+is cut off, its expectation is exact.
 """
 
 from __future__ import annotations
@@ -23,10 +20,9 @@ def round_stochastically_(
     """Write float32 `source`, rounded stochastically, to bfloat16 `target` of the same shape.
 
     A value between two neighbours becomes the upper one (in magnitude) with the probability of its
-    distance from the
-    lower one; a representable value, an infinity or NaN stays what it is. Elements are rounded
-    independently, and
-    the same generator state gives the same result. Raises `ValueError` for other dtypes or shapes.
+    distance from the lower one; a representable value, an infinity or NaN stays what it is.
+    Elements are rounded independently, and the same generator state gives the same result. Raises
+    `ValueError` for other dtypes or shapes.
     """
     if target.dtype != torch.bfloat16 or source.dtype != torch.float32:
         raise ValueError(

@@ -1,4 +1,7 @@
-"""Several processes: FSDP2 over the blocks, started by `torchrun`."""
+"""Several processes: who is who, sums over all of them, and FSDP2 over the blocks.
+
+`torchrun` starts them; without it everything here is that of one process.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,25 @@ from torch.distributed.fsdp import fully_shard
 from gpt2ml_torch.finetuning.objective import Objective
 
 
+@contextlib.contextmanager
+def processes(device: torch.device | str = "cpu") -> Iterator[None]:
+    """Join the processes that `torchrun` started, if it did, for the length of the block."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield
+        return
+    if torch.device(device).type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group("cpu:gloo,cuda:nccl")
+    else:
+        dist.init_process_group("gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
 def process_count() -> int:
-    """Processes of this run: 1 without `torchrun`."""
+    """How many processes this run has."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -23,19 +43,19 @@ def process_rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-@contextlib.contextmanager
-def processes(device: str = "cpu") -> Iterator[None]:
-    """Join the processes that `torchrun` started, if it did, for the length of the block."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
-        yield
-        return
-    if device != "cpu":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("gloo" if device == "cpu" else "nccl")
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+def barrier() -> None:
+    """Wait for the others."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def total(value: float) -> float:
+    """The sum of a number over all processes."""
+    if process_count() == 1:
+        return value
+    tensor = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(tensor)
+    return float(tensor)
 
 
 def shard(objective: Objective) -> None:
