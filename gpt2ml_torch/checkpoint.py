@@ -32,7 +32,7 @@ from gpt2ml_torch.layout import (
     SCALE,
     expected_shapes,
     expected_tensors,
-    packed_bits,
+    packed_precision,
 )
 from gpt2ml_torch.safetensors_reader import CURE, TensorInfo, check_entries, read_header
 from gpt2ml_torch.safetensors_writer import SafetensorsWriter
@@ -107,13 +107,13 @@ class CheckpointWriter(SafetensorsWriter):
 
     def write_weight(self, name: str, tensor: Tensor) -> None:
         """Write one weight, floating point as the model has it, packed where the file packs it."""
-        bits = packed_bits(name, self._quantization)
-        if bits is None:
+        precision = packed_precision(name, self._quantization)
+        if precision is None:
             return self.write(name, tensor)
         from gpt2ml_torch.kernels import packing  # brings the compiler, seconds to import
 
         try:
-            weight, scale = packing.pack(tensor.detach().cpu(), bits)
+            weight, scale = packing.pack(tensor.detach().cpu(), precision)
         except ValueError as error:
             raise ValueError(f"tensor {name!r}: {error}") from None
         assert scale is not None
@@ -148,7 +148,9 @@ def save(
         )
     expected = expected_tensors(config, torch.float32, quantization)
     _check_names(tensors, expected, "the state dict")
-    plain = [name for name in expected_shapes(config) if packed_bits(name, quantization) is None]
+    plain = [
+        name for name in expected_shapes(config) if packed_precision(name, quantization) is None
+    ]
     dtypes = {tensors[name].dtype for name in plain}
     if len(dtypes) > 1:
         raise ValueError(
@@ -218,7 +220,7 @@ def load_tensors(
             raise ValueError(f"{path}: {error}") from None
     copied = {}
     for name, tensor in stream_tensors(path, metadata):
-        packed = packed_bits(name.removesuffix(SCALE), metadata.quantization) is not None
+        packed = packed_precision(name.removesuffix(SCALE), metadata.quantization) is not None
         wanted = tensor.dtype if packed or dtype is None else dtype
         copied[name] = tensor.to(device, wanted, copy=True)
     return copied
@@ -307,7 +309,9 @@ def _float_dtype(
     tensors: Mapping[str, TensorInfo], config: GPT2MLConfig, quantization: str | None
 ) -> torch.dtype:
     """The one dtype of the weights that are not packed."""
-    plain = [name for name in expected_shapes(config) if packed_bits(name, quantization) is None]
+    plain = [
+        name for name in expected_shapes(config) if packed_precision(name, quantization) is None
+    ]
     dtypes = {tensors[name].dtype for name in plain if name in tensors}
     if len(dtypes) > 1 or not dtypes <= set(_WEIGHT_DTYPES):
         raise ValueError(f"weights of {_names(dtypes)}; expected one of {_names(_WEIGHT_DTYPES)}")

@@ -51,26 +51,23 @@ def expected_tensors(
 
     tensors: dict[str, TensorSpec] = {}
     for name, shape in expected_shapes(config).items():
-        bits = packed_bits(name, quantization)
-        if bits is None:
+        precision = packed_precision(name, quantization)
+        if precision is None:
             tensors[name] = (dtype, shape)
             continue
-        packed = packing.packed_shapes(shape[0], shape[1], bits)
+        packed = packing.packed_shapes(shape[0], shape[1], precision)
         assert packed.scale is not None
         tensors[name] = (torch.uint8, packed.weight)
         tensors[name + SCALE] = (torch.bfloat16, packed.scale)
     return tensors
 
 
-def packed_bits(name: str, quantization: str | None) -> int | None:
-    """Bits of a weight in a file so quantised, or None where it stays plain.
-
-    The token embedding is the output layer too, and gets no less than 8 bits.
-    """
+def packed_precision(name: str, quantization: str | None) -> str | None:
+    """That of a weight in a file so quantised, or None where it stays plain."""
     plain = name.endswith("bias") or "norm" in name or name == "position_embedding.weight"
     if quantization is None or plain:
         return None
     from gpt2ml_torch.kernels import packing  # as above
 
-    bits = packing.BITS[quantization]
-    return max(bits, 8) if name == "token_embedding.weight" else bits
+    is_embedding = name == "token_embedding.weight"
+    return packing.embedding_precision(quantization) if is_embedding else quantization

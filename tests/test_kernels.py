@@ -9,20 +9,26 @@ import torch.nn.functional as F
 from gpt2ml_torch import GPT2ML, GPT2MLConfig, kernels
 from gpt2ml_torch.kernels import ops, packing
 
-BITS = (16, 8, 4)
+BITS = packing.BITS
 SIZES = ((16, 32), (17, 33), (100, 200), (33, 7), (48, 640), (1, 1), (515, 160))  # (N, K)
 
 # Relative error (root mean square) that rounding the inputs may cost: half a bfloat16 step spread
 # evenly is 2**-9 / sqrt(3), and 1/127 of a group's largest value in int8 likewise. Twice that.
-INPUT_ROUNDING = {16: 0.004, 8: 0.015, 4: 0.015}
+INPUT_ROUNDING = {
+    "float32": 1e-6,
+    "float16": 1e-6,
+    "bfloat16": 0.004,
+    "int8": 0.015,
+    "int4": 0.015,
+}
 
 needs_kernels = pytest.mark.skipif(
-    not kernels.load_kernels(), reason="no compiler or no AVX-512: PyTorch's operators run instead"
+    not kernels.load_kernels(), reason="no compiler or no AVX2: PyTorch's operators run instead"
 )
 
 
-def packed(outputs: int, inputs: int, bits: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    return kernels.pack(torch.randn(outputs, inputs), bits)
+def packed(outputs: int, inputs: int, precision: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return kernels.pack(torch.randn(outputs, inputs), precision)
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -34,45 +40,45 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("precision", BITS)
 @pytest.mark.parametrize(("outputs", "inputs"), SIZES)
 def test_product_agrees_with_float64_of_the_unpacked_weight(
-    outputs: int, inputs: int, bits: int
+    outputs: int, inputs: int, precision: str
 ) -> None:
-    weight, scale = packed(outputs, inputs, bits)
-    plain = kernels.unpack(weight, scale, bits, outputs, inputs).double()
+    weight, scale = packed(outputs, inputs, precision)
+    plain = kernels.unpack(weight, scale, BITS[precision], outputs, inputs).double()
     bias = torch.randn(outputs)
     for rows in (1, 2, 3, 4, 5, 6, 7, 8, 9, 33, 128):
         x = torch.randn(rows, inputs)
-        found = kernels.packed_linear(x, weight, scale, bias, bits=bits, outputs=outputs)
+        found = kernels.packed_linear(x, weight, scale, bias, bits=BITS[precision], outputs=outputs)
         expected = F.linear(x.double(), plain, bias.double())
         assert found.dtype == torch.float32
-        assert relative_error(found, expected) < INPUT_ROUNDING[bits]
+        assert relative_error(found, expected) < INPUT_ROUNDING[precision]
 
 
 @needs_kernels
-@pytest.mark.parametrize("bits", BITS)
-def test_inputs_on_the_quantised_grid_are_multiplied_exactly(bits: int) -> None:
+@pytest.mark.parametrize("precision", BITS)
+def test_inputs_on_the_quantised_grid_are_multiplied_exactly(precision: str) -> None:
     """With inputs that need no rounding only the float32 sums differ from float64."""
-    weight, scale = packed(80, 256, bits)
-    plain = kernels.unpack(weight, scale, bits, 80, 256).double()
+    weight, scale = packed(80, 256, precision)
+    plain = kernels.unpack(weight, scale, BITS[precision], 80, 256).double()
     x = torch.randint(-127, 128, (9, 256)).float()
     x[:, ::32] = 127  # every group's scale is then 1
-    found = kernels.packed_linear(x, weight, scale, None, bits=bits, outputs=80)
+    found = kernels.packed_linear(x, weight, scale, None, bits=BITS[precision], outputs=80)
     assert relative_error(found, F.linear(x.double(), plain)) < 1e-6
 
 
 @needs_kernels
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("precision", BITS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_row_does_not_depend_on_its_neighbours_or_the_threads(
-    bits: int, dtype: torch.dtype
+    precision: str, dtype: torch.dtype
 ) -> None:
-    weight, scale = packed(100, 200, bits)
+    weight, scale = packed(100, 200, precision)
     x = torch.randn(200, 200, dtype=dtype)
 
     def product(rows: torch.Tensor) -> torch.Tensor:
-        return kernels.packed_linear(rows, weight, scale, None, bits=bits, outputs=100)
+        return kernels.packed_linear(rows, weight, scale, None, bits=BITS[precision], outputs=100)
 
     together = product(x)
     threads = torch.get_num_threads()
@@ -85,12 +91,12 @@ def test_a_row_does_not_depend_on_its_neighbours_or_the_threads(
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("bits", BITS)
-def test_shapes_strides_and_dtypes_of_the_input_are_free(bits: int) -> None:
-    weight, scale = packed(20, 40, bits)
+@pytest.mark.parametrize("precision", BITS)
+def test_shapes_strides_and_dtypes_of_the_input_are_free(precision: str) -> None:
+    weight, scale = packed(20, 40, precision)
 
     def product(x: torch.Tensor) -> torch.Tensor:
-        return kernels.packed_linear(x, weight, scale, None, bits=bits, outputs=20)
+        return kernels.packed_linear(x, weight, scale, None, bits=BITS[precision], outputs=20)
 
     x = torch.randn(40, 3, 2)
     assert torch.equal(product(x.permute(2, 1, 0)), product(x.permute(2, 1, 0).contiguous()))
@@ -102,69 +108,75 @@ def test_shapes_strides_and_dtypes_of_the_input_are_free(bits: int) -> None:
         assert relative_error(y, product(x.permute(2, 1, 0)).double()) < 0.02
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("precision", BITS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_a_value_that_is_not_finite_reaches_its_own_row_only(bits: int, bad: float) -> None:
-    weight, scale = packed(20, 40, bits)
+def test_a_value_that_is_not_finite_reaches_its_own_row_only(precision: str, bad: float) -> None:
+    weight, scale = packed(20, 40, precision)
     x = torch.randn(3, 40)
     x[1, 17] = bad
-    y = kernels.packed_linear(x, weight, scale, None, bits=bits, outputs=20)
+    y = kernels.packed_linear(x, weight, scale, None, bits=BITS[precision], outputs=20)
     assert not y[1].isfinite().any()
     assert y[[0, 2]].isfinite().all()
 
 
-@pytest.mark.parametrize("bits", BITS)
-def test_kernel_and_fallback_agree(bits: int) -> None:
-    weight, scale = packed(100, 200, bits)
+@pytest.mark.parametrize("precision", BITS)
+def test_kernel_and_fallback_agree(precision: str) -> None:
+    weight, scale = packed(100, 200, precision)
     x, bias = torch.randn(5, 200), torch.randn(100)
-    fast = kernels.packed_linear(x, weight, scale, bias, bits=bits, outputs=100)
-    slow = ops._unpacked_linear(x, weight, scale, bias, bits, 100, False)
-    assert relative_error(fast, slow.double()) < INPUT_ROUNDING[bits]
+    fast = kernels.packed_linear(x, weight, scale, bias, bits=BITS[precision], outputs=100)
+    slow = ops._unpacked_linear(x, weight, scale, bias, BITS[precision], 100, False)
+    assert relative_error(fast, slow.double()) < INPUT_ROUNDING[precision]
 
 
 def test_unpacking_gives_back_what_was_packed() -> None:
     weight = torch.randn(100, 200)
-    assert torch.equal(
-        kernels.unpack(*kernels.pack(weight, 16), 16, 100, 200), weight.bfloat16().float()
-    )
-    for bits, bound in ((8, 0.007), (4, 0.095)):  # of normal weights
-        found = kernels.unpack(*kernels.pack(weight, bits), bits, 100, 200)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        precision = str(dtype).removeprefix("torch.")
+        found = kernels.unpack(*kernels.pack(weight, precision), BITS[precision], 100, 200)
+        assert torch.equal(found, weight.to(dtype).float())
+    for precision, bound in (("int8", 0.007), ("int4", 0.095)):  # of normal weights
+        found = kernels.unpack(*kernels.pack(weight, precision), BITS[precision], 100, 200)
         assert relative_error(found, weight.double()) < bound
         # Packing again must change nothing, or saving a packed model would wear it down.
-        again = kernels.unpack(*kernels.pack(found, 8), 8, 100, 200)
+        again = kernels.unpack(*kernels.pack(found, "int8"), 8, 100, 200)
         assert relative_error(again, found.double()) < 0.007
 
 
-def test_weights_that_are_zero_or_not_finite() -> None:
-    for bits in (8, 4):
-        assert not kernels.unpack(*kernels.pack(torch.zeros(16, 32), bits), bits, 16, 32).any()
+def test_weights_that_are_zero_or_that_a_precision_cannot_hold() -> None:
+    for precision in ("int8", "int4"):
+        packed_zeros = kernels.pack(torch.zeros(16, 32), precision)
+        assert not kernels.unpack(*packed_zeros, BITS[precision], 16, 32).any()
         with pytest.raises(ValueError, match="NaN or infinity"):
-            kernels.pack(torch.full((16, 32), float("nan")), bits)
+            kernels.pack(torch.full((16, 32), float("nan")), precision)
+    with pytest.raises(ValueError, match="beyond the largest of float16"):
+        kernels.pack(torch.full((16, 32), 1e5), "float16")
 
 
 def test_a_weight_that_does_not_fit_is_an_error() -> None:
-    weight, scale = packed(20, 40, 8)
+    weight, scale = packed(20, 40, "int8")
     with pytest.raises(RuntimeError):
         kernels.packed_linear(torch.randn(2, 100), weight, scale, None, bits=8, outputs=20)
-    with pytest.raises(ValueError, match="16, 8 or 4"):
-        packing.packed_shapes(16, 32, 5)
+    with pytest.raises(ValueError, match="float32, bfloat16, float16, int8, int4"):
+        packing.packed_shapes(16, 32, "int5")
 
 
-@pytest.mark.parametrize("bits", BITS)
-def test_the_operator_is_declared_as_it_behaves(bits: int) -> None:
-    weight, scale = packed(20, 40, bits)
+@pytest.mark.parametrize("precision", BITS)
+def test_the_operator_is_declared_as_it_behaves(precision: str) -> None:
+    weight, scale = packed(20, 40, precision)
     x = torch.randn(3, 40, requires_grad=True)
     torch.library.opcheck(
-        torch.ops.gpt2ml.packed_linear.default, (x, weight, scale, None, bits, 20, False)
+        torch.ops.gpt2ml.packed_linear.default, (x, weight, scale, None, BITS[precision], 20, False)
     )
 
 
-@pytest.mark.parametrize("bits", BITS)
-def test_gradient_of_the_input_is_that_of_the_unpacked_weight(bits: int) -> None:
-    weight, scale = packed(20, 40, bits)
-    plain = kernels.unpack(weight, scale, bits, 20, 40)
+@pytest.mark.parametrize("precision", BITS)
+def test_gradient_of_the_input_is_that_of_the_unpacked_weight(precision: str) -> None:
+    weight, scale = packed(20, 40, precision)
+    plain = kernels.unpack(weight, scale, BITS[precision], 20, 40)
     x, towards = torch.randn(3, 40, requires_grad=True), torch.randn(3, 20)
-    kernels.packed_linear(x, weight, scale, None, bits=bits, outputs=20).backward(towards)
+    kernels.packed_linear(x, weight, scale, None, bits=BITS[precision], outputs=20).backward(
+        towards
+    )
     assert x.grad is not None
     torch.testing.assert_close(x.grad, towards @ plain)
 
@@ -196,7 +208,7 @@ def test_a_packed_model_agrees_with_its_unpacked_twin(quantize: str) -> None:
     token_ids = torch.randint(0, 100, (2, 9))
     with torch.no_grad():
         found, expected = model(token_ids), twin.double()(token_ids)
-    assert relative_error(found, expected) < 3 * INPUT_ROUNDING[packing.BITS[quantize]]
+    assert relative_error(found, expected) < 3 * INPUT_ROUNDING[quantize]
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled(token_ids), found)

@@ -12,7 +12,7 @@ from gpt2ml_torch.kernels import ops
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 needs_kernels = pytest.mark.skipif(
-    not kernels.load_kernels(), reason="no compiler or no AVX-512: PyTorch's operators run instead"
+    not kernels.load_kernels(), reason="no compiler or no AVX2: PyTorch's operators run instead"
 )
 
 
@@ -125,7 +125,7 @@ def test_the_operator_is_declared_as_it_behaves() -> None:
 def test_built_in_gelu_is_the_exact_one() -> None:
     """Within float32 rounding of the erf form; the tanh form is 4.7e-4 away."""
     x = torch.linspace(-12, 12, 4096)[:, None]
-    weight, scale = kernels.pack(torch.eye(1), 16)
+    weight, scale = kernels.pack(torch.eye(1), "bfloat16")
     plain = kernels.packed_linear(x, weight, scale, None, bits=16, outputs=1)
     found = kernels.packed_linear(x, weight, scale, None, bits=16, outputs=1, gelu=True)
     torch.testing.assert_close(found.double(), F.gelu(plain.double()), atol=6e-7, rtol=3e-7)

@@ -8,16 +8,25 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
 FOLDER = Path(__file__).parent
 SOURCES = tuple(FOLDER / name for name in ("packed_linear.cpp", "cached_attention.cpp"))
-NEEDED = ("avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16")
+HEADERS = tuple(FOLDER / name for name in ("vectors.h", "vectors_avx2.h", "vectors_avx512.h"))
 TIMEOUT_SECONDS = 300
 # No contraction: a * b + c would otherwise round differently in differently unrolled loops.
-FLAGS = ("-std=c++20", "-O3", "-march=native", "-ffp-contract=off", "-fPIC", "-shared")
+FLAGS = ("-std=c++20", "-O3", "-mtune=native", "-ffp-contract=off", "-fPIC")
+
+# Instruction sets that the kernels are written for, best last, by the names that Linux gives their
+# parts; those after "|" are used where there are any.
+LEVELS = {
+    "avx2": "avx2 fma f16c | avx_vnni",
+    "avx512": "avx2 fma f16c avx512f avx512bw avx512vl avx512dq avx512_vnni | avx512_bf16",
+}
+_CHOICE = "GPT2ML_KERNELS"  # a level, or "off"
 
 
 def cache_folder() -> Path:
@@ -32,22 +41,37 @@ def cache_folder() -> Path:
 def build() -> Path:
     """The compiled library; compiles it unless an earlier process did.
 
-    Raises `OSError` where this CPU, compiler or folder won't do, `RuntimeError` where the compiler
-    fails.
+    $GPT2ML_KERNELS chooses a lower level than the CPU's own, or "off". Raises `OSError` where this
+    CPU, compiler or folder won't do, `RuntimeError` where the compiler fails.
     """
-    features = cpu_features()
-    missing = [name for name in NEEDED if name not in features]
-    if missing:
-        raise OSError(f"the kernels need a CPU with {', '.join(missing)}")
+    features = instructions(cpu_features(), os.environ.get(_CHOICE) or None)
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise OSError("no C++ compiler was found; install g++ or set CXX")
+    flags = (*FLAGS, *(f"-m{name.replace('_', '')}" for name in features))
     folder = cache_folder()
-    library = folder / f"kernels-{_key(compiler, features)}.so"
+    library = folder / f"kernels-{_key(compiler, flags)}.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        _compile(compiler, library)
+        _compile(compiler, flags, library)
     return library
+
+
+def instructions(cpu: frozenset[str], choice: str | None) -> list[str]:
+    """The instruction sets to compile for, on a CPU with these features.
+
+    Raises `OSError` where the CPU has too few, or the choice is "off", unknown or beyond it.
+    """
+    if choice == "off":
+        raise OSError(f"{_CHOICE} is off")
+    if choice is not None and choice not in LEVELS:
+        raise OSError(f"{_CHOICE} is {choice!r}; expected off, {', '.join(LEVELS)}")
+    for level in [choice] if choice else reversed(LEVELS):
+        needed, _, useful = LEVELS[level].partition("|")
+        if cpu.issuperset(needed.split()):
+            return needed.split() + [name for name in useful.split() if name in cpu]
+    missing = sorted(set(LEVELS[choice or "avx2"].partition("|")[0].split()) - cpu)
+    raise OSError(f"the kernels need a CPU with {', '.join(missing)}")
 
 
 def cpu_features() -> frozenset[str]:
@@ -60,36 +84,52 @@ def cpu_features() -> frozenset[str]:
     return frozenset(next(lines, "").partition(":")[2].split())
 
 
-def _key(compiler: str, features: frozenset[str]) -> str:
+def _key(compiler: str, flags: tuple[str, ...]) -> str:
     """Changes with everything that the compiled code depends on."""
     version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
     parts = (
-        *(path.read_bytes() for path in (*SOURCES, FOLDER / "vectors.h")),
+        *(path.read_bytes() for path in (*SOURCES, *HEADERS)),
         version,
-        " ".join(sorted(features)).encode(),
-        " ".join(FLAGS).encode(),
-        f"{torch.__version__} {platform.machine()}".encode(),
+        " ".join(flags).encode(),
+        f"{torch.__version__} {platform.machine()} {platform.processor()}".encode(),
     )
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
-def _compile(compiler: str, library: Path) -> None:
+def _compile(compiler: str, flags: tuple[str, ...], library: Path) -> None:
     """Compile beside the final name and rename: processes may race, the last one wins."""
     torch_folder = Path(torch.__file__).parent
+    include = ("-I", str(torch_folder / "include"))
+    libraries = ("-L", str(torch_folder / "lib"), "-ltorch_cpu", "-lc10")
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-        output = Path(scratch) / library.name
-        command = [
-            *(compiler, *FLAGS, *map(str, SOURCES), "-o", str(output)),
-            *("-I", str(torch_folder / "include")),
-            *("-L", str(torch_folder / "lib"), "-ltorch_cpu", "-lc10"),
-        ]
-        try:
-            result = subprocess.run(
-                command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False
-            )
-        except subprocess.TimeoutExpired:
-            raise RuntimeError(f"{compiler} took more than {TIMEOUT_SECONDS} s") from None
-        if result.returncode:
-            errors = [line for line in result.stderr.splitlines() if "error" in line]
-            raise RuntimeError(f"{compiler} failed: {(errors or ['without a word'])[0]}")
+        objects = [str(Path(scratch) / f"{source.stem}.o") for source in SOURCES]
+        _run_all(
+            (compiler, *flags, *include, "-c", str(source), "-o", target)
+            for source, target in zip(SOURCES, objects, strict=True)
+        )
+        output = str(Path(scratch) / library.name)
+        _run_all([(compiler, *flags, "-shared", *objects, "-o", output, *libraries)])
         os.replace(output, library)
+
+
+def _run_all(commands: Iterable[tuple[str, ...]]) -> None:
+    """Run commands side by side to their end; raises `RuntimeError` where one fails."""
+    running = [
+        (
+            command[0],
+            subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True),
+        )
+        for command in commands
+    ]
+    try:
+        for compiler, process in running:
+            _, messages = process.communicate(timeout=TIMEOUT_SECONDS)
+            if process.returncode:
+                errors = [line for line in messages.splitlines() if "error" in line]
+                raise RuntimeError(f"{compiler} failed: {(errors or ['without a word'])[0]}")
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"the compiler took more than {TIMEOUT_SECONDS} s") from None
+    finally:
+        for _, process in running:
+            process.kill()
+            process.wait()

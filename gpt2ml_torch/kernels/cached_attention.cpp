@@ -10,8 +10,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <vector>
 
 namespace {
@@ -35,65 +35,48 @@ struct Job {
   float scale;
 };
 
-template <ScalarType kType> __m512 load(const char* source, int v) { return load16(source, kType, v * kLanes, 0xffff); }
+template <ScalarType kType> Floats part(const char* head, int v) { return load(head, kType, v * kLanes); }
 
-// Lane i of the result is the sum over the lanes of dots[i].
-__m512 sum_each(__m512 (&dots)[16]) {
-  __m512 eighths[8], fours[4], twos[2];
-#pragma GCC unroll 16
-  for (int i = 0; i < 8; ++i)
-    eighths[i] = _mm512_add_ps(_mm512_unpacklo_ps(dots[2 * i], dots[2 * i + 1]), _mm512_unpackhi_ps(dots[2 * i], dots[2 * i + 1]));
-#pragma GCC unroll 16
-  for (int i = 0; i < 4; ++i) {
-    __m512d a = _mm512_castps_pd(eighths[2 * i]), b = _mm512_castps_pd(eighths[2 * i + 1]);
-    fours[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < 2; ++i)
-    twos[i] = _mm512_add_ps(_mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0x88),
-                            _mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0xdd));
-  return _mm512_add_ps(_mm512_shuffle_f32x4(twos[0], twos[1], 0x88), _mm512_shuffle_f32x4(twos[0], twos[1], 0xdd));
-}
-
-// kVectors registers hold one head of a token. `scores` has room for the slots, rounded up to 16.
+// kVectors vectors hold one head of a token. `scores` has room for the slots, rounded up to 16.
 template <ScalarType kType, int kVectors> void attend(const Job& job, int64_t b, int64_t t, int64_t h, float* scores) {
   const int64_t length = job.positions[b * job.T + t] + 1;
-  __m512 q[kVectors];
+  const Floats lowest = all(-INFINITY);
+  Floats q[kVectors];
 #pragma GCC unroll 16
-  for (int v = 0; v < kVectors; ++v) q[v] = _mm512_mul_ps(load<kType>(job.q.at(b, t, h), v), _mm512_set1_ps(job.scale));
-  __m512 largest = _mm512_set1_ps(-INFINITY);
+  for (int v = 0; v < kVectors; ++v) q[v] = part<kType>(job.q.at(b, t, h), v) * all(job.scale);
+  Floats highest = lowest;
   for (int64_t slot = 0; slot < length; slot += kLanes) {
-    __m512 dots[16];
+    Floats dots[kLanes];
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) {
+    for (int i = 0; i < kLanes; ++i) {
       const char* key = job.keys.at(b, std::min(slot + i, length - 1), h);
-      dots[i] = _mm512_mul_ps(q[0], load<kType>(key, 0));
+      dots[i] = q[0] * part<kType>(key, 0);
 #pragma GCC unroll 16
-      for (int v = 1; v < kVectors; ++v) dots[i] = _mm512_fmadd_ps(q[v], load<kType>(key, v), dots[i]);
+      for (int v = 1; v < kVectors; ++v) dots[i] = fma(q[v], part<kType>(key, v), dots[i]);
     }
-    __m512 score = _mm512_mask_blend_ps(first_lanes(length - slot), _mm512_set1_ps(-INFINITY), sum_each(dots));
-    largest = _mm512_max_ps(largest, score);
-    _mm512_storeu_ps(scores + slot, score);
+    const Floats score = first_lanes(length - slot, sum_each(dots), lowest);
+    highest = max(highest, score);
+    store(scores + slot, score);
   }
-  const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(largest));
-  __m512 total = _mm512_setzero_ps();
+  const Floats top = all(largest(highest));
+  Floats total = all(0.0f);
   for (int64_t slot = 0; slot < length; slot += kLanes) {
-    const __m512 weight = exp16(_mm512_sub_ps(_mm512_loadu_ps(scores + slot), top));
-    total = _mm512_add_ps(total, weight);
-    _mm512_storeu_ps(scores + slot, weight);
+    const Floats weight = exp_of_negative(load(scores + slot) - top);
+    total = total + weight;
+    store(scores + slot, weight);
   }
-  __m512 sum[kVectors];
+  Floats mean[kVectors];
 #pragma GCC unroll 16
-  for (int v = 0; v < kVectors; ++v) sum[v] = _mm512_setzero_ps();
+  for (int v = 0; v < kVectors; ++v) mean[v] = all(0.0f);
   for (int64_t slot = 0; slot < length; ++slot) {
-    const __m512 weight = _mm512_set1_ps(scores[slot]);
+    const Floats weight = all(scores[slot]);
     const char* value = job.values.at(b, slot, h);
 #pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) sum[v] = _mm512_fmadd_ps(weight, load<kType>(value, v), sum[v]);
+    for (int v = 0; v < kVectors; ++v) mean[v] = fma(weight, part<kType>(value, v), mean[v]);
   }
-  const __m512 inverse = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(total));
+  const Floats inverse = all(1.0f / sum(total));
 #pragma GCC unroll 16
-  for (int v = 0; v < kVectors; ++v) store16(job.out.at(b, t, h), kType, v * kLanes, 0xffff, _mm512_mul_ps(sum[v], inverse));
+  for (int v = 0; v < kVectors; ++v) store(job.out.at(b, t, h), kType, v * kLanes, mean[v] * inverse);
 }
 
 template <ScalarType kType, int kVectors> void attend_all(const Job& job) {

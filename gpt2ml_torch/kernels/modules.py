@@ -17,15 +17,16 @@ from gpt2ml_torch.kernels.ops import load_kernels, packed_linear
 
 
 class _Packed(nn.Module):
-    """Buffers `weight` and `weight_scale` (`None` at 16 bits); on `meta` until they are filled."""
+    """Buffers `weight` and `weight_scale` (`None` unless integers); on `meta` until filled."""
 
     weight: Tensor
     weight_scale: Tensor | None
 
-    def _allocate(self, outputs: int, inputs: int, bits: int) -> None:
-        self.outputs, self.inputs, self.bits = outputs, inputs, bits
-        shapes = packing.packed_shapes(outputs, inputs, bits)
-        dtype = torch.bfloat16 if bits == 16 else torch.uint8
+    def _allocate(self, outputs: int, inputs: int, precision: str) -> None:
+        self.outputs, self.inputs, self.precision = outputs, inputs, precision
+        self.bits = packing.BITS[precision]
+        shapes = packing.packed_shapes(outputs, inputs, precision)
+        dtype = packing.storage_dtype(precision)
         scale = None
         if shapes.scale is not None:
             scale = torch.empty(shapes.scale, dtype=torch.bfloat16, device="meta")
@@ -34,7 +35,7 @@ class _Packed(nn.Module):
         load_kernels()
 
     def _fill(self, weight: Tensor) -> None:
-        packed, scale = packing.pack(weight.detach().cpu(), self.bits)
+        packed, scale = packing.pack(weight.detach().cpu(), self.precision)
         self.weight = packed.to(weight.device)
         self.weight_scale = None if scale is None else scale.to(weight.device)
 
@@ -59,17 +60,17 @@ class PackedLinear(_Packed, nn.Linear):
 
     weight: Tensor  # a buffer, where nn.Linear has a parameter
 
-    def __init__(self, in_features: int, out_features: int, *, bits: int, bias: bool) -> None:
+    def __init__(self, in_features: int, out_features: int, *, precision: str, bias: bool) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
-        self._allocate(out_features, in_features, bits)
+        self._allocate(out_features, in_features, precision)
         values = torch.empty(out_features, device="meta") if bias else None
         self.register_parameter("bias", None if values is None else nn.Parameter(values, False))
 
     @classmethod
-    def pack(cls, linear: nn.Linear, bits: int) -> PackedLinear:
+    def pack(cls, linear: nn.Linear, precision: str) -> PackedLinear:
         """A packed copy of `linear`; the bias is shared, and frozen."""
-        packed = cls(linear.in_features, linear.out_features, bits=bits, bias=False)
+        packed = cls(linear.in_features, linear.out_features, precision=precision, bias=False)
         packed._fill(linear.weight)
         if linear.bias is not None:
             packed.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
@@ -88,7 +89,7 @@ class PackedLinear(_Packed, nn.Linear):
         )
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, bits={self.bits}"
+        return f"{super().extra_repr()}, precision={self.precision}"
 
 
 class PackedEmbedding(_Packed, nn.Embedding):
@@ -97,18 +98,18 @@ class PackedEmbedding(_Packed, nn.Embedding):
     weight: Tensor  # a buffer, where nn.Embedding has a parameter
 
     def __init__(
-        self, num_embeddings: int, embedding_dim: int, *, bits: int, dtype: torch.dtype
+        self, num_embeddings: int, embedding_dim: int, *, precision: str, dtype: torch.dtype
     ) -> None:
         nn.Module.__init__(self)
         self.num_embeddings, self.embedding_dim, self.dtype = num_embeddings, embedding_dim, dtype
         self.padding_idx = self.max_norm = None
         self.norm_type, self.scale_grad_by_freq, self.sparse = 2.0, False, False
-        self._allocate(num_embeddings, embedding_dim, bits)
+        self._allocate(num_embeddings, embedding_dim, precision)
 
     @classmethod
-    def pack(cls, embedding: nn.Embedding, bits: int) -> PackedEmbedding:
+    def pack(cls, embedding: nn.Embedding, precision: str) -> PackedEmbedding:
         weight = embedding.weight
-        packed = cls(*weight.shape, bits=bits, dtype=weight.dtype)
+        packed = cls(*weight.shape, precision=precision, dtype=weight.dtype)
         packed._fill(weight)
         return packed
 
@@ -131,15 +132,14 @@ class PackedEmbedding(_Packed, nn.Embedding):
 def pack_model(model: nn.Module, quantize: str) -> nn.Module:
     """Replace the linear layers and the token embedding of a GPT2ML by packed ones, in place.
 
-    `quantize` is "bfloat16", "int8" or "int4" (the embedding, which is the output layer too, then
-    has 8 bits). Each weight is freed as soon as it is packed. On `meta` the layers are only
-    replaced, for packed tensors to be loaded into. Raises `ValueError` for another name.
+    `quantize` is a precision of `packing.BITS` (with "int4" the embedding, which is the output
+    layer too, has 8 bits). Each weight is freed as soon as it is packed. On `meta` the layers are
+    only replaced, for packed tensors to be loaded into. Raises `ValueError` for another name.
     """
     if quantize not in packing.BITS:
         raise ValueError(f"quantize is {quantize!r}; expected one of {', '.join(packing.BITS)}")
-    bits = packing.BITS[quantize]
     for parent, name, layer in list(_layers(model)):
-        setattr(parent, name, _replacement(layer, bits))
+        setattr(parent, name, _replacement(layer, quantize))
     return model
 
 
@@ -169,14 +169,15 @@ def _layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
                 yield parent, name, layer
 
 
-def _replacement(layer: nn.Module, bits: int) -> nn.Module:
+def _replacement(layer: nn.Module, precision: str) -> nn.Module:
     if isinstance(layer, nn.Embedding):
-        bits = max(bits, 8)
+        precision = packing.embedding_precision(precision)
         if layer.weight.is_meta:
-            return PackedEmbedding(*layer.weight.shape, bits=bits, dtype=layer.weight.dtype)
-        return PackedEmbedding.pack(layer, bits)
+            dtype = layer.weight.dtype
+            return PackedEmbedding(*layer.weight.shape, precision=precision, dtype=dtype)
+        return PackedEmbedding.pack(layer, precision)
     assert isinstance(layer, nn.Linear)
     if layer.weight.is_meta:
-        has_bias = layer.bias is not None
-        return PackedLinear(layer.in_features, layer.out_features, bits=bits, bias=has_bias)
-    return PackedLinear.pack(layer, bits)
+        features = layer.in_features, layer.out_features
+        return PackedLinear(*features, precision=precision, bias=layer.bias is not None)
+    return PackedLinear.pack(layer, precision)

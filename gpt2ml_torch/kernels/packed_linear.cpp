@@ -1,15 +1,17 @@
-// y = x Wᵀ + b, or its GELU, for packed weights of 16, 8 and 4 bits, with AVX-512 (VNNI, BF16).
+// y = x Wᵀ + b, or its GELU, for packed weights of 32, 16, 8 and 4 bits.
 //
 // Decoding reads every weight once for each token, so a matrix-vector product has to keep up with the memory, and the
 // same packed weights have to serve the prompt's matrix product at the speed of the arithmetic units: there is no room
 // for a second copy. One layout does both. M rows of x, N outputs, K inputs; outputs come in panels of 16, one for each
-// 32-bit lane of a vector register, and a panel's weights lie one after the other along K:
+// 32-bit lane of a vector, and a panel's weights lie one after the other along K:
 //
-//     bits  weight, 64 bytes a step                      scale, one for each output and group     inputs of x become
-//      16   [N/16][K/2][16][2] bfloat16                  -                                        bfloat16
-//       8   [N/16][K/4][16][4] uint8, value + 128        [N/16][K/128][16] bfloat16               int8, scaled in groups
-//       4   [N/16][K/8][16][4] uint8, value + 8, inputs  [N/16][K/32][16] bfloat16                int8, scaled in groups
-//           4..7 of the eight in the upper half-byte
+//     format     weight                                      scale, for each output and group     x becomes
+//     float32    [N/16][K][16]                               -                                    float32
+//     float16    [N/16][K][16]                               -                                    float32
+//     bfloat16   [N/16][K/2][16][2]                          -                                    float32 or bfloat16
+//     int8       [N/16][K/4][16][4] uint8, value + 128       [N/16][K/128][16] bfloat16           int8, scaled in groups
+//     int4       [N/16][K/8][16][4] uint8, value + 8,        [N/16][K/32][16] bfloat16            int8, scaled in groups
+//                inputs 4..7 of 8 in the upper half-byte
 //
 // K is padded to a multiple of 32 and N to one of 16. The unsigned weights' offset is taken back by starting each sum
 // at -offset * sum(x). An output's sum always runs along K in the same order, whatever M, the tile and the number of
@@ -22,7 +24,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <cstdint>
 #include <cstdlib>
 #include <memory>
 #include <optional>
@@ -32,16 +33,27 @@ namespace {
 
 using torch::stable::Tensor;
 
-constexpr int64_t kPanel = kLanes;   // outputs in a panel
-constexpr int64_t kMultiple = 32;    // K is padded to a multiple of it
+constexpr int64_t kPanel = kLanes;        // outputs in a panel
+constexpr int64_t kMultiple = 32;         // K is padded to a multiple of it
 constexpr int64_t kSerialWork = 1 << 16;  // elements of x that one thread prepares faster than two
+constexpr int64_t kChunkBytes = 512 << 10;  // of prepared rows that are multiplied at once: they stay in the cache
 
 constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-template <int kBits> constexpr int64_t kGroup = kBits == 8 ? 128 : kBits == 4 ? 32 : 0;  // inputs that share a scale
-template <int kBits> constexpr int32_t kOffset = kBits == 8 ? 128 : 8;
+enum class Format { Float32, Float16, BFloat16, Int8, Int4 };
 
-// ---- the inputs: bfloat16, or int8 with a scale and a starting sum for each group
+// What a vector load of one panel holds: so many inputs of 16 outputs.
+template <Format kFormat> constexpr int64_t kInputs =
+    kFormat == Format::BFloat16 ? 2 : kFormat == Format::Int8 ? 4 : kFormat == Format::Int4 ? 8 : 1;
+template <Format kFormat> constexpr int64_t kStepBytes = kFormat == Format::Float16 ? 32 : 64;
+template <Format kFormat> constexpr bool kInteger = kFormat == Format::Int8 || kFormat == Format::Int4;
+template <Format kFormat> constexpr int64_t kGroup = kFormat == Format::Int8 ? 128 : kFormat == Format::Int4 ? 32 : 0;
+// What is to be taken back of the unsigned weights.
+template <Format kFormat> constexpr int32_t kOffset = kFormat == Format::Int4 ? 8 : kTakesUnsigned ? 128 : 0;
+template <Format kFormat> constexpr int64_t kInputBytes =  // of one prepared number
+    kInteger<kFormat> ? 1 : kFormat == Format::BFloat16 && kMultipliesBfloat16 ? 2 : 4;
+
+// ---- the inputs: floating point, or int8 with a scale and a starting sum for each group
 
 struct Inputs {
   std::unique_ptr<uint8_t, void (*)(void*)> memory{nullptr, std::free};
@@ -51,45 +63,47 @@ struct Inputs {
   int64_t row_bytes = 0, groups = 0;
 };
 
-void to_bfloat16(const void* x, ScalarType type, int64_t row, int64_t K, uint16_t* out) {
-  for (int64_t k = 0; k < round_up(K, kMultiple); k += kPanel) {
-    __m512 value = load16(x, type, row * K + k, first_lanes(K - k));
-    _mm256_store_si256(reinterpret_cast<__m256i*>(out + k), (__m256i)_mm512_cvtneps_pbh(value));
-  }
+template <Format kFormat> void to_floating(const void* x, ScalarType type, int64_t row, int64_t K, uint8_t* out) {
+  constexpr ScalarType kType = kInputBytes<kFormat> == 2 ? ScalarType::BFloat16 : ScalarType::Float;
+  for (int64_t k = 0; k < round_up(K, kMultiple); k += kLanes) store(out, kType, k, load_first(x, type, row * K + k, K - k));
 }
 
-// The largest magnitude is found among the bit patterns, where NaN is the largest: it then reaches the scale and the result.
-template <int kBits>
-void to_int8(const void* x, ScalarType type, int64_t row, int64_t K, uint8_t* out, float* scales, int32_t* starts) {
+// A group with a NaN or an infinity gets such a scale, which then reaches the result.
+template <Format kFormat>
+void quantize_row(const void* x, ScalarType type, int64_t row, int64_t K, uint8_t* out, float* scales, int32_t* starts) {
   const int64_t padded = round_up(K, kMultiple);
-  for (int64_t begin = 0, g = 0; begin < padded; begin += kGroup<kBits>, ++g) {
-    const int64_t end = std::min(begin + kGroup<kBits>, padded);
-    __m512i largest = _mm512_setzero_si512();
-    for (int64_t k = begin; k < end; k += kPanel) {
-      __m512i bits = _mm512_castps_si512(load16(x, type, row * K + k, first_lanes(K - k)));
-      largest = _mm512_max_epi32(largest, _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff)));
+  for (int64_t begin = 0, g = 0; begin < padded; begin += kGroup<kFormat>, ++g) {
+    const int64_t end = std::min(begin + kGroup<kFormat>, padded);
+    Floats widest = all(0.0f), check = all(0.0f);
+    for (int64_t k = begin; k < end; k += kLanes) {
+      const Floats value = load_first(x, type, row * K + k, K - k);
+      widest = max(widest, magnitude(value));
+      check = fma(value, all(0.0f), check);  // NaN once one value is not finite
     }
-    const float magnitude = _mm512_cvtss_f32(_mm512_castsi512_ps(_mm512_set1_epi32(_mm512_reduce_max_epi32(largest))));
-    const __m512 inverse = _mm512_set1_ps(magnitude > 0 ? 127.0f / magnitude : 0.0f);
-    __m512i sum = _mm512_setzero_si512();
-    for (int64_t k = begin; k < end; k += kPanel) {
-      __m512 value = load16(x, type, row * K + k, first_lanes(K - k));
-      __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(value, inverse));
-      sum = _mm512_add_epi32(sum, rounded);
-      _mm_store_si128(reinterpret_cast<__m128i*>(out + k), _mm512_cvtsepi32_epi8(rounded));
+    const float scale = largest(widest) + sum(check);
+    const Floats inverse = all(scale > 0 ? 127.0f / scale : 0.0f);
+    Ints total = all(0);
+    for (int64_t k = begin; k < end; k += kLanes) {
+      const Ints rounded = to_ints(load_first(x, type, row * K + k, K - k) * inverse);
+      total = add(total, rounded);
+      to_int8(out + k, rounded);
     }
-    scales[g] = magnitude / 127.0f;
-    starts[g] = -kOffset<kBits> * _mm512_reduce_add_epi32(sum);
+    scales[g] = scale / 127.0f;
+    starts[g] = -kOffset<kFormat> * sum(total);
   }
 }
 
-template <int kBits> Inputs prepare(const Tensor& x, int64_t M, int64_t K) {
+template <Format kFormat> Inputs prepare(const Tensor& x, int64_t M, int64_t K) {
   Inputs in;
   const int64_t padded = round_up(K, kMultiple);
   const ScalarType type = x.scalar_type();
   const void* source = x.const_data_ptr();
-  in.row_bytes = round_up(kBits == 16 ? 2 * padded : padded, 64);
-  if constexpr (kBits != 16) in.groups = (padded + kGroup<kBits> - 1) / kGroup<kBits>;
+  in.row_bytes = round_up(kInputBytes<kFormat> * padded, 64);
+  if (kInputBytes<kFormat> == 4 && type == ScalarType::Float && K % kMultiple == 0 && in.row_bytes == 4 * K) {
+    in.values = static_cast<const uint8_t*>(source);
+    return in;
+  }
+  if constexpr (kInteger<kFormat>) in.groups = (padded + kGroup<kFormat> - 1) / kGroup<kFormat>;
   const int64_t value_bytes = M * in.row_bytes, group_bytes = round_up(M * in.groups * 4, 64);
   in.memory.reset(static_cast<uint8_t*>(std::aligned_alloc(64, value_bytes + 2 * group_bytes)));
   STD_TORCH_CHECK(in.memory, "packed_linear: out of memory for the inputs");
@@ -99,8 +113,9 @@ template <int kBits> Inputs prepare(const Tensor& x, int64_t M, int64_t K) {
   auto rows = [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       uint8_t* out = values + row * in.row_bytes;
-      if constexpr (kBits == 16) to_bfloat16(source, type, row, K, reinterpret_cast<uint16_t*>(out));
-      else to_int8<kBits>(source, type, row, K, out, scales + row * in.groups, starts + row * in.groups);
+      if constexpr (kInteger<kFormat>)
+        quantize_row<kFormat>(source, type, row, K, out, scales + row * in.groups, starts + row * in.groups);
+      else to_floating<kFormat>(source, type, row, K, out);
     }
   };
   if (M * K <= kSerialWork) rows(0, M);
@@ -114,153 +129,185 @@ template <int kBits> Inputs prepare(const Tensor& x, int64_t M, int64_t K) {
 struct Job {
   Inputs in;
   const uint8_t* weight;
-  const uint16_t* scale;  // bfloat16; null for 16 bits
+  const uint16_t* scale;  // bfloat16; null for floating-point weights
   const void* bias;       // or null
   ScalarType bias_type, out_type;
   bool gelu;
   void* out;
-  int64_t M, N, padded;   // padded: K rounded up
-  int64_t panel_bytes;    // of one panel's weights
+  int64_t M, N, padded;  // padded: K rounded up
+  int64_t panel_bytes;   // of one panel's weights
 };
 
-__m512 scale16(const uint16_t* scale) {
-  __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(scale));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+
+inline Floats broadcast_float(const uint8_t* p) {
+  float value;
+  std::memcpy(&value, p, 4);
+  return all(value);
 }
 
-__m512i four_inputs(const uint8_t* values) {
+inline Ints broadcast_4_bytes(const uint8_t* p) {
   int32_t four;
-  __builtin_memcpy(&four, values, 4);
-  return _mm512_set1_epi32(four);
+  std::memcpy(&four, p, 4);
+  return all(four);
 }
 
 // kRows rows of x times kCols panels; the accumulators stay in registers for the whole of K. GCC keeps an array in
 // registers only where it unrolls every loop over it early, and that takes the pragma.
-template <int kRows, int kCols> void sums_16(const Job& job, const uint8_t* x, const uint8_t* w, __m512 (&sum)[kRows][kCols]) {
-  for (int64_t k = 0; k < job.padded; k += 2, x += 4, w += 64) {
-    __m512bh weight[kCols];
+template <Format kFormat, int kRows, int kCols>
+void sums_floating(const Job& job, const uint8_t* x, const uint8_t* w, Floats (&sum)[kRows][kCols]) {
+  for (int64_t k = 0; k < job.padded; k += kInputs<kFormat>, x += kInputs<kFormat> * kInputBytes<kFormat>, w += kStepBytes<kFormat>) {
+    Floats first[kCols], second[kCols];
+    Ints pairs[kCols];
 #pragma GCC unroll 8
     for (int c = 0; c < kCols; ++c) {
-      weight[c] = (__m512bh)_mm512_loadu_si512(w + c * job.panel_bytes);
-      if (kRows <= 8 && kCols == 1) _mm_prefetch(reinterpret_cast<const char*>(w + 2048), _MM_HINT_T0);
+      const uint8_t* weight = w + c * job.panel_bytes;
+      if (kRows <= kFewRows && kCols == 1) prefetch(weight + 2048);
+      if constexpr (kFormat == Format::Float32) first[c] = load(reinterpret_cast<const float*>(weight));
+      if constexpr (kFormat == Format::Float16) first[c] = from_half(weight);
+      if constexpr (kFormat == Format::BFloat16) {
+        pairs[c] = load_bytes(weight);
+        first[c] = first_of_pairs(pairs[c]), second[c] = second_of_pairs(pairs[c]);
+      }
     }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const __m512bh pair = (__m512bh)four_inputs(x + r * job.in.row_bytes);
+      const uint8_t* input = x + r * job.in.row_bytes;
+      if constexpr (kInputBytes<kFormat> == 2) {
+        const Ints pair = broadcast_4_bytes(input);
 #pragma GCC unroll 8
-      for (int c = 0; c < kCols; ++c) sum[r][c] = _mm512_dpbf16_ps(sum[r][c], weight[c], pair);
+        for (int c = 0; c < kCols; ++c) sum[r][c] = dot_bfloat16(sum[r][c], pairs[c], pair);
+      } else {
+        const Floats value = broadcast_float(input);
+#pragma GCC unroll 8
+        for (int c = 0; c < kCols; ++c) sum[r][c] = fma(first[c], value, sum[r][c]);
+        if constexpr (kInputs<kFormat> == 2) {
+          const Floats next = broadcast_float(input + 4);
+#pragma GCC unroll 8
+          for (int c = 0; c < kCols; ++c) sum[r][c] = fma(second[c], next, sum[r][c]);
+        }
+      }
     }
   }
 }
 
-template <int kBits, int kRows, int kCols>
-void sums_int(const Job& job, int64_t row, const uint8_t* x, const uint8_t* w, const uint16_t* scale, __m512 (&sum)[kRows][kCols]) {
-  const __m512i low = _mm512_set1_epi8(15);
+template <Format kFormat, int kRows, int kCols>
+void sums_integer(const Job& job, int64_t row, const uint8_t* x, const uint8_t* w, const uint16_t* scale, Floats (&sum)[kRows][kCols]) {
   const float* x_scale = job.in.scales + row * job.in.groups;
   const int32_t* start = job.in.starts + row * job.in.groups;
-  for (int64_t begin = 0, g = 0; begin < job.padded; begin += kGroup<kBits>, ++g) {
-    const int64_t end = std::min(begin + kGroup<kBits>, job.padded);
-    __m512i dot[kRows][kCols];
+  for (int64_t begin = 0, g = 0; begin < job.padded; begin += kGroup<kFormat>, ++g) {
+    const int64_t end = std::min(begin + kGroup<kFormat>, job.padded);
+    Ints dot[kRows][kCols];
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
-      for (int c = 0; c < kCols; ++c) dot[r][c] = _mm512_set1_epi32(start[r * job.in.groups + g]);
-    for (int64_t k = begin; k < end; k += 32 / kBits, x += 32 / kBits, w += 64) {
-      __m512i weight[kCols];
+      for (int c = 0; c < kCols; ++c) dot[r][c] = all(start[r * job.in.groups + g]);
+    for (int64_t k = begin; k < end; k += kInputs<kFormat>, x += kInputs<kFormat>, w += 64) {
+      Ints weight[kCols];
 #pragma GCC unroll 8
-      for (int c = 0; c < kCols; ++c) weight[c] = _mm512_loadu_si512(w + c * job.panel_bytes);
-      if (kRows <= 8 && kCols == 1) _mm_prefetch(reinterpret_cast<const char*>(w + 2048), _MM_HINT_T0);
-#pragma GCC unroll 8
-      for (int part = 0; part < 8 / kBits; ++part) {
-        __m512i part_weight[kCols];
-#pragma GCC unroll 8
-        for (int c = 0; c < kCols; ++c) {
-          __m512i shifted = part ? _mm512_srli_epi16(weight[c], 4) : weight[c];
-          part_weight[c] = kBits == 8 ? weight[c] : _mm512_and_si512(shifted, low);
-        }
+      for (int c = 0; c < kCols; ++c) {
+        weight[c] = load_bytes(w + c * job.panel_bytes);
+        if (kRows <= kFewRows && kCols == 1) prefetch(w + 2048);
+      }
+      if constexpr (kFormat == Format::Int8) {
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {
-          const __m512i four = four_inputs(x + r * job.in.row_bytes + 4 * part);
+          const Ints four = broadcast_4_bytes(x + r * job.in.row_bytes);
 #pragma GCC unroll 8
-          for (int c = 0; c < kCols; ++c) dot[r][c] = _mm512_dpbusd_epi32(dot[r][c], part_weight[c], four);
+          for (int c = 0; c < kCols; ++c) dot[r][c] = dot_int8(dot[r][c], weight[c], four);
+        }
+      } else {
+        Ints low[kCols], high[kCols];
+#pragma GCC unroll 8
+        for (int c = 0; c < kCols; ++c) low[c] = low_nibbles(weight[c]), high[c] = high_nibbles(weight[c]);
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) {
+          const uint8_t* input = x + r * job.in.row_bytes;
+          const Ints four = broadcast_4_bytes(input), next = broadcast_4_bytes(input + 4);
+#pragma GCC unroll 8
+          for (int c = 0; c < kCols; ++c) dot[r][c] = dot_int4(dot_int4(dot[r][c], low[c], four), high[c], next);
         }
       }
     }
 #pragma GCC unroll 8
     for (int c = 0; c < kCols; ++c) {
-      const __m512 weight_scale = scale16(scale + (c * job.in.groups + g) * kPanel);
+      const Floats weight_scale = from_bfloat16(scale + (c * job.in.groups + g) * kPanel);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
-        __m512 both = _mm512_mul_ps(weight_scale, _mm512_set1_ps(x_scale[r * job.in.groups + g]));
-        sum[r][c] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[r][c]), both, sum[r][c]);
+        const Floats both = weight_scale * all(x_scale[r * job.in.groups + g]);
+        sum[r][c] = fma(to_floats(dot[r][c]), both, sum[r][c]);
       }
     }
   }
 }
 
-template <int kBits, int kRows, int kCols> void tile(const Job& job, int64_t row, int64_t panel) {
-  __m512 sum[kRows][kCols];
+template <Format kFormat, int kRows, int kCols> void tile(const Job& job, int64_t row, int64_t panel) {
+  Floats sum[kRows][kCols];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
-    for (int c = 0; c < kCols; ++c) sum[r][c] = _mm512_setzero_ps();
+    for (int c = 0; c < kCols; ++c) sum[r][c] = all(0.0f);
   const uint8_t* x = job.in.values + row * job.in.row_bytes;
   const uint8_t* w = job.weight + panel * job.panel_bytes;
-  if constexpr (kBits == 16) sums_16<kRows, kCols>(job, x, w, sum);
-  else sums_int<kBits, kRows, kCols>(job, row, x, w, job.scale + panel * job.in.groups * kPanel, sum);
+  if constexpr (kInteger<kFormat>)
+    sums_integer<kFormat, kRows, kCols>(job, row, x, w, job.scale + panel * job.in.groups * kPanel, sum);
+  else sums_floating<kFormat, kRows, kCols>(job, x, w, sum);
 #pragma GCC unroll 8
   for (int c = 0; c < kCols; ++c) {
     // Through memory, so that the loop below need not be unrolled: an index that varies would keep `sum` itself there.
     alignas(64) float columns[kRows][kPanel];
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) _mm512_store_ps(columns[r], sum[r][c]);
-    const int64_t n = (panel + c) * kPanel;
-    const __mmask16 mask = first_lanes(job.N - n);
-    const __m512 bias = job.bias ? load16(job.bias, job.bias_type, n, mask) : _mm512_setzero_ps();
+    for (int r = 0; r < kRows; ++r) store(columns[r], sum[r][c]);
+    const int64_t n = (panel + c) * kPanel, count = job.N - n;
+    const Floats bias = job.bias ? load_first(job.bias, job.bias_type, n, count) : all(0.0f);
     for (int r = 0; r < kRows; ++r) {
-      const __m512 y = _mm512_add_ps(_mm512_load_ps(columns[r]), bias);
-      store16(job.out, job.out_type, (row + r) * job.N + n, mask, job.gelu ? gelu16(y) : y);
+      const Floats y = load(columns[r]) + bias;
+      store_first(job.out, job.out_type, (row + r) * job.N + n, count, job.gelu ? gelu(y) : y);
     }
   }
 }
 
-// All rows of x for the panels [panel, panel + kCols), in tiles of kRows rows and a smaller last one.
-template <int kBits, int kRows, int kCols> void column(const Job& job, int64_t panel, int64_t row) {
-  for (; row + kRows <= job.M; row += kRows) tile<kBits, kRows, kCols>(job, row, panel);
+// Rows [row, end) of x for the panels [panel, panel + kCols), in tiles of kRows rows and smaller ones for the rest.
+template <Format kFormat, int kRows, int kCols> void column(const Job& job, int64_t panel, int64_t row, int64_t end) {
+  for (; row + kRows <= end; row += kRows) tile<kFormat, kRows, kCols>(job, row, panel);
   if constexpr (kRows > 1)
-    if (row < job.M) column<kBits, kRows - 1, kCols>(job, panel, row);
+    if (row < end) column<kFormat, kRows == 6 ? 4 : kRows / 2, kCols>(job, panel, row, end);
 }
 
-template <int kBits> void multiply(const Job& job) {
+template <Format kFormat> void multiply(const Job& job) {
   const int64_t panels = (job.N + kPanel - 1) / kPanel;
-  torch::stable::parallel_for(0, panels, 4, [&](int64_t begin, int64_t end) {
-    int64_t panel = begin;
-    if (job.M > 8)
-      for (; panel + 2 <= end; panel += 2) column<kBits, 6, 2>(job, panel, 0);
-    for (; panel < end; ++panel) column<kBits, 8, 1>(job, panel, 0);
-  });
+  const int64_t chunk = std::max<int64_t>(kChunkBytes / job.in.row_bytes / kManyRows, 1) * kManyRows;
+  for (int64_t row = 0; row < job.M; row += chunk) {
+    const int64_t end = std::min(row + chunk, job.M);
+    torch::stable::parallel_for(0, panels, 4, [&](int64_t panel, int64_t last) {
+      if (end - row > kFewRows)
+        for (; panel + kManyPanels <= last; panel += kManyPanels) column<kFormat, kManyRows, kManyPanels>(job, panel, row, end);
+      for (; panel < last; ++panel) column<kFormat, kFewRows, 1>(job, panel, row, end);
+    });
+  }
 }
 
-template <int kBits>
+template <Format kFormat>
 Tensor run(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scale, const std::optional<Tensor>& bias, int64_t N, bool gelu) {
   const int64_t K = x.size(x.dim() - 1), M = K ? x.numel() / K : 0, padded = round_up(K, kMultiple);
-  const int64_t panels = (N + kPanel - 1) / kPanel;
-  STD_TORCH_CHECK(weight.is_contiguous() && (int64_t)(weight.numel() * weight.element_size()) == panels * kPanel * padded * kBits / 8,
-                  "packed_linear: the weight is not packed for ", K, " inputs, ", N, " outputs and ", kBits, " bits");
-  if constexpr (kBits != 16)
+  const int64_t panels = (N + kPanel - 1) / kPanel, panel_bytes = padded / kInputs<kFormat> * kStepBytes<kFormat>;
+  STD_TORCH_CHECK(weight.is_contiguous() && (int64_t)(weight.numel() * weight.element_size()) == panels * panel_bytes,
+                  "packed_linear: the weight is not packed for ", K, " inputs and ", N, " outputs");
+  if constexpr (kInteger<kFormat>)
     STD_TORCH_CHECK(scale && scale->is_contiguous() && scale->scalar_type() == ScalarType::BFloat16 &&
-                        scale->numel() == panels * kPanel * ((padded + kGroup<kBits> - 1) / kGroup<kBits>),
+                        scale->numel() == panels * kPanel * ((padded + kGroup<kFormat> - 1) / kGroup<kFormat>),
                     "packed_linear: the scales don't fit the weight");
   STD_TORCH_CHECK(!bias || (bias->is_contiguous() && bias->numel() == N), "packed_linear: the bias needs ", N, " values");
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = N;
   Tensor out = torch::stable::new_empty(x, sizes);
   if (M == 0 || N == 0) return out;
-  Job job{prepare<kBits>(torch::stable::contiguous(x), M, K), static_cast<const uint8_t*>(weight.const_data_ptr()),
+  const Tensor rows = torch::stable::contiguous(x);
+  Job job{prepare<kFormat>(rows, M, K), static_cast<const uint8_t*>(weight.const_data_ptr()),
           scale ? static_cast<const uint16_t*>(scale->const_data_ptr()) : nullptr,
           bias ? bias->const_data_ptr() : nullptr, bias ? bias->scalar_type() : ScalarType::Float, x.scalar_type(), gelu,
-          out.mutable_data_ptr(), M, N, padded, kPanel * padded * kBits / 8};
-  multiply<kBits>(job);
+          out.mutable_data_ptr(), M, N, padded, panel_bytes};
+  multiply<kFormat>(job);
   return out;
 }
 
@@ -272,10 +319,15 @@ Tensor packed_linear(const Tensor& x, const Tensor& weight, const std::optional<
                      int64_t bits, int64_t outputs, bool gelu) {
   STD_TORCH_CHECK(is_floating(x.scalar_type()) && (!bias || is_floating(bias->scalar_type())),
                   "packed_linear: inputs and bias must be float32, bfloat16 or float16");
-  if (bits == 16) return run<16>(x, weight, scale, bias, outputs, gelu);
-  if (bits == 8) return run<8>(x, weight, scale, bias, outputs, gelu);
-  STD_TORCH_CHECK(bits == 4, "packed_linear: bits must be 16, 8 or 4, not ", bits);
-  return run<4>(x, weight, scale, bias, outputs, gelu);
+  switch (weight.scalar_type()) {
+    case ScalarType::Float: return run<Format::Float32>(x, weight, scale, bias, outputs, gelu);
+    case ScalarType::Half: return run<Format::Float16>(x, weight, scale, bias, outputs, gelu);
+    case ScalarType::BFloat16: return run<Format::BFloat16>(x, weight, scale, bias, outputs, gelu);
+    default: break;
+  }
+  if (bits == 8) return run<Format::Int8>(x, weight, scale, bias, outputs, gelu);
+  STD_TORCH_CHECK(bits == 4, "packed_linear: integers must have 8 or 4 bits, not ", bits);
+  return run<Format::Int4>(x, weight, scale, bias, outputs, gelu);
 }
 
 }  // namespace

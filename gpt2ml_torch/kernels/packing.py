@@ -1,8 +1,8 @@
-"""Weights in 16, 8 or 4 bits, packed the way `packed_linear.cpp` reads them; both directions.
+"""Weights of 32 to 4 bits, packed the way `packed_linear.cpp` reads them; both directions.
 
-Rows come in panels of 16, so that one vector register holds one step of 16 outputs. Values are
-symmetric with one scale for each row and group of inputs: 128 inputs at 8 bits, 32 at 4. Scales are
-bfloat16 and rounded before the values are, so that their rounding costs nothing.
+Rows come in panels of 16, so that one vector holds one step of 16 outputs. Integers are symmetric
+with one scale for each row and group of inputs: 128 inputs at 8 bits, 32 at 4. Scales are bfloat16
+and rounded before the values are, so that their rounding costs nothing.
 
 Shapes:
     N  outputs, padded to a multiple of 16      K  inputs, padded to a multiple of 32
@@ -19,44 +19,60 @@ import torch.nn.functional as F
 from torch import Tensor
 
 PANEL = 16
-STEP = 32
+MULTIPLE = 32
 GROUP = {8: 128, 4: 32}
 LARGEST = {8: 127, 4: 7}  # of a value; the smallest is -LARGEST at 8 bits and -LARGEST - 1 at 4
 OFFSET = {8: 128, 4: 8}  # values are stored unsigned
-BITS = {"bfloat16": 16, "int8": 8, "int4": 4}
+BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "int8": 8, "int4": 4}  # by precision
 
+_INPUTS_TOGETHER = {torch.float32: 1, torch.float16: 1, torch.bfloat16: 2}  # in a step of a panel
 _ROWS_AT_ONCE = 1024  # packed together, to keep the temporary memory small; a multiple of PANEL
 _HUGE_PAGE = 2 << 20
 
 
 class PackedShapes(NamedTuple):
-    """Shapes of the packed weight and its scale (`None` at 16 bits)."""
+    """Shapes of the packed weight and its scale (`None` for floating-point weights)."""
 
     weight: tuple[int, ...]
     scale: tuple[int, ...] | None
 
 
-def packed_shapes(outputs: int, inputs: int, bits: int) -> PackedShapes:
-    panels, padded = -(-outputs // PANEL), -(-inputs // STEP) * STEP
-    if bits == 16:
-        return PackedShapes((panels, padded // 2, PANEL, 2), None)
-    if bits not in GROUP:
-        raise ValueError(f"weights of {bits} bits were asked for; expected 16, 8 or 4")
+def storage_dtype(precision: str) -> torch.dtype:
+    """What the packed weight is stored in; raises `ValueError` for an unknown precision."""
+    if precision not in BITS:
+        raise ValueError(f"weights in {precision!r}; expected one of {', '.join(BITS)}")
+    dtype: torch.dtype = getattr(torch, precision)
+    return dtype if dtype.is_floating_point else torch.uint8
+
+
+def embedding_precision(precision: str) -> str:
+    """That of a token embedding, which is the output layer too: never less than 8 bits."""
+    return "int8" if precision == "int4" else precision
+
+
+def packed_shapes(outputs: int, inputs: int, precision: str) -> PackedShapes:
+    dtype = storage_dtype(precision)
+    panels, padded = -(-outputs // PANEL), -(-inputs // MULTIPLE) * MULTIPLE
+    if dtype.is_floating_point:
+        together = _INPUTS_TOGETHER[dtype]
+        return PackedShapes((panels, padded // together, PANEL, together), None)
+    bits = BITS[precision]
     groups = -(-padded // GROUP[bits])
     return PackedShapes((panels, padded * bits // 32, PANEL, 4), (panels, groups, PANEL))
 
 
-def empty_packed(outputs: int, inputs: int, bits: int) -> tuple[Tensor, Tensor | None]:
+def empty_packed(outputs: int, inputs: int, precision: str) -> tuple[Tensor, Tensor | None]:
     """Memory for a packed weight and its scale, in huge pages where the system has them.
 
-    With 4 KiB pages, address translation alone costs a quarter of the read bandwidth.
+    With 4 KiB pages, address translation alone can cost a quarter of the read bandwidth.
     """
-    shapes = packed_shapes(outputs, inputs, bits)
-    weight = _empty(shapes.weight, torch.bfloat16 if bits == 16 else torch.uint8)
-    return weight, None if shapes.scale is None else _empty(shapes.scale, torch.bfloat16)
+    shapes = packed_shapes(outputs, inputs, precision)
+    weight = empty_in_huge_pages(shapes.weight, storage_dtype(precision))
+    scale = None if shapes.scale is None else torch.empty(shapes.scale, dtype=torch.bfloat16)
+    return weight, scale
 
 
-def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def empty_in_huge_pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     tensor = torch.empty(shape, dtype=dtype, device="meta")
     size = tensor.nbytes
     if size < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
@@ -67,23 +83,26 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 @torch.no_grad()
-def pack(weight: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
+def pack(weight: Tensor, precision: str) -> tuple[Tensor, Tensor | None]:
     """Round and pack a weight, (N, K) floating; returns the packed weight and its scale.
 
-    NaN and infinity can't be quantised: raises `ValueError` at 8 and 4 bits.
+    NaN and infinity can't be quantised: raises `ValueError` for integers.
     """
     outputs, inputs = weight.shape
-    packed, scale = empty_packed(outputs, inputs, bits)
+    packed, scale = empty_packed(outputs, inputs, precision)
+    bits = BITS[precision]
     for begin in range(0, outputs, _ROWS_AT_ONCE):
-        rows = weight[begin : begin + _ROWS_AT_ONCE].float()
+        rows = weight[begin : begin + _ROWS_AT_ONCE]
         panels = slice(begin // PANEL, begin // PANEL - (-len(rows) // PANEL))
-        rows = F.pad(rows, (0, -inputs % STEP, 0, -len(rows) % PANEL))
+        rows = F.pad(rows, (0, -inputs % MULTIPLE, 0, -len(rows) % PANEL))
         if scale is None:
-            packed[panels].copy_(
-                rows.unflatten(0, (-1, PANEL)).unflatten(2, (-1, 2)).transpose(1, 2)
-            )
+            together = packed.shape[-1]
+            steps = rows.unflatten(0, (-1, PANEL)).unflatten(2, (-1, together))
+            packed[panels].copy_(steps.transpose(1, 2))
+            if packed.dtype == torch.float16 and packed[panels].isinf().any():
+                raise ValueError("a weight is beyond the largest of float16, 65504")
         else:
-            values, row_scale = quantize(rows, bits)
+            values, row_scale = quantize(rows.float(), bits)
             packed[panels] = _pack_values(values, bits)
             scale[panels] = row_scale.unflatten(0, (-1, PANEL)).transpose(1, 2)
     return packed, scale
