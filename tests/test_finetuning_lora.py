@@ -54,7 +54,7 @@ def test_an_adapter_is_saved_as_peft_does_and_merges(tuning_files: Path, tmp_pat
 
 @pytest.mark.parametrize("base", ["int8", "int4"])
 def test_gradients_through_a_packed_layer_are_those_of_the_weight_it_stands_for(base: str) -> None:
-    packed = kernels.PackedLinear.pack(nn.Linear(96, 160), bits=kernels.packing.BITS[base])
+    packed = kernels.PackedLinear.pack(nn.Linear(96, 160), precision=base)
     x, towards = torch.randn(7, 96, requires_grad=True), torch.randn(7, 160)
     packed(x).backward(towards)
     torch.testing.assert_close(x.grad, towards @ packed.dequantized(), rtol=1e-5, atol=1e-5)

@@ -34,12 +34,23 @@ def started(out: Path) -> list[dict[str, Any]]:
 def test_two_processes_have_the_losses_of_one_and_half_of_everything_and_one_can_go_on(
     tuning_files: Path, tmp_path: Path, alone: Path
 ) -> None:
-    two = tmp_path / "two.safetensors"
-    text = json.dumps(settings(tuning_files, two, **SAME))
-    ended = python("tests.finetuning_worker", "run", text, "5", processes=2)
+    """And so with bfloat16 weights, stochastically rounded, and products in float32."""
+    two, rounded, rounded_alone = (
+        tmp_path / f"{name}.safetensors" for name in ("two", "rounded", "rounded-alone")
+    )
+    bfloat16 = SAME | {"precision": "bfloat16", "upcast": True}
+    ended = python(
+        *("tests.finetuning_worker", "run"),
+        *(json.dumps(settings(tuning_files, two, **SAME)), "5"),
+        *(json.dumps(settings(tuning_files, rounded, **bfloat16)), "5"),
+        processes=2,
+    )
     assert ended.returncode == 0, ended.stderr
     run(tuning_files, two, resume=True, **SAME)
     assert losses(two) == pytest.approx(losses(alone), rel=ROUNDING)
+    run(tuning_files, rounded_alone, stop_after=5, **bfloat16)
+    # Each process rounds with random numbers of its own, so only as far as roundings matter.
+    assert losses(rounded) == pytest.approx(losses(rounded_alone), rel=5e-3)
     both, single = started(two)[0], started(alone)[0]
     for what in ("weights_here", "slots_here"):
         assert both[what] == pytest.approx(single[what] / 2, rel=0.01), what

@@ -113,6 +113,11 @@ def _add_memory(group: Any) -> None:
     )
     group.add_argument("--loss-chunk", type=int, default=128, help="positions with logits at once")
     group.add_argument(
+        "--upcast",
+        action=argparse.BooleanOptionalAction,
+        help="multiply bfloat16 weights in float32 (on CPUs without bfloat16 instructions)",
+    )
+    group.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, help="on CUDA by default"
     )
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: auto)")

@@ -63,6 +63,7 @@ class TrainConfig:
     # Memory against time.
     gradient_checkpointing: bool = True
     loss_chunk: int = 128  # positions whose logits exist at once
+    upcast: bool | None = None  # float32 products of bfloat16 weights; where they pay, if None
     compile: bool | None = None  # where it pays (CUDA), if None
 
     # What is watched and kept.
@@ -143,6 +144,10 @@ class TrainConfig:
                 "clip_norm needs all gradients at once, and the step inside the backward pass "
                 "frees each as it comes; adafactor clips each update by itself, or use "
                 "step_in_backward=False (--keep-gradients)"
+            )
+        if self.upcast and self.precision != "bfloat16":
+            raise ValueError(
+                f"upcast concerns bfloat16 weights; with precision {self.precision} leave it out"
             )
         if self.cooldown and self.schedule != "constant":
             raise ValueError(

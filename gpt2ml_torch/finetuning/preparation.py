@@ -16,7 +16,8 @@ from gpt2ml_torch.finetuning.data import Corpus, RowDataset, Summary, summarize,
 from gpt2ml_torch.finetuning.lora import add_adapter
 from gpt2ml_torch.finetuning.objective import Objective
 from gpt2ml_torch.finetuning.optimizers import Adafactor, AdamW, SlicedOptimizer, parameter_groups
-from gpt2ml_torch.finetuning.processes import process_rank
+from gpt2ml_torch.finetuning.processes import process_count, process_rank
+from gpt2ml_torch.finetuning.upcasting import cpu_lacks_bfloat16, upcast_products
 from gpt2ml_torch.model import GPT2ML
 from gpt2ml_torch.tokenizer import Tokenizer
 
@@ -105,8 +106,8 @@ def pack_blocks(model: GPT2ML, quantize: str) -> None:
         kernels.pack_model(block, quantize)
 
 
-def prepare_model(model: GPT2ML, config: TrainConfig) -> Any:
-    """Adapt, freeze and compile as the settings say; gives the `peft.PeftModel`, or None."""
+def prepare_model(model: GPT2ML, config: FinetuneConfig) -> Any:
+    """Adapt, freeze, upcast and compile the model; gives the `peft.PeftModel`, or None."""
     model.gradient_checkpointing = config.gradient_checkpointing
     if config.dropout is not None:
         for module in model.modules():
@@ -127,11 +128,20 @@ def prepare_model(model: GPT2ML, config: TrainConfig) -> Any:
     if config.freeze_embeddings:
         for part in (model.token_embedding, model.position_embedding, model.embedding_norm):
             part.requires_grad_(False)
+    if upcasts(config) and process_count() == 1:  # `shard` does it for several
+        upcast_products(model)
     pays = model.device.type == "cuda"
     if config.compile if config.compile is not None else pays:
         for block in model.blocks:
             block.compile()
     return adapted
+
+
+def upcasts(config: FinetuneConfig) -> bool:
+    """Whether products of bfloat16 weights are computed in float32."""
+    if config.upcast is None:
+        return config.precision == "bfloat16" and config.device == "cpu" and cpu_lacks_bfloat16()
+    return config.upcast
 
 
 def make_optimizer(objective: Objective, config: TrainConfig) -> SlicedOptimizer:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from gpt2ml_torch.finetuning.objective import Objective
 
@@ -58,11 +59,17 @@ def total(value: float) -> float:
     return float(tensor)
 
 
-def shard(objective: Objective) -> None:
-    """Divide every weight among the processes by its rows, in place; nothing for a single one."""
+def shard(objective: Objective, *, upcast: bool = False) -> None:
+    """Divide every weight among the processes by its rows, in place; nothing for a single one.
+
+    With `upcast` weights are put together in float32, so that products are float32.
+    """
     if process_count() == 1:
         return
-    mesh = dist.init_device_mesh(objective.model.device.type, (process_count(),))
+    options: dict[str, Any] = {
+        "mesh": dist.init_device_mesh(objective.model.device.type, (process_count(),)),
+        "mp_policy": MixedPrecisionPolicy(param_dtype=torch.float32 if upcast else None),
+    }
     for block in objective.model.blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(objective, mesh=mesh)
+        fully_shard(block, **options)
+    fully_shard(objective, **options)

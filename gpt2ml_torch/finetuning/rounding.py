@@ -32,16 +32,17 @@ def round_stochastically_(
     if target.shape != source.shape:
         raise ValueError(f"shapes {tuple(source.shape)} and {tuple(target.shape)} differ")
     bits = source.contiguous().view(torch.int32) + _noise(source, generator)
-    bits.bitwise_and_(-(1 << _LOW_BITS))
+    bits.add_(1 << (_LOW_BITS - 1)).bitwise_and_(-(1 << _LOW_BITS))
     rounded = bits.view(torch.float32)
-    return target.copy_(torch.where(source.isfinite(), rounded, source))
+    if not source.sum().isfinite():  # one pass, where there is nothing to be mended
+        rounded = torch.where(source.isfinite(), rounded, source)
+    return target.copy_(rounded)
 
 
 def _noise(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Whole numbers from 0 to 65,535, uniform and independent, as int32 of the shape of `like`."""
+    """Whole numbers from -32,768 to 32,767, uniform and independent, int16 of `like`'s shape."""
     count = like.numel()
     # One draw of 64 bits serves four elements: drawing is the slowest part on the CPU.
     draws = torch.empty(-(-count // 4), dtype=torch.int64, device=like.device)
     draws.random_(-(2**63), None, generator=generator)
-    halves = draws.view(torch.int16)[:count].view(like.shape)
-    return halves.to(torch.int32).add_(1 << (_LOW_BITS - 1))
+    return draws.view(torch.int16)[:count].view(like.shape)

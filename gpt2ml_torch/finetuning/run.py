@@ -16,7 +16,13 @@ from gpt2ml_torch.finetuning.config import FinetuneConfig
 from gpt2ml_torch.finetuning.data import BatchStream, Rows, Summary, evaluation_batches
 from gpt2ml_torch.finetuning.loop import Sampler, Trainer, TrainResult
 from gpt2ml_torch.finetuning.objective import Objective
-from gpt2ml_torch.finetuning.preparation import Data, load_data, load_model, make_optimizer
+from gpt2ml_torch.finetuning.preparation import (
+    Data,
+    load_data,
+    load_model,
+    make_optimizer,
+    upcasts,
+)
 from gpt2ml_torch.finetuning.processes import process_count, process_rank, shard
 from gpt2ml_torch.finetuning.reporting import Callback, Event, TensorBoard
 from gpt2ml_torch.finetuning.result import save_adapter, save_model
@@ -92,7 +98,7 @@ def _trainer(
     objective = Objective(
         model, chunk=config.loss_chunk, mixed=config.precision == "mixed", packed=config.pack
     )
-    shard(objective)
+    shard(objective, upcast=upcasts(config))
     size = config.batch_size // process_count()
     place: dict[str, Any] = {
         "rank": process_rank(),

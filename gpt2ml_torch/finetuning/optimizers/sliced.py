@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from gpt2ml_torch.finetuning.rounding import round_stochastically_
 
-SLICE = 1 << 20  # elements in flight: 4 MB in float32
+SLICE = 1 << 19  # elements in flight: 2 MB in float32, which a cache holds
 
 
 class SlicedOptimizer(torch.optim.Optimizer):
