@@ -226,6 +226,11 @@ def load_tensors(
     return copied
 
 
+def load_optimizer_slots(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The optimizer's statistics by name, without `optimizer.`; none in files of this version."""
+    return {}
+
+
 def stream_tensors(
     path: str | os.PathLike[str], metadata: CheckpointMetadata
 ) -> Iterator[tuple[str, Tensor]]:

@@ -128,8 +128,9 @@ class Trainer:
                 self.stepper.close()
 
     def _run(self) -> TrainResult:
+        fresh = not self.optimizer.state
         self.optimizer.allocate()
-        self._emit("start", total_steps=self.total_steps, **self._counts())
+        self._emit("start", total_steps=self.total_steps, fresh_optimizer=fresh, **self._counts())
         if self._progress.step == 0 and self.valid_batches:
             self._evaluate()
         reason, trouble = "done", None

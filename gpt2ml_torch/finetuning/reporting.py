@@ -18,8 +18,8 @@ from typing import Any
 class Event:
     """Something that happened in a run, after so many steps.
 
-    Kinds and their `values`: "start" (total_steps, steps_per_epoch, parameters, trainable, and of
-    weights and slots those of this process: weights_here, slots_here), "step" (loss,
+    Kinds and their `values`: "start" (total_steps, steps_per_epoch, parameters, trainable,
+    fresh_optimizer, and what this process has: weights_here, slots_here), "step" (loss,
     learning_rate, gradient_norm, tokens, seconds, tokens_per_second, memory_gib), "skip" (loss,
     reason, at), "eval" (loss, perplexity, bits_per_character, best), "sample" (prompt, text),
     "checkpoint" (path), "end" (reason, best_step, best_loss). Losses are nats a token; `tokens`

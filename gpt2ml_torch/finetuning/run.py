@@ -16,6 +16,7 @@ from gpt2ml_torch.finetuning.config import FinetuneConfig
 from gpt2ml_torch.finetuning.data import BatchStream, Rows, Summary, evaluation_batches
 from gpt2ml_torch.finetuning.loop import Sampler, Trainer, TrainResult
 from gpt2ml_torch.finetuning.objective import Objective
+from gpt2ml_torch.finetuning.optimizers import Adafactor, SlicedOptimizer, start_from
 from gpt2ml_torch.finetuning.preparation import (
     Data,
     load_data,
@@ -112,7 +113,7 @@ def _trainer(
 
     return Trainer(
         objective,
-        make_optimizer(objective, config),
+        _optimizer(config, objective),
         BatchStream(data.train, batch_size=size, seed=config.seed, **place),
         config,
         valid_batches=valid_batches if data.valid is not None else None,
@@ -123,6 +124,17 @@ def _trainer(
         callback=callback,
         should_stop=should_stop,
     )
+
+
+def _optimizer(config: FinetuneConfig, objective: Objective) -> SlicedOptimizer:
+    """As the settings say, going on from the statistics in the model's file if it has any."""
+    optimizer = make_optimizer(objective, config)
+    if isinstance(optimizer, Adafactor) and not (config.lora_rank or config.fresh_optimizer):
+        slots = checkpoint.load_optimizer_slots(config.model)
+        if slots:
+            start_from(optimizer, objective.model, slots)
+            logger.info("the optimizer goes on from the statistics in %s", config.model)
+    return optimizer
 
 
 def _data_key(metadata: checkpoint.CheckpointMetadata, data: Data) -> str:

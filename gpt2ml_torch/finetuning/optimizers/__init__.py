@@ -10,6 +10,7 @@ from gpt2ml_torch.finetuning.optimizers.adamw import AdamW
 from gpt2ml_torch.finetuning.optimizers.groups import parameter_groups
 from gpt2ml_torch.finetuning.optimizers.in_backward import StepInBackward, gradient_norm
 from gpt2ml_torch.finetuning.optimizers.sliced import SlicedOptimizer
+from gpt2ml_torch.finetuning.optimizers.slots import start_from
 
 __all__ = [
     "Adafactor",
@@ -18,4 +19,5 @@ __all__ = [
     "StepInBackward",
     "gradient_norm",
     "parameter_groups",
+    "start_from",
 ]
