@@ -69,7 +69,7 @@ def kill_and_resume(config: FinetuneConfig, *, times: int, seed: int) -> None:
             finally:
                 os._exit(code)
         if attempt < times:
-            time.sleep(draw.uniform(0.05, 0.6))
+            time.sleep(draw.uniform(0.05, 0.4))
             os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         reached.append(_steps(config.run_folder / "metrics.jsonl"))

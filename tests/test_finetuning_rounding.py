@@ -1,12 +1,20 @@
-"""Stochastic rounding: exact on average, independent, repeatable, and why it is there."""
+"""Stochastic rounding: exact on average, independent, repeatable, and what it is good for."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from gpt2ml_torch.finetuning import AdamW, round_stochastically_
+from gpt2ml_torch.finetuning import (
+    AdamW,
+    Event,
+    FinetuneConfig,
+    finetune,
+    round_stochastically_,
+)
 
 
 def test_rounding_goes_to_the_two_neighbours_with_the_right_frequency() -> None:
@@ -69,3 +77,46 @@ def test_stochastic_rounding_keeps_small_updates_that_rounding_to_nearest_loses(
         moved[stochastic] = 0.5 - weight.float().mean().item()
     assert moved[False] == 0.0
     assert moved[True] == pytest.approx(50e-5, rel=0.3)
+
+
+YUAN = """枯藤老树昏鸦，小桥流水人家，古道西风瘦马。夕阳西下，断肠人在天涯。
+峰峦如聚，波涛如怒，山河表里潼关路。望西都，意踌躇。伤心秦汉经行处，宫阙万间都做了土。兴，百姓苦；亡，百姓苦。
+碧云天，黄花地，西风紧，北雁南飞。晓来谁染霜林醉？总是离人泪。
+没来由犯王法，不提防遭刑宪，叫声屈动地惊天。顷刻间游魂先赴森罗殿，怎不将天地也生埋怨。
+有日月朝暮悬，有鬼神掌着生死权。天地也只合把清浊分辨，可怎生糊突了盗跖颜渊。
+孤村落日残霞，轻烟老树寒鸦，一点飞鸿影下。青山绿水，白草红叶黄花。
+"""
+
+
+def test_on_the_shipped_model_stochastic_rounding_learns_as_float32_and_nearest_does_not(
+    shipped_model: Path, tmp_path: Path
+) -> None:
+    """How far the loss on the text itself falls at the default rate, which is a gentle one."""
+    text = tmp_path / "yuan.txt"
+    text.write_text(YUAN, encoding="utf-8")
+    fallen = {}
+    for name, settings in (
+        ("float32", {"precision": "float32"}),
+        ("stochastic", {}),
+        ("nearest", {"stochastic_rounding": False}),
+    ):
+        events: list[Event] = []
+        config = FinetuneConfig(
+            model=str(shipped_model),
+            data=(str(text),),
+            valid=(str(text),),
+            out=str(tmp_path / f"{name}.safetensors"),
+            cache=str(tmp_path / "cache"),
+            separator="line",
+            batch_size=6,
+            steps=40,
+            schedule="constant",
+            eval_every=40,
+            **settings,  # type: ignore[arg-type]
+        )
+        finetune(config, callback=events.append)
+        losses = [event.values["loss"] for event in events if event.kind == "eval"]
+        fallen[name] = losses[0] - losses[-1]
+    assert fallen["float32"] > 0.02
+    assert fallen["stochastic"] == pytest.approx(fallen["float32"], rel=0.1)
+    assert fallen["nearest"] < 0.5 * fallen["float32"]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from gpt2ml_torch.finetuning import Event, FinetuneConfig, finetune
 from gpt2ml_torch.finetuning.checkpoints import CheckpointFolder
+from gpt2ml_torch.finetuning.reporting import MetricsFile
 from tests.finetuning_runs import losses, python, run, same_weights, settings
 
 
@@ -69,29 +72,81 @@ def test_resuming_with_other_settings_is_refused(tuning_files: Path, tmp_path: P
     other.write_text(
         (tuning_files / "text.txt").read_text("utf-8") + "\n\n春眠不觉晓处处闻啼鸟", "utf-8"
     )
-    with pytest.raises(ValueError, match="other data"):
+    with pytest.raises(ValueError, match="another model, other data"):
         run(tuning_files, out, resume=True, data=(str(other),))
     with pytest.raises(OSError, match="--resume"):
         run(tuning_files, out)
 
 
-def test_a_full_disk_keeps_the_earlier_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_out_of_disk_the_earlier_checkpoint_stays_and_the_run_goes_on_from_it(
+    tuning_files: Path, tmp_path: Path
 ) -> None:
-    import errno
+    """The system refuses files beyond a size, as it does beyond the disk's."""
+    out, whole = tmp_path / "out.safetensors", tmp_path / "whole.safetensors"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    from gpt2ml_torch.finetuning import checkpoints
+    def fill_up(event: Event) -> None:
+        if event.kind == "checkpoint":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
 
-    folder = CheckpointFolder(tmp_path / "checkpoints")
-    first = folder.save(1, {"a": torch.arange(4)}, {"best_step": None})
+    try:
+        with pytest.raises(OSError, match=r"can't write the checkpoint .*step-00000008"):
+            finetune(FinetuneConfig(**settings(tuning_files, out)), callback=fill_up)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    checkpoints = tmp_path / "out.run" / "checkpoints"
+    assert [entry.name for entry in checkpoints.iterdir()] == ["step-00000004"]
+    run(tuning_files, out, resume=True)
+    run(tuning_files, whole)
+    assert losses(out) == losses(whole)
 
-    def fail(*arguments: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, "_write_tensors", fail)
-    with pytest.raises(OSError, match=r"can't write the checkpoint .*step-00000002.*No space left"):
-        folder.save(2, {"a": torch.arange(4)}, {"best_step": None})
-    assert [entry.name for entry in (tmp_path / "checkpoints").iterdir()] == [first.name]
+def test_a_metrics_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"can't write .*metrics.jsonl: File too large"):
+            metrics(Event("step", 1, {"loss": 1.0}))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_over(
+    tuning_files: Path, tmp_path: Path
+) -> None:
+    out, whole = tmp_path / "out.safetensors", tmp_path / "whole.safetensors"
+
+    def fail(event: Event) -> None:
+        if event.kind == "step" and event.step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(FinetuneConfig(**settings(tuning_files, out)), callback=fail)
+    run(tuning_files, out, resume=True)
+    run(tuning_files, whole)
+    assert losses(out) == losses(whole)
+
+
+def test_a_damaged_checkpoint_is_named(tuning_files: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.safetensors"
+    run(tuning_files, out, stop_after=5)
+    folder = tmp_path / "out.run" / "checkpoints" / "step-00000005"
+    data = next(folder.glob("*.distcp"))
+    data.write_bytes(data.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"step-00000005 does not fit .* or is damaged"):
+        run(tuning_files, out, resume=True)
+    (folder / "progress.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"is damaged: progress\.json is not JSON"):
+        run(tuning_files, out, resume=True)
+
+
+def test_checkpoints_come_by_the_minute_too(tuning_files: Path, tmp_path: Path) -> None:
+    events: list[Event] = []
+    out = tmp_path / "out.safetensors"
+    values = settings(tuning_files, out, steps=3, eval_every=3, checkpoint_minutes=0.0)
+    finetune(FinetuneConfig(**values), callback=events.append)
+    assert [event.step for event in events if event.kind == "checkpoint"] == [1, 2, 3]
 
 
 def test_the_last_and_the_best_checkpoints_are_kept(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,6 +29,8 @@ from gpt2ml_torch.finetuning.snapshots import Progress, Snapshots
 from gpt2ml_torch.finetuning.step import Stepper, learned_tokens
 
 Sampler = Callable[[Sequence[str]], Sequence[str]]
+
+logger = logging.getLogger(__name__)
 
 
 class Batches(Protocol):
@@ -117,11 +120,12 @@ class Trainer:
     def run(self, *, resume: bool = False) -> TrainResult:
         """Train to the end, or until told to stop; `resume` goes on from the last checkpoint."""
         torch.manual_seed(self.config.seed + process_rank())
-        if self.snapshots and not resume:
-            self.snapshots.folder.clear()
+        restored = self.snapshots.restore() if self.snapshots and resume else None
+        if restored:
+            self._progress = restored
         elif self.snapshots:
-            self._progress = self.snapshots.restore() or self._progress
-        with self._recording(resume):
+            self.snapshots.folder.clear()
+        with self._recording(restored is not None):
             try:
                 return self._run()
             finally:
@@ -247,20 +251,23 @@ class Trainer:
     # -- telling ----------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _recording(self, resume: bool) -> Iterator[None]:
+    def _recording(self, goes_on: bool) -> Iterator[None]:
         """Write metrics.jsonl, and loss.png however the run ends."""
         if self.folder is None or process_rank() > 0:
             yield
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "metrics.jsonl"
-        metrics = MetricsFile(path, resume_after=self._progress.step if resume else None)
+        metrics = MetricsFile(path, resume_after=self._progress.step if goes_on else None)
         self._callbacks.insert(0, metrics)
         try:
             yield
         finally:
-            metrics.close()
-            draw_losses(path, self.folder / "loss.png")
+            try:
+                metrics.close()
+                draw_losses(path, self.folder / "loss.png")
+            except OSError as error:  # a full disk, which a checkpoint may have met already
+                logger.warning("can't write into %s: %s", self.folder, error.strerror)
 
     def _emit(self, kind: str, **values: Any) -> None:
         if process_rank() == 0:

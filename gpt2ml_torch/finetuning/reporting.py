@@ -6,6 +6,7 @@ Each is fed by the loop's events.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -40,7 +41,7 @@ class MetricsFile:
     """A callback that appends each event to a JSON Lines file, flushed line by line.
 
     With `resume_after` steps, what a killed run wrote beyond them is cut off, so that the file
-    reads as if it had never stopped.
+    reads as if it had never stopped. Raises `OSError` where it can't be written.
     """
 
     def __init__(self, path: Path, *, resume_after: int | None = None) -> None:
@@ -56,8 +57,12 @@ class MetricsFile:
     def __call__(self, event: Event) -> None:
         if event.kind in _WRITTEN:
             row = {"kind": event.kind, "step": event.step, **event.values}
-            self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            self._file.flush()
+            try:
+                self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                self._file.flush()
+            except OSError as error:
+                problem = f"can't write {self._file.name}: {error.strerror}"
+                raise OSError(error.errno or errno.EIO, problem) from error
 
     def close(self) -> None:
         """Close the file."""

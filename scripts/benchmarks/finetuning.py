@@ -136,7 +136,7 @@ def measure(options: argparse.Namespace, settings: list[str]) -> dict[str, Any]:
         row["share_of_matmul_rate"] = round(row["flops_per_second"] / max(rates.values()), 3)
         if row["setting"] != PEER:
             foretold = predict(settings_of(row["setting"], length=options.tokens), config)
-            row["predicted_gib"] = round(foretold.total / 2**30, 3)
+            row["predicted_gib"] = round(foretold.total / 2**30 - baseline, 3)
     return {
         "machine": machine.describe(),
         "layers": options.layers,

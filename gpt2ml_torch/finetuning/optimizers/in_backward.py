@@ -64,5 +64,6 @@ def gradient_norm(gradients: Iterable[Tensor]) -> float:
     """The 2-norm of these gradients together, sharded or not."""
     squares = 0.0
     for gradient in gradients:
-        squares += float(whole(torch.linalg.vector_norm(gradient, dtype=torch.float32))) ** 2
+        dtype = torch.promote_types(gradient.dtype, torch.float32)
+        squares += float(whole(torch.linalg.vector_norm(gradient, dtype=dtype))) ** 2
     return math.sqrt(squares)
