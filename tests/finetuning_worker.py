@@ -1,8 +1,8 @@
-"""Fine-tunings in processes of their own, for the tests: run one, perhaps among several, or kill it
-again and again.
+"""Fine-tunings in processes of their own, for the tests: run, killed again and again, or measured.
 
 python -m tests.finetuning_worker run '{"model": ...}' STOP_AFTER ['{"model": ...}' STOP_AFTER ...]
 python -m tests.finetuning_worker kill '{"model": ...}' TIMES SEED
+python -m tests.finetuning_worker memory '{"model": ...}'        # prints the peak, in bytes
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2ml_torch.finetuning.config import FinetuneConfig
+from gpt2ml_torch.finetuning.memory import peak_gib, tune_allocator
 from gpt2ml_torch.finetuning.processes import processes
 from gpt2ml_torch.finetuning.reporting import read_metrics
 from gpt2ml_torch.finetuning.run import finetune
@@ -29,6 +30,10 @@ def main() -> None:
         with processes():
             for text, stop_after in zip(rest[::2], rest[1::2], strict=True):
                 run(_config(text), int(stop_after))
+    elif mode == "memory":
+        tune_allocator()
+        finetune(_config(rest[0]))
+        print(int(peak_gib() * 2**30))
     else:
         kill_and_resume(_config(rest[0]), times=int(rest[1]), seed=int(rest[2]))
 

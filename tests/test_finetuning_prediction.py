@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from gpt2ml_torch import GPT2MLConfig
+from gpt2ml_torch import GPT2ML, GPT2MLConfig, checkpoint
 from gpt2ml_torch.__main__ import main
 from gpt2ml_torch.finetuning import FinetuneConfig, predict
-from gpt2ml_torch.finetuning.prediction import suggestion
-from tests.finetuning_runs import settings
+from gpt2ml_torch.finetuning.prediction import parse_size, suggestion
+from tests.finetuning_runs import SPECIAL, python, settings
 
 
 def test_a_dry_run_names_the_kinds_and_suggests_what_would_fit(
@@ -46,3 +48,37 @@ def test_a_dry_run_names_the_kinds_and_suggests_what_would_fit(
     assert light.gradients < heavy.gradients / 4
     assert "inside the backward pass" in suggestion(config, light.total, sizes)
     assert "no setting here would" in suggestion(config, 1000, sizes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"step_in_backward": False, "optimizer": "adamw"}],
+    ids=["adafactor in backward", "adamw, gradients kept"],
+)
+def test_a_real_run_takes_what_was_predicted(changes: dict[str, Any], tmp_path: Path) -> None:
+    """The whole process's largest resident set, within 15 %."""
+    config = GPT2MLConfig(
+        vocab_size=2000,
+        hidden_size=768,
+        num_hidden_layers=5,
+        num_attention_heads=12,
+        intermediate_size=3072,
+        max_position_embeddings=128,
+    )
+    vocab = [*SPECIAL, *(chr(0x4E00 + index) for index in range(1900))]
+    model = tmp_path / "model.safetensors"
+    weights = GPT2ML(config).state_dict()
+    checkpoint.save(model, weights, config, vocab="\n".join(vocab) + "\n")
+    (tmp_path / "text.txt").write_text("".join(vocab[5:300]), encoding="utf-8")
+    values = settings(tmp_path, tmp_path / "out.safetensors", valid_share=0.0, **changes)
+    values |= {"precision": "float32", "batch_size": 2, "steps": 2}
+    ended = python("tests.finetuning_worker", "memory", json.dumps(values))
+    assert ended.returncode == 0, ended.stderr
+    foretold = predict(FinetuneConfig(**values | {"data": tuple(values["data"])}))
+    assert foretold.total == pytest.approx(int(ended.stdout), rel=0.15)
+
+
+@pytest.mark.parametrize("text", ["22GB", "24 GiB", "800MB", "1.5G"])
+def test_sizes_are_read(text: str) -> None:
+    expected = {"22GB": 22e9, "24 GiB": 24 * 2**30, "800MB": 8e8, "1.5G": 1.5e9}[text]
+    assert parse_size(text) == expected

@@ -109,14 +109,15 @@ def test_on_the_shipped_model_stochastic_rounding_learns_as_float32_and_nearest_
             cache=str(tmp_path / "cache"),
             separator="line",
             batch_size=6,
-            steps=40,
+            steps=20,
             schedule="constant",
-            eval_every=40,
+            eval_every=20,
+            gradient_checkpointing=False,
             **settings,  # type: ignore[arg-type]
         )
         finetune(config, callback=events.append)
         losses = [event.values["loss"] for event in events if event.kind == "eval"]
         fallen[name] = losses[0] - losses[-1]
-    assert fallen["float32"] > 0.02
-    assert fallen["stochastic"] == pytest.approx(fallen["float32"], rel=0.1)
-    assert fallen["nearest"] < 0.5 * fallen["float32"]
+    assert fallen["float32"] > 0.2
+    assert fallen["stochastic"] == pytest.approx(fallen["float32"], rel=0.02)
+    assert fallen["nearest"] < 0.3 * fallen["float32"]
