@@ -46,8 +46,38 @@ def test_a_dry_run_names_the_kinds_and_suggests_what_would_fit(
     assert 8 * sizes.num_parameters < heavy.optimizer < 8 * sizes.num_parameters + 2**24
     light = predict(dataclasses.replace(config, step_in_backward=True), sizes)
     assert light.gradients < heavy.gradients / 4
-    assert "inside the backward pass" in suggestion(config, light.total, sizes)
+    assert suggestion(config, light.total, sizes) == (
+        "that does not fit; it would with the step inside the backward pass (no --keep-gradients): "
+        f"{light.total / 2**30:.2f} GiB"
+    )
     assert "no setting here would" in suggestion(config, 1000, sizes)
+
+
+def test_a_suggestion_takes_the_fewest_changes_that_fit() -> None:
+    sizes = GPT2MLConfig(
+        vocab_size=500,
+        hidden_size=512,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        intermediate_size=2048,
+        max_position_embeddings=256,
+    )
+    config = FinetuneConfig(
+        model="m", data=("d",), out="o.safetensors", precision="float32", batch_size=4
+    )
+    budget, names, previous = predict(config, sizes).total, [], config
+    for name, change in (
+        ("--batch-size 1", {"batch_size": 1}),
+        ("--precision bfloat16", {"precision": "bfloat16"}),
+        ("--lora-rank 16", {"lora_rank": 16}),
+        ("--lora-base int8", {"lora_base": "int8"}),
+    ):
+        previous = dataclasses.replace(previous, **change)
+        before, budget = budget, predict(previous, sizes).total
+        assert budget < before
+        names.append(name)
+        expected = f"it would with {', '.join(names)}: {budget / 2**30:.2f} GiB"
+        assert suggestion(config, budget, sizes) == f"that does not fit; {expected}"
 
 
 @pytest.mark.parametrize(

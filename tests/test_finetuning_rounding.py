@@ -113,7 +113,7 @@ def test_on_the_shipped_model_stochastic_rounding_learns_as_float32_and_nearest_
             schedule="constant",
             eval_every=20,
             gradient_checkpointing=False,
-            **settings,  # type: ignore[arg-type]
+            **settings,
         )
         finetune(config, callback=events.append)
         losses = [event.values["loss"] for event in events if event.kind == "eval"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,7 +51,12 @@ def test_a_model_that_learned_an_end_token_stops_there(
     text = tmp_path / "short.txt"
     text.write_text("\n".join(["春眠不觉晓", "处闻啼鸟"] * 20), encoding="utf-8")
     out = tmp_path / "out.safetensors"
-    changes = {"separator": "line", "valid_share": 0.0, "steps": 60, "end_token": "[SEP]"}
+    changes: dict[str, Any] = {
+        "separator": "line",
+        "valid_share": 0.0,
+        "steps": 60,
+        "end_token": "[SEP]",
+    }
     run(tuning_files, out, data=(str(text),), **changes)
     generator = Generator(
         GPT2ML.from_pretrained(out), Tokenizer.from_pretrained(out), compile=False
@@ -73,7 +79,12 @@ def test_the_tuned_file_goes_back_to_the_original_code(tuning_files: Path, tmp_p
 
 def test_the_best_weights_are_written_not_the_last(tuning_files: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
-    overfitting = {"precision": "float32", "optimizer": "adamw", "dropout": 0.0, "steps": 100}
+    overfitting: dict[str, Any] = {
+        "precision": "float32",
+        "optimizer": "adamw",
+        "dropout": 0.0,
+        "steps": 100,
+    }
     result = run(tuning_files, out, eval_every=10, keep=1, **overfitting)
     assert result.best_step not in (None, 0, 100)
     config = FinetuneConfig(**settings(tuning_files, out))

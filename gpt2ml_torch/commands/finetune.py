@@ -187,10 +187,11 @@ def _dry_run(config: FinetuneConfig, memory: str | None) -> int:
     available = parse_size(memory) if memory is not None else None
     prediction = predict(config)
     print(prediction)
-    if available is None or prediction.total <= available:
+    if available is None:
         return 0
-    print(suggestion(config, available))
-    return 1
+    fits = prediction.total <= available
+    print("that fits" if fits else suggestion(config, available))
+    return 0 if fits else 1
 
 
 def _finetune(config: FinetuneConfig, *, quiet: bool) -> int:

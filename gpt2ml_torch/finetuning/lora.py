@@ -13,6 +13,7 @@ from typing import Any
 
 from gpt2ml_torch import checkpoint
 from gpt2ml_torch.finetuning.config import LORA_TARGETS
+from gpt2ml_torch.finetuning.quiet import quiet
 from gpt2ml_torch.model import GPT2ML
 
 
@@ -38,7 +39,8 @@ def add_adapter(
         lora_dropout=dropout,
         bias="none",
     )
-    return peft.get_peft_model(model, settings)
+    with quiet():
+        return peft.get_peft_model(model, settings)
 
 
 def save_adapter(adapted: Any, folder: str | os.PathLike[str], *, base: str) -> None:
@@ -76,7 +78,8 @@ def merge_adapter(
         )
     model = GPT2ML.from_pretrained(model_path)
     try:
-        merged = peft.PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+        with quiet():
+            merged = peft.PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"the adapter {adapter} does not fit {model_path}: {reason}") from error
@@ -93,7 +96,8 @@ def merge_adapter(
 
 def _peft() -> Any:
     try:
-        import peft
+        with quiet():
+            import peft
     except ImportError:
         raise ValueError(
             'LoRA needs the package peft: pip install "gpt2ml-torch[finetune]"'

@@ -192,17 +192,16 @@ def _changes(
         sizes = checkpoint.read_metadata(config.model).config
     half = (config.length or sizes.max_position_embeddings) // 2
     kept = {"train_layers": None, "layer_decay": 1.0, "freeze_embeddings": False}
+    kept_gradients = {"step_in_backward": True, "accumulate": 1, "clip_norm": None}
     return [
         ("gradient checkpointing", {"gradient_checkpointing": True}),
-        (
-            "the step inside the backward pass",
-            {"step_in_backward": True, "accumulate": 1, "clip_norm": None},
-        ),
+        ("the step inside the backward pass (no --keep-gradients)", kept_gradients),
         ("--optimizer adafactor", {"optimizer": "adafactor"}),
         ("--batch-size 1", {"batch_size": 1}),
         ("--precision bfloat16", {"precision": "bfloat16"}),
         ("--lora-rank 16", {"lora_rank": config.lora_rank or 16, **kept}),
         ("--lora-base int8", {"lora_base": "int8"}),
+        ("--lora-base int4", {"lora_base": "int4"}),
         (f"--length {half}", {"length": max(2, half)}),
     ]
 

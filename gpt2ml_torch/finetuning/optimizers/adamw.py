@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from gpt2ml_torch.finetuning.optimizers.sliced import SlicedOptimizer, local, rows_at_once
+from gpt2ml_torch.finetuning.quiet import quiet
 
 _BLOCK = 256  # elements that share a scale in torchao's 8-bit states
 _SMALLEST = 4096  # elements from which a state is kept in 8 bits
@@ -79,7 +80,8 @@ class AdamW(SlicedOptimizer):
 
 def _eight_bit_zeros(like: Tensor, *, signed: bool) -> Tensor:
     try:
-        from torchao.optim.subclass_8bit import OptimState8bit
+        with quiet():
+            from torchao.optim.subclass_8bit import OptimState8bit
     except ImportError:
         raise ValueError(
             '8-bit AdamW needs the package torchao: pip install "gpt2ml-torch[finetune]"'
