@@ -10,7 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from gpt2ml_torch import GPT2ML, Tokenizer
 from gpt2ml_torch.__main__ import main
 from gpt2ml_torch.finetuning import FinetuneConfig
 from tests.finetuning_runs import metrics
@@ -27,11 +29,13 @@ def test_it_shows_the_data_first_and_then_one_bar_with_all_that_matters(
 ) -> None:
     out = tmp_path / "out.safetensors"
     options = ["--steps", "6", "--batch-size", "4", "--prompt", "春眠", "--end-token", "[SEP]"]
-    assert main(words_of(tuning_files, out, *options)) == 0
+    cache = ["--cache", str(tmp_path / "cache")]
+    assert main(words_of(tuning_files, out, *options, *cache)) == 0
     captured = capsys.readouterr()
     assert captured.out == ""
     shown = captured.err
     for part in (
+        "tokenising: 100%",
         "1 file(s), ",
         "tokens a document: ",
         "rows of 32 tokens",
@@ -85,6 +89,22 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     assert (tmp_path / "out.run" / "loss.png").exists()
     assert not out.exists()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_broken_loss_names_the_last_good_checkpoint(
+    tuning_files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = GPT2ML.from_pretrained(tuning_files / "model.safetensors")
+    with torch.no_grad():
+        model.position_embedding.weight[3] = float("nan")
+    tokenizer = Tokenizer.from_pretrained(tuning_files / "model.safetensors")
+    model.save_pretrained(tmp_path / "model.safetensors", tokenizer=tokenizer)
+    (tmp_path / "text.txt").write_bytes((tuning_files / "text.txt").read_bytes())
+    assert main(words_of(tmp_path, tmp_path / "out.safetensors", "--steps", "3")) == 1
+    last = capsys.readouterr().err.strip().split("\n")[-1]
+    assert last.startswith(
+        "gpt2ml: error: stopped at step 1, the loss is nan; last good checkpoint"
+    )
 
 
 def test_the_command_line_has_every_setting() -> None:

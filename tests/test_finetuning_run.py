@@ -172,6 +172,13 @@ def test_one_sees_the_model_change_and_the_library_prints_nothing(
     assert capfd.readouterr() == ("", "")
 
 
+def test_compiled_blocks_learn_the_same(tuning_files: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"precision": "float32", "dropout": 0.0, "steps": 3}
+    plain = run(tuning_files, tmp_path / "plain.safetensors", **changes)
+    compiled = run(tuning_files, tmp_path / "compiled.safetensors", compile=True, **changes)
+    assert compiled.losses == pytest.approx(plain.losses, rel=1e-4)
+
+
 def test_a_packed_model_is_refused(tuning_files: Path, tmp_path: Path) -> None:
     packed = tmp_path / "int8.safetensors"
     model = GPT2ML.from_pretrained(tuning_files / "model.safetensors", quantize="int8")
