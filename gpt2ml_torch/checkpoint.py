@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -26,7 +27,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from gpt2ml_torch import kernels
 from gpt2ml_torch.config import GPT2MLConfig
+from gpt2ml_torch.kernels import packing
 from gpt2ml_torch.layout import (
     QUANTIZATIONS,
     SCALE,
@@ -38,10 +41,10 @@ from gpt2ml_torch.safetensors_reader import CURE, TensorInfo, check_entries, rea
 from gpt2ml_torch.safetensors_writer import SafetensorsWriter
 
 FORMAT_VERSION = 1
-# Bytes of mapped weights that may be resident while they are converted or moved.
-RELEASE_EVERY = 256 << 20
+PIECE_BYTES = 4 << 20  # of a tensor that is converted or moved: they stay in the cache
 
 _RESERVE = 2 << 10  # bytes of the header kept free for `CheckpointWriter.set_source`
+_ROWS_MULTIPLE = 16  # packed together
 _WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -102,6 +105,8 @@ class CheckpointWriter(SafetensorsWriter):
         if quantization is not None:
             self._custom["quantization"] = quantization
         self._quantization = quantization
+        if quantization is not None:
+            kernels.load_kernels()  # here rather than in the threads that may write
         specs = expected_tensors(config, dtype, quantization)
         super().__init__(path, specs, self._custom, overwrite=overwrite, reserve=_RESERVE)
 
@@ -110,10 +115,8 @@ class CheckpointWriter(SafetensorsWriter):
         precision = packed_precision(name, self._quantization)
         if precision is None:
             return self.write(name, tensor)
-        from gpt2ml_torch.kernels import packing  # brings the compiler, seconds to import
-
         try:
-            weight, scale = packing.pack(tensor.detach().cpu(), precision)
+            weight, scale = kernels.pack(tensor.detach().cpu(), precision)
         except ValueError as error:
             raise ValueError(f"tensor {name!r}: {error}") from None
         assert scale is not None
@@ -207,52 +210,57 @@ def load_tensors(
     None; packed weights stay as they are).
 
     On the CPU in the file's dtype they are memory-mapped, private to this process: nothing is read
-    before it is used, and changing them does not change the file. Otherwise they are copied one by
-    one, never two whole copies at a time.
+    before it is used, and changing them does not change the file. Otherwise, and where they are
+    packed, they are read piece by piece, never two whole copies at a time.
     """
     metadata = read_metadata(path)
     device = torch.device(device)
-    if device.type == "cpu" and dtype in (None, metadata.dtype):
+    packed = metadata.quantization is not None
+    if device.type == "cpu" and dtype in (None, metadata.dtype) and not packed:
         try:
             with safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in metadata.tensors}
         except SafetensorError as error:
             raise ValueError(f"{path}: {error}") from None
-    copied = {}
-    for name, tensor in stream_tensors(path, metadata):
-        packed = packed_precision(name.removesuffix(SCALE), metadata.quantization) is not None
-        wanted = tensor.dtype if packed or dtype is None else dtype
-        copied[name] = tensor.to(device, wanted, copy=True)
-    return copied
+    tensors: dict[str, Tensor] = {}
+    for name, first, rows in stream_rows(path, metadata):
+        if name not in tensors:
+            plain = packed_precision(name.removesuffix(SCALE), metadata.quantization) is None
+            wanted = dtype if dtype is not None and plain else rows.dtype
+            tensors[name] = _empty(metadata.tensors[name].shape, wanted, device)
+        tensors[name][first : first + len(rows)].copy_(rows)
+    return tensors
 
 
-def load_optimizer_slots(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The optimizer's statistics by name, without `optimizer.`; none in files of this version."""
-    return {}
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu" or dtype.is_floating_point:
+        return torch.empty(shape, dtype=dtype, device=device)
+    return packing.empty_in_huge_pages(shape, dtype)
 
 
-def stream_tensors(
+def stream_rows(
     path: str | os.PathLike[str], metadata: CheckpointMetadata
-) -> Iterator[tuple[str, Tensor]]:
-    """The file's tensors one after the other, memory-mapped; copy what should stay.
+) -> Iterator[tuple[str, int, Tensor]]:
+    """The file's tensors in pieces: a name, the first row, and rows that are valid until the next.
 
-    Mapped pages that were read stay in memory until the file is unmapped, so it is opened anew now
-    and then.
+    Rows come in multiples of 16 but for a tensor's last. They are read into a buffer rather than
+    mapped, since mapped pages stay in memory once they are read.
     """
-    names = iter(metadata.tensors.items())
-    left = len(metadata.tensors)
-    try:
-        while left:
-            resident = 0
-            with safe_open(path, framework="pt") as file:
-                for name, info in names:
-                    yield name, file.get_tensor(name)
-                    left -= 1
-                    resident += info.end - info.start
-                    if resident >= RELEASE_EVERY:
-                        break
-    except SafetensorError as error:
-        raise ValueError(f"{path}: {error}") from None
+    buffer = bytearray(PIECE_BYTES)
+    with open(path, "rb") as file:
+        for name, info in metadata.tensors.items():
+            row_bytes = math.prod(info.shape[1:]) * info.dtype.itemsize
+            count = max(PIECE_BYTES // row_bytes // _ROWS_MULTIPLE, 1) * _ROWS_MULTIPLE
+            if count * row_bytes > len(buffer):
+                buffer = bytearray(count * row_bytes)
+            file.seek(info.start)
+            for first in range(0, info.shape[0], count):
+                shape = (min(count, info.shape[0] - first), *info.shape[1:])
+                view = memoryview(buffer)[: shape[0] * row_bytes]
+                if file.readinto(view) != len(view):
+                    raise ValueError(f"{path} became shorter while it was read")
+                rows = torch.frombuffer(buffer, dtype=info.dtype, count=math.prod(shape))
+                yield name, first, rows.view(shape)
 
 
 def _check_custom(custom: Any, entries: Mapping[str, Any]) -> dict[str, str]:

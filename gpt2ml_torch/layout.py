@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from gpt2ml_torch.config import GPT2MLConfig
+from gpt2ml_torch.kernels import packing
 from gpt2ml_torch.safetensors_writer import TensorSpec
 
 QUANTIZATIONS = ("int8", "int4")
@@ -47,8 +48,6 @@ def expected_tensors(
     """Every tensor of the file; `dtype` is that of all that is not packed."""
     if quantization is None:
         return {name: (dtype, shape) for name, shape in expected_shapes(config).items()}
-    from gpt2ml_torch.kernels import packing  # brings the compiler, which takes seconds to import
-
     tensors: dict[str, TensorSpec] = {}
     for name, shape in expected_shapes(config).items():
         precision = packed_precision(name, quantization)
@@ -67,7 +66,5 @@ def packed_precision(name: str, quantization: str | None) -> str | None:
     plain = name.endswith("bias") or "norm" in name or name == "position_embedding.weight"
     if quantization is None or plain:
         return None
-    from gpt2ml_torch.kernels import packing  # as above
-
     is_embedding = name == "token_embedding.weight"
     return packing.embedding_precision(quantization) if is_embedding else quantization

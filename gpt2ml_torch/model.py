@@ -133,10 +133,6 @@ class Attention(nn.Module):
             rows = torch.arange(B, device=h.device)[:, None]  # (B, 1)
             cache.keys.index_put_((rows, positions), k)
             cache.values.index_put_((rows, positions), v)
-            if isinstance(self.qkv, kernels.PackedLinear):
-                assert positions is not None
-                a = kernels.cached_attention(q, cache.keys, cache.values, positions)
-                return self.output(a.reshape(B, T, D))
             k, v = cache.keys, cache.values  # (B, S, H, K)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T or S, K)
         a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
@@ -152,8 +148,6 @@ class MLP(nn.Module):
         self.down = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(self.up, kernels.PackedLinear) and not torch.is_grad_enabled():
-            return self.down(self.up(x, gelu=True))
         return self.down(F.gelu(self.up(x)))
 
 
@@ -200,10 +194,16 @@ class GPT2ML(nn.Module):
         self.gradient_checkpointing = False
         self.generation_defaults: dict[str, Any] = {}  # for `Generator`; kept in the file
         self.quantization: str | None = None  # of the large matrices, where they are packed
-        self.token_embedding = TokenEmbedding(config.vocab_size, config.hidden_size)
-        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        # From empty tensors, since `nn.Embedding` draws numbers of its own, and on `meta` imports
+        # the whole compiler for it.
+        width, positions = config.hidden_size, config.max_position_embeddings
+        tokens = torch.empty(config.vocab_size, width)
+        self.token_embedding = TokenEmbedding.from_pretrained(tokens, freeze=False)
+        self.position_embedding = nn.Embedding.from_pretrained(
+            torch.empty(positions, width), freeze=False
+        )
         self.embedding_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.blocks: Any = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         if self.device.type != "meta":
             self.initialize()
 
@@ -215,6 +215,15 @@ class GPT2ML(nn.Module):
     def dtype(self) -> torch.dtype:
         """The dtype of the activations; the large matrices may be stored in another one."""
         return self.position_embedding.weight.dtype
+
+    @property
+    def runs_on_kernels(self) -> bool:
+        """Whether all layers run as one operator over a key-value cache: packed, on this CPU."""
+        layer = self.blocks[0].attention.qkv
+        packed = isinstance(layer, kernels.PackedLinear) and layer.has_kernel
+        return packed and kernels.supports_layers(
+            self.position_embedding.weight, self.config.head_size
+        )
 
     @torch.no_grad()
     def initialize(self) -> None:
@@ -262,6 +271,10 @@ class GPT2ML(nn.Module):
         B, T = token_ids.shape
         if positions is None:
             positions = torch.arange(T, device=token_ids.device).expand(B, T)
+        h = self.token_embedding(token_ids) + self.position_embedding(positions)
+        h = self.embedding_norm(h)  # (B, T, D); the original has no dropout here
+        if cache is not None and self.runs_on_kernels:
+            return self._run_kernel(h, positions, cache)
         mask = None  # plain causal attention among the tokens of this call
         if cache is not None:
             slots = torch.arange(cache.length, device=token_ids.device)  # (S,)
@@ -270,16 +283,33 @@ class GPT2ML(nn.Module):
             places = torch.arange(T, device=token_ids.device)  # (T,)
             same_document = document_ids[:, :, None] == document_ids[:, None, :]  # (B, T, T)
             mask = (same_document & (places <= places[:, None]))[:, None]  # (B, 1, T, T)
-        h = self.token_embedding(token_ids) + self.position_embedding(positions)
-        h = self.embedding_norm(h)  # (B, T, D); the original has no dropout here
         for index, block in enumerate(self.blocks):
             if self.gradient_checkpointing and self.training and cache is None:
                 h = recompute_in_backward(block, h, mask=mask, use_reentrant=False)
             else:
-                layer_cache = cache.layer(index) if cache is not None else None
+                layer = cache.layer(index) if cache is not None else None
                 run = _run_block if cache is None else _run_block_once_compiled
-                h = run(block, h, positions, mask, layer_cache)
+                h = run(block, h, positions, mask, layer)
         return h
+
+    def _run_kernel(self, h: Tensor, positions: Tensor, cache: KVCache | CacheTensors) -> Tensor:
+        layers = [
+            layer
+            for block in self.blocks
+            for layer in (block.attention.qkv, block.attention.output, block.mlp.up, block.mlp.down)
+        ]
+        norms = [norm for block in self.blocks for norm in (block.mlp_norm, block.output_norm)]
+        return kernels.packed_layers(
+            h,
+            positions,
+            cache.keys,
+            cache.values,
+            weights=[layer.weight for layer in layers],
+            scales=[layer.weight_scale for layer in layers if layer.weight_scale is not None],
+            biases=[layer.bias for layer in layers],
+            norms=[parameter for norm in norms for parameter in (norm.weight, norm.bias)],
+            bits=layers[0].bits,
+        )
 
     def logits(self, h: Tensor) -> Tensor:
         """Scores of every token of the vocabulary, (..., D) -> (..., V); no bias, no final norm."""
@@ -372,8 +402,8 @@ class GPT2ML(nn.Module):
             tensors = checkpoint.load_tensors(path, device=device, dtype=dtype)
             model.load_state_dict(tensors, strict=True, assign=True)
         else:
-            for name, tensor in checkpoint.stream_tensors(path, metadata):
-                kernels.fill_packed(model, name, tensor, dtype or metadata.dtype)
+            for name, first, rows in checkpoint.stream_rows(path, metadata):
+                kernels.fill_rows(model, name, rows, first, dtype or metadata.dtype)
             model.to(device)
         return model.eval()
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from gpt2ml_torch import GPT2ML, Generator, Tokenizer
+from gpt2ml_torch import GPT2ML, Generator, Tokenizer, kernels
 from gpt2ml_torch.generation import engine
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -23,9 +23,10 @@ def tokenizer() -> Tokenizer:
     return tiny_tokenizer()
 
 
-@pytest.fixture(scope="module")
-def model(tokenizer: Tokenizer) -> GPT2ML:
-    return tiny_model(tokenizer, positions=400)
+@pytest.fixture(scope="module", params=["plain", "float32", "int8"])
+def model(tokenizer: Tokenizer, request: pytest.FixtureRequest) -> GPT2ML:
+    model = tiny_model(tokenizer, positions=400)
+    return model if request.param == "plain" else kernels.pack_model(model, request.param)
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +36,10 @@ def eager(model: GPT2ML, tokenizer: Tokenizer) -> Generator:
 
 @pytest.fixture(scope="module")
 def compiled(model: GPT2ML, tokenizer: Tokenizer) -> Generator:
-    """Warmed up for texts of up to 32 tokens, in batches of 1 and 2 rows."""
+    """Warmed up for texts of up to 32 tokens, in batches of 1, 2 and 4 rows."""
     generator = Generator(model, tokenizer, compile=True)
-    generator.engine.warm_up(rows=1, tokens=32)
-    generator.engine.warm_up(rows=2, tokens=32)
+    for rows in (1, 2, 4):
+        generator.engine.warm_up(rows=rows, tokens=32)
     assert generator.engine.compiled
     return generator
 
@@ -59,6 +60,7 @@ def no_recompilation() -> Iterator[None]:
         {"top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.2, "seed": 6},
         {"do_sample": False, "no_repeat_ngram_size": 3},
         {"stop": ["。"], "min_new_tokens": 3, "bad_words": ["眠"]},
+        {"num_return_sequences": 2, "top_k": 4},
     ],
 )
 def test_compiled_text_is_eager_text_and_nothing_is_compiled_anew(

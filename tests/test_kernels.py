@@ -124,7 +124,7 @@ def test_kernel_and_fallback_agree(precision: str) -> None:
     weight, scale = packed(100, 200, precision)
     x, bias = torch.randn(5, 200), torch.randn(100)
     fast = kernels.packed_linear(x, weight, scale, bias, bits=BITS[precision], outputs=100)
-    slow = ops._unpacked_linear(x, weight, scale, bias, BITS[precision], 100, False)
+    slow = ops._unpacked_linear(x, weight, scale, bias, BITS[precision], 100)
     assert relative_error(fast, slow.double()) < INPUT_ROUNDING[precision]
 
 
@@ -140,6 +140,19 @@ def test_unpacking_gives_back_what_was_packed() -> None:
         # Packing again must change nothing, or saving a packed model would wear it down.
         again = kernels.unpack(*kernels.pack(found, "int8"), 8, 100, 200)
         assert relative_error(again, found.double()) < 0.007
+
+
+@needs_kernels
+@pytest.mark.parametrize("precision", BITS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_kernel_packs_as_pytorch_does(precision: str, dtype: torch.dtype) -> None:
+    for outputs, inputs in SIZES:
+        weight = torch.randn(outputs, inputs).to(dtype)
+        found = kernels.pack(weight, precision)
+        expected = packing.empty_packed(outputs, inputs, precision)
+        packing.pack_rows(weight, *expected, BITS[precision])
+        assert torch.equal(found[0], expected[0])
+        assert found[1] is None or torch.equal(found[1], expected[1])  # type: ignore[arg-type]
 
 
 def test_weights_that_are_zero_or_that_a_precision_cannot_hold() -> None:
@@ -165,7 +178,7 @@ def test_the_operator_is_declared_as_it_behaves(precision: str) -> None:
     weight, scale = packed(20, 40, precision)
     x = torch.randn(3, 40, requires_grad=True)
     torch.library.opcheck(
-        torch.ops.gpt2ml.packed_linear.default, (x, weight, scale, None, BITS[precision], 20, False)
+        torch.ops.gpt2ml.packed_linear.default, (x, weight, scale, None, BITS[precision], 20)
     )
 
 

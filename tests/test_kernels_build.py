@@ -98,7 +98,7 @@ def test_a_level_that_cannot_be_is_an_error(
 
 @pytest.mark.skipif(not build.cpu_features() > AVX512, reason="AVX2 is what the other tests run")
 def test_the_lower_level_passes_the_tests_of_the_kernels_too() -> None:
-    tests = ["tests/test_kernels.py", "tests/test_kernels_attention.py"]
+    tests = ["tests/test_kernels.py", "tests/test_kernels_layers.py"]
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", *tests],
         env=os.environ | {"GPT2ML_KERNELS": "avx2"},

@@ -52,8 +52,10 @@ class Batch:
             full=engine.on_cuda,
         )
         needed = max(len(text.ids) - text.start for text in texts)
-        # Compiled steps have a graph for each length: one from the start beats several on the way.
-        to_come = config.max_new_tokens if engine.compiled else 1
+        # Compiled steps may have a graph for each length: one from the start beats several on the
+        # way. Elsewhere the cache grows with the text, a block of slots at a time.
+        grows = not engine.compiled and not engine.free_sizes
+        to_come = 1 if grows else config.max_new_tokens
         self._cache = engine.new_cache(len(texts), min(needed + to_come, engine.limit))
 
     def write(self) -> Iterator[tuple[Text, str]]:
@@ -111,6 +113,8 @@ class Batch:
 
     def _read(self, ids: Sequence[int], row: int) -> Tensor:
         """Read a text into a row of the cache; logits after it, (1, V)."""
+        if self._engine.free_sizes and self._cache.keys.shape[1] == 1:
+            return self._engine.prefill(ids, self._cache)
         logits, alone = self._engine.read(ids)
         self._copy_row(alone, 0, self._cache, row, len(ids))
         return logits

@@ -1,9 +1,10 @@
 """Engine: the two steps that decoding is made of, as plain functions, compiled if wanted.
 
-A step is one graph, in which the blocks are one nested region, compiled once for all layers (see
-`model.py`). Rows, tokens and cache slots are padded up to a few sizes, each with a graph of its
-own: shapes are static, since CUDA graphs replay fixed addresses, and since a nested region loses
-what is written to a cache of symbolic size (PyTorch 2.13).
+A step is one graph. With packed weights on the CPU all layers are one operator in it, and one graph
+serves every number of rows, tokens and cache slots. Elsewhere the blocks are one nested region,
+compiled once for all layers (see `model.py`), and sizes are padded up to a few, each with a graph
+of its own: CUDA graphs replay fixed addresses, and a nested region loses what is written to a cache
+of symbolic size (PyTorch 2.13).
 
 Shapes:
     B  batch rows       T  tokens in this call      S  slots of the cache      V  vocabulary
@@ -17,13 +18,12 @@ import os
 import shutil
 import sysconfig
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from gpt2ml_torch.kernels.build import cache_folder
 from gpt2ml_torch.model import GPT2ML, CacheTensors, KVCache
@@ -60,7 +60,8 @@ class Engine:
     def __init__(self, model: GPT2ML, *, compile: bool = True) -> None:
         self.model = model
         self.on_cuda = model.device.type == "cuda"
-        self._steps: dict[tuple[str, int, int, int], Callable[..., Tensor]] = {}
+        self.free_sizes = model.runs_on_kernels
+        self._steps: dict[tuple[object, ...], Callable[..., Tensor]] = {}
         self.compiled = compile and self._can_compile()
 
     def _can_compile(self) -> bool:
@@ -87,28 +88,30 @@ class Engine:
             device=model.device,
             dtype=model.dtype,
         )
-        if self.compiled:
+        if self.compiled and self.on_cuda:
             for tensor in (cache.keys, cache.values):
-                self._mark(tensor)
+                torch._dynamo.mark_static_address(tensor)
         return cache
 
-    def _mark(self, cached: Tensor) -> None:
-        if self.on_cuda:
-            torch._dynamo.mark_static_address(cached)
+    @property
+    def _pads(self) -> bool:
+        return self.compiled and not self.free_sizes
 
     def padded_rows(self, wanted: int) -> int:
         """The size of batch that serves so many rows."""
-        return 1 << (wanted - 1).bit_length() if self.compiled else wanted
+        return 1 << (wanted - 1).bit_length() if self._pads else wanted
 
     def padded_tokens(self, wanted: int) -> int:
         """The size of prefill that serves so many tokens."""
-        if not self.compiled:
+        if not self._pads:
             return wanted
         return min(max(1 << (wanted - 1).bit_length(), SMALLEST_PREFILL), self.limit)
 
     def _slots(self, wanted: int) -> int:
+        if self.free_sizes:
+            return min(wanted, self.limit)
         blocks = -(-wanted // SLOTS)
-        if self.compiled:
+        if self._pads:
             blocks = 1 << (blocks - 1).bit_length()
         return min(blocks * SLOTS, self.limit)
 
@@ -122,10 +125,10 @@ class Engine:
         in batches of so many rows, so that nothing is compiled while text is written.
         """
         longest = min(tokens or self.limit, self.limit)
-        sizes = {self.padded_tokens(length) for length in range(1, longest + 1)}
-        for size in sorted(sizes):
+        lengths = (1, longest) if self.free_sizes else range(1, longest + 1)
+        for size in sorted({self.padded_tokens(length) for length in lengths}):
             self.read([0] * size)
-        for slots in sorted({self._slots(length) for length in range(1, longest + 1)}):
+        for slots in sorted({self._slots(length) for length in lengths}):
             cache = self.new_cache(rows, slots)
             ids = torch.zeros(cache.keys.shape[1], 1, dtype=torch.int64, device=self.model.device)
             self.decode(ids, ids, cache)
@@ -156,10 +159,16 @@ class Engine:
         arguments = (self.model, ids, *others, cache.keys, cache.values)
         if not self.compiled:
             return function(*arguments)
-        key = (name, *ids.shape, cache.length)
+        key = self._key(name, ids, cache)
         if key in self._steps:
             return self._steps[key](*arguments)
         step = self._compile(function, replay=name == "decode")
+        if self.free_sizes:
+            _let_vary(ids, range(ids.ndim))
+            for tensor in others:
+                _let_vary(tensor, range(tensor.ndim))
+            for tensor in (cache.keys, cache.values):
+                _let_vary(tensor, (1, 2))
         _logger.info(
             "compiling %s (%d x %d tokens), once for each machine; kept in %s",
             *(name, *ids.shape, os.environ.get("TORCHINDUCTOR_CACHE_DIR")),
@@ -175,10 +184,22 @@ class Engine:
         self._steps[key] = step
         return result
 
+    def _key(self, name: str, ids: Tensor, cache: KVCache) -> tuple[object, ...]:
+        """Calls of the same key share a graph."""
+        rows, tokens = ids.shape
+        if self.free_sizes:  # what is compiled for two and more does not serve one
+            return name, rows > 1, tokens > 1
+        return name, rows, tokens, cache.length
+
     def _compile(self, function: Callable[..., Tensor], *, replay: bool) -> Callable[..., Tensor]:
         # Two pools of threads, PyTorch's and the generated code's, would fight over the cores; the
         # products, in which the time goes, run in PyTorch's.
-        options: dict[str, Any] = {"cpp.threads": 1}
+        # The checks between operators take longer than some of the operators.
+        options: dict[str, Any] = {
+            "cpp.threads": 1,
+            "size_asserts": False,
+            "alignment_asserts": False,
+        }
         if self.on_cuda:
             options = {"triton.cudagraphs": True} if replay else {}
         extra: dict[str, Any] = {}
@@ -187,9 +208,20 @@ class Engine:
             # ... so there is nothing to tell apart at each call, which takes 2 ms for 48 layers.
             options["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe
         compiled: Callable[..., Tensor] = torch.compile(
-            function, fullgraph=True, dynamic=False, options=options, **extra
+            function,
+            fullgraph=True,
+            dynamic=None if self.free_sizes else False,
+            options=options,
+            **extra,
         )
         return compiled
+
+
+def _let_vary(tensor: Tensor, dimensions: Iterable[int]) -> None:
+    """Have a graph compiled that serves other sizes of these dimensions."""
+    for dimension in dimensions:
+        if tensor.shape[dimension] > 1:
+            torch._dynamo.mark_dynamic(tensor, dimension)
 
 
 def why_no_compiler() -> str | None:
@@ -205,6 +237,8 @@ def why_no_compiler() -> str | None:
 
 def keep_compiled_code() -> None:
     """Let PyTorch keep compiled code beside our own, unless its own variable names a place."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # brings the compiler
+
     variable = "TORCHINDUCTOR_CACHE_DIR"
     if os.environ.get(variable, default_cache_dir()) != default_cache_dir():
         return

@@ -1,17 +1,24 @@
-"""Weights of 16, 8 and 4 bits for decoding at the speed of memory, with kernels built on demand."""
+"""Weights of 32 to 4 bits for decoding at the speed of memory, with kernels built on demand."""
 
-from gpt2ml_torch.kernels.modules import PackedEmbedding, PackedLinear, fill_packed, pack_model
-from gpt2ml_torch.kernels.ops import cached_attention, load_kernels, packed_linear
-from gpt2ml_torch.kernels.packing import pack, unpack
+from gpt2ml_torch.kernels.modules import PackedEmbedding, PackedLinear, fill_rows, pack_model
+from gpt2ml_torch.kernels.ops import (
+    load_kernels,
+    pack,
+    packed_layers,
+    packed_linear,
+    supports_layers,
+)
+from gpt2ml_torch.kernels.packing import unpack
 
 __all__ = [
     "PackedEmbedding",
     "PackedLinear",
-    "cached_attention",
-    "fill_packed",
+    "fill_rows",
     "load_kernels",
     "pack",
     "pack_model",
+    "packed_layers",
     "packed_linear",
+    "supports_layers",
     "unpack",
 ]

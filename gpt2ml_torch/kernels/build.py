@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 FOLDER = Path(__file__).parent
-SOURCES = tuple(FOLDER / name for name in ("packed_linear.cpp", "cached_attention.cpp"))
-HEADERS = tuple(FOLDER / name for name in ("vectors.h", "vectors_avx2.h", "vectors_avx512.h"))
+SOURCES = tuple(sorted(FOLDER.glob("*.cpp")))
+HEADERS = tuple(sorted(FOLDER.glob("*.h")))
 TIMEOUT_SECONDS = 300
 # No contraction: a * b + c would otherwise round differently in differently unrolled loops.
 FLAGS = ("-std=c++20", "-O3", "-mtune=native", "-ffp-contract=off", "-fPIC")

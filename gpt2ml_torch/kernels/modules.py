@@ -7,13 +7,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from gpt2ml_torch.kernels import packing
-from gpt2ml_torch.kernels.ops import load_kernels, packed_linear
+from gpt2ml_torch.kernels.ops import load_kernels, pack, pack_rows, packed_linear
+
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
 class _Packed(nn.Module):
@@ -32,12 +34,20 @@ class _Packed(nn.Module):
             scale = torch.empty(shapes.scale, dtype=torch.bfloat16, device="meta")
         self.register_buffer("weight", torch.empty(shapes.weight, dtype=dtype, device="meta"))
         self.register_buffer("weight_scale", scale)
-        load_kernels()
+        self.has_kernel = load_kernels()
 
     def _fill(self, weight: Tensor) -> None:
-        packed, scale = packing.pack(weight.detach().cpu(), self.precision)
+        packed, scale = pack(weight.detach().cpu(), self.precision)
         self.weight = packed.to(weight.device)
         self.weight_scale = None if scale is None else scale.to(weight.device)
+
+    def fill_rows(self, rows: Tensor, first: int) -> None:
+        """Pack rows of the plain weight from row `first` on, a multiple of 16."""
+        if self.weight.is_meta:
+            self.weight, self.weight_scale = packing.empty_packed(
+                self.outputs, self.inputs, self.precision
+            )
+        pack_rows(rows, self.weight, self.weight_scale, self.precision, first=first)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves with the model but keeps the buffers' dtypes: they are a format, no precision."""
@@ -76,17 +86,9 @@ class PackedLinear(_Packed, nn.Linear):
             packed.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
         return packed
 
-    def forward(self, x: Tensor, *, gelu: bool = False) -> Tensor:
-        """With `gelu`, the exact GELU of the result, while it is still in the registers."""
-        return packed_linear(
-            x,
-            self.weight,
-            self.weight_scale,
-            self.bias,
-            bits=self.bits,
-            outputs=self.outputs,
-            gelu=gelu,
-        )
+    def forward(self, x: Tensor) -> Tensor:
+        scale, bias = self.weight_scale, self.bias
+        return packed_linear(x, self.weight, scale, bias, bits=self.bits, outputs=self.outputs)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, precision={self.precision}"
@@ -123,13 +125,13 @@ class PackedEmbedding(_Packed, nn.Embedding):
         return rows[..., : self.embedding_dim].to(self.dtype)  # (..., D)
 
     def logits(self, h: Tensor) -> Tensor:
-        """Scores of every row: (..., D) -> (..., V)."""
-        return packed_linear(
-            h, self.weight, self.weight_scale, None, bits=self.bits, outputs=self.outputs
-        )
+        """Scores of every row, in float32 or wider: (..., D) -> (..., V)."""
+        h = h.to(torch.promote_types(h.dtype, torch.float32))
+        scale = self.weight_scale
+        return packed_linear(h, self.weight, scale, None, bits=self.bits, outputs=self.outputs)
 
 
-def pack_model(model: nn.Module, quantize: str) -> nn.Module:
+def pack_model(model: _Module, quantize: str) -> _Module:
     """Replace the linear layers and the token embedding of a GPT2ML by packed ones, in place.
 
     `quantize` is a precision of `packing.BITS` (with "int4" the embedding, which is the output
@@ -144,20 +146,25 @@ def pack_model(model: nn.Module, quantize: str) -> nn.Module:
 
 
 @torch.no_grad()
-def fill_packed(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
-    """Give a model that `pack_model` prepared on `meta` one plain tensor of a state dict.
+def fill_rows(model: nn.Module, name: str, rows: Tensor, first: int, dtype: torch.dtype) -> None:
+    """Give a model that `pack_model` prepared on `meta` rows of one plain tensor of a state dict.
 
-    A packed layer's weight is packed; anything else is copied, in `dtype`.
+    A packed layer's weight is packed, `first` then being a multiple of 16; anything else is copied,
+    in `dtype`.
     """
     path, leaf = name.rsplit(".", 1)
     module = model.get_submodule(path)
     if isinstance(module, _Packed) and leaf == "weight":
         try:
-            module._fill(tensor)
+            module.fill_rows(rows, first)
         except ValueError as error:
             raise ValueError(f"tensor {name!r}: {error}") from None
-    else:
-        module.register_parameter(leaf, nn.Parameter(tensor.to(dtype, copy=True), False))
+        return
+    parameter = module.get_parameter(leaf)
+    if parameter.is_meta:
+        parameter = nn.Parameter(torch.empty_like(parameter, dtype=dtype, device="cpu"), False)
+        module.register_parameter(leaf, parameter)
+    parameter[first : first + len(rows)].copy_(rows)
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:

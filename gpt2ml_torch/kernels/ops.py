@@ -1,4 +1,4 @@
-"""The operators `gpt2ml::packed_linear` and `gpt2ml::cached_attention`: schemas, shapes, fallbacks.
+"""The operators of the namespace `gpt2ml`: schemas, shapes, and what runs where there is no kernel.
 
 The C++ kernels register themselves for the CPU when `load_kernels` finds or builds them. Elsewhere
 PyTorch's own operators do the same: slower, and without rounding a packed layer's inputs.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,16 +19,20 @@ from gpt2ml_torch.kernels import build, packing
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KERNEL_HEAD_SIZES = (16, 32, 64, 128)
 
+_ROWS_AT_ONCE = 1024  # a multiple of a panel's; what PyTorch packs takes memory for each
+
 _logger = logging.getLogger(__name__)
 
 _library = torch.library.Library("gpt2ml", "DEF")
 _library.define(
-    "packed_linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, int bits, int outputs, "
-    "bool gelu) -> Tensor"
+    "packed_linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, int bits, int outputs) "
+    "-> Tensor"
 )
 _library.define(
-    "cached_attention(Tensor q, Tensor keys, Tensor values, Tensor positions) -> Tensor"
+    "packed_layers(Tensor h, Tensor positions, Tensor(a!) keys, Tensor(b!) values, "
+    "Tensor[] weights, Tensor[] scales, Tensor[] biases, Tensor[] norms, int bits) -> Tensor"
 )
+_library.define("pack(Tensor rows, Tensor(a!) weight, Tensor(b!)? scale, int bits) -> ()")
 
 
 def packed_linear(
@@ -38,92 +43,114 @@ def packed_linear(
     *,
     bits: int,
     outputs: int,
-    gelu: bool = False,
 ) -> Tensor:
-    """x Wᵀ + b, or its GELU, for a weight from `pack`: (..., K) -> (..., N) in the dtype of x.
+    """x Wᵀ + b for a weight from `pack`: (..., K) -> (..., N) in the dtype of x.
 
-    On the CPU the inputs are rounded too, to bfloat16 for 16-bit weights, else to int8 with a scale
-    for each row and group; sums are exact or in float32. A row's result does not depend on the
-    other rows. Gradients flow to x only, and not through the GELU.
+    On the CPU the inputs of integer weights are rounded too, to int8 with a scale for each row and
+    group, and on CPUs that multiply bfloat16 those of bfloat16 weights; sums are exact or in
+    float32. A row's result does not depend on the other rows. Gradients flow to x only.
     """
-    return torch.ops.gpt2ml.packed_linear(x, weight, scale, bias, bits, outputs, gelu)
+    return torch.ops.gpt2ml.packed_linear(x, weight, scale, bias, bits, outputs)
 
 
-def cached_attention(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
-    """Attend to all slots of the cache up to each token's own position: (B, T, H, K) -> the same.
+def packed_layers(
+    h: Tensor,
+    positions: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    norms: Sequence[Tensor],
+    bits: int,
+) -> Tensor:
+    """All layers over their key-value cache: (B, T, D) -> (B, T, D).
 
-    keys, values: (B, S, H, K), the tokens' own included; positions: (B, T) int64. On the CPU a
-    token's result does not depend on the other rows and tokens of the call, bit for bit.
+    keys, values: (layers, B, S, H, K), written to at the slots `positions`, (B, T) int64; each
+    token then attends to all slots up to its own. Layer by layer, `weights`, `scales` (none for
+    floating-point weights) and `biases` are of qkv, attention output, mlp.up and mlp.down; `norms`
+    are weight and bias of mlp_norm and output_norm. A token's result does not depend on the other
+    rows and tokens of the call, bit for bit. There is a kernel for the CPU alone, and nothing to
+    fall back to: see `supports_layers`.
     """
-    supported = q.dtype in KERNEL_DTYPES and q.shape[-1] in KERNEL_HEAD_SIZES
-    if supported and q.device.type == "cpu" and load_kernels():
-        return torch.ops.gpt2ml.cached_attention(q, keys, values, positions)
-    return _plain_attention(q, keys, values, positions)
+    run = torch.ops.gpt2ml.packed_layers
+    return run(h, positions, keys, values, weights, scales, biases, norms, bits)
 
 
-@torch.compiler.assume_constant_result
-def load_kernels() -> bool:
-    """Make the operators fast on this CPU; where that can't be, says why, once, returns False."""
-    return _load_kernels()
+def supports_layers(like: Tensor, head_size: int) -> bool:
+    """Whether `packed_layers` takes inputs like this one, where `load_kernels` succeeded."""
+    return (
+        like.device.type == "cpu" and like.dtype in KERNEL_DTYPES and head_size in KERNEL_HEAD_SIZES
+    )
+
+
+def pack(weight: Tensor, precision: str) -> tuple[Tensor, Tensor | None]:
+    """Round and pack a weight, (N, K) floating; returns the packed weight and its scale.
+
+    Raises `ValueError` for what the precision can't hold: NaN and infinity in integers, numbers
+    beyond 65504 in float16.
+    """
+    packed, scale = packing.empty_packed(weight.shape[0], weight.shape[1], precision)
+    for first in range(0, len(weight), _ROWS_AT_ONCE):
+        pack_rows(weight[first : first + _ROWS_AT_ONCE], packed, scale, precision, first=first)
+    return packed, scale
+
+
+@torch.no_grad()
+def pack_rows(
+    rows: Tensor, packed: Tensor, scale: Tensor | None, precision: str, *, first: int
+) -> None:
+    """Pack rows of a weight from row `first` on, a multiple of 16, as `pack` does all of them."""
+    bits = packing.BITS[precision]
+    panels = slice(first // packing.PANEL, -(-(first + len(rows)) // packing.PANEL))
+    packed, scale = packed[panels], None if scale is None else scale[panels]
+    if rows.dtype in KERNEL_DTYPES and rows.device.type == "cpu" and load_kernels():
+        torch.ops.gpt2ml.pack(rows.contiguous(), packed, scale, bits)
+    else:
+        packing.pack_rows(rows, packed, scale, bits)
+    if scale is not None and not scale.isfinite().all():
+        raise ValueError(f"a weight with NaN or infinity can't be stored as {precision}")
+    if packed.dtype == torch.float16 and (packed.isinf().any() and rows.isfinite().all()):
+        raise ValueError("a weight is beyond the largest of float16, 65504")
 
 
 @functools.cache
-def _load_kernels() -> bool:
+def load_kernels() -> bool:
+    """Make the operators fast on this CPU; where that can't be, says why, once, returns False."""
     _library.impl("packed_linear", _unpacked_linear, "CUDA")
-    _library.impl("cached_attention", _plain_attention, "CUDA")
     try:
         torch.ops.load_library(build.build())
     except (OSError, RuntimeError) as error:
         _logger.warning("packed weights run on PyTorch's own operators, slower: %s", error)
         _library.impl("packed_linear", _unpacked_linear, "CPU")
-        _library.impl("cached_attention", _plain_attention, "CPU")
         return False
     return True
 
 
 def _unpacked_linear(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    bits: int,
-    outputs: int,
-    gelu: bool,
+    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, bits: int, outputs: int
 ) -> Tensor:
     plain = packing.unpack(weight, scale, bits, outputs, x.shape[-1]).to(x.dtype)
-    y = F.linear(x, plain, None if bias is None else bias.to(x.dtype))
-    return F.gelu(y) if gelu else y
-
-
-def _plain_attention(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
-    slots = torch.arange(keys.shape[1], device=q.device)  # (S,)
-    mask = (slots <= positions[:, :, None])[:, None]  # (B, 1, T, S)
-    q, k, v = (t.transpose(1, 2) for t in (q, keys, values))  # (B, H, T or S, K)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+    return F.linear(x, plain, None if bias is None else bias.to(x.dtype))
 
 
 @torch.library.register_fake("gpt2ml::packed_linear")
 def _packed_linear_shape(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    bits: int,
-    outputs: int,
-    gelu: bool,
+    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, bits: int, outputs: int
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], outputs))
 
 
-@torch.library.register_fake("gpt2ml::cached_attention")
-def _cached_attention_shape(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
-    return q.new_empty(q.shape)
+@torch.library.register_fake("gpt2ml::packed_layers")
+def _packed_layers_shape(h: Tensor, *others: object) -> Tensor:
+    return torch.empty_like(h, memory_format=torch.contiguous_format)
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # torch's own protocol
-    x, weight, scale, bias, bits, outputs, gelu = inputs
-    if gelu or (bias is not None and bias.requires_grad):
-        raise ValueError("a packed layer's bias and its built-in GELU can't be trained through")
+    x, weight, scale, bias, bits, outputs = inputs
+    if bias is not None and bias.requires_grad:
+        raise ValueError("a packed layer's bias can't be trained; freeze it")
     ctx.save_for_backward(weight, scale)
     ctx.bits, ctx.outputs, ctx.inputs = bits, outputs, x.shape[-1]
 
@@ -131,7 +158,7 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # torch
 def _backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
     weight, scale = ctx.saved_tensors
     plain = packing.unpack(weight, scale, ctx.bits, ctx.outputs, ctx.inputs)
-    return gradient @ plain.to(gradient.dtype), *(None,) * 6
+    return gradient @ plain.to(gradient.dtype), *(None,) * 5
 
 
 torch.library.register_autograd("gpt2ml::packed_linear", _backward, setup_context=_save)

@@ -26,7 +26,6 @@ OFFSET = {8: 128, 4: 8}  # values are stored unsigned
 BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "int8": 8, "int4": 4}  # by precision
 
 _INPUTS_TOGETHER = {torch.float32: 1, torch.float16: 1, torch.bfloat16: 2}  # in a step of a panel
-_ROWS_AT_ONCE = 1024  # packed together, to keep the temporary memory small; a multiple of PANEL
 _HUGE_PAGE = 2 << 20
 
 
@@ -77,44 +76,29 @@ def empty_in_huge_pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     size = tensor.nbytes
     if size < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=dtype)
-    memory = mmap.mmap(-1, size)
+    # Private: shared memory gets huge pages under another setting, which is mostly off.
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 @torch.no_grad()
-def pack(weight: Tensor, precision: str) -> tuple[Tensor, Tensor | None]:
-    """Round and pack a weight, (N, K) floating; returns the packed weight and its scale.
-
-    NaN and infinity can't be quantised: raises `ValueError` for integers.
-    """
-    outputs, inputs = weight.shape
-    packed, scale = empty_packed(outputs, inputs, precision)
-    bits = BITS[precision]
-    for begin in range(0, outputs, _ROWS_AT_ONCE):
-        rows = weight[begin : begin + _ROWS_AT_ONCE]
-        panels = slice(begin // PANEL, begin // PANEL - (-len(rows) // PANEL))
-        rows = F.pad(rows, (0, -inputs % MULTIPLE, 0, -len(rows) % PANEL))
-        if scale is None:
-            together = packed.shape[-1]
-            steps = rows.unflatten(0, (-1, PANEL)).unflatten(2, (-1, together))
-            packed[panels].copy_(steps.transpose(1, 2))
-            if packed.dtype == torch.float16 and packed[panels].isinf().any():
-                raise ValueError("a weight is beyond the largest of float16, 65504")
-        else:
-            values, row_scale = quantize(rows.float(), bits)
-            packed[panels] = _pack_values(values, bits)
-            scale[panels] = row_scale.unflatten(0, (-1, PANEL)).transpose(1, 2)
-    return packed, scale
+def pack_rows(rows: Tensor, weight: Tensor, scale: Tensor | None, bits: int) -> None:
+    """Round rows, (n, K) floating, into their panels; what the last panel has beyond them is 0."""
+    rows = F.pad(rows, (0, -rows.shape[1] % MULTIPLE, 0, -len(rows) % PANEL))
+    if scale is None:
+        steps = rows.unflatten(0, (-1, PANEL)).unflatten(2, (-1, weight.shape[-1]))
+        weight.copy_(steps.transpose(1, 2))
+    else:
+        values, row_scale = quantize(rows.float(), bits)
+        weight.copy_(_pack_values(values, bits))
+        scale.copy_(row_scale.unflatten(0, (-1, PANEL)).transpose(1, 2))
 
 
 def quantize(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Nearest values and their scales: (N, K) -> int8 (N, K) and bfloat16 (N, G)."""
     grouped = _group(rows, bits)  # (N, G, group)
-    magnitude = grouped.abs().amax(2)
-    if not magnitude.isfinite().all():
-        raise ValueError(f"a weight with NaN or infinity can't be stored in {bits} bits")
-    scale = (magnitude / LARGEST[bits]).bfloat16()
+    scale = (grouped.abs().amax(2) / LARGEST[bits]).bfloat16()
     if bits == 4:
         scale = _refine(grouped, scale)
     return _round(grouped, scale, bits).flatten(1)[:, : rows.shape[1]].to(torch.int8), scale

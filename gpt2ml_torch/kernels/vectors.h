@@ -17,35 +17,54 @@ using torch::headeronly::ScalarType;
 
 constexpr int64_t kLanes = 16;
 
-inline Floats load(const void* source, ScalarType type, int64_t index) {
-  if (type == ScalarType::Float) return load(static_cast<const float*>(source) + index);
-  const void* half = static_cast<const uint16_t*>(source) + index;
-  return type == ScalarType::Half ? from_half(half) : from_bfloat16(half);
+// An array of one of the three floating types.
+struct Numbers {
+  void* data;
+  ScalarType type;
+
+  int64_t size() const { return type == ScalarType::Float ? 4 : 2; }  // of one number, in bytes
+  void* at(int64_t index) const { return static_cast<char*>(data) + index * size(); }
+};
+
+inline Floats load(Numbers source, int64_t index) {
+  const void* p = source.at(index);
+  return source.type == ScalarType::Float ? load(static_cast<const float*>(p))
+         : source.type == ScalarType::Half ? from_half(p) : from_bfloat16(p);
 }
 
-inline void store(void* target, ScalarType type, int64_t index, Floats value) {
-  if (type == ScalarType::Float) return store(static_cast<float*>(target) + index, value);
-  void* half = static_cast<uint16_t*>(target) + index;
-  return type == ScalarType::Half ? to_half(half, value) : to_bfloat16(half, value);
+inline void store(Numbers target, int64_t index, Floats value) {
+  void* p = target.at(index);
+  if (target.type == ScalarType::Float) store(static_cast<float*>(p), value);
+  else if (target.type == ScalarType::Half) to_half(p, value);
+  else to_bfloat16(p, value);
 }
-
-inline int64_t bytes_of(ScalarType type) { return type == ScalarType::Float ? 4 : 2; }
 
 // The same for the end of an array: the lanes from `count` on are 0, and are not stored.
-inline Floats load_first(const void* source, ScalarType type, int64_t index, int64_t count) {
-  if (count >= kLanes) return load(source, type, index);
+inline Floats load_first(Numbers source, int64_t index, int64_t count) {
+  if (count >= kLanes) return load(source, index);
   alignas(64) char buffer[64] = {};
-  const int64_t size = bytes_of(type);
-  if (count > 0) std::memcpy(buffer, static_cast<const char*>(source) + index * size, count * size);
-  return load(buffer, type, 0);
+  if (count > 0) std::memcpy(buffer, source.at(index), count * source.size());
+  return load(Numbers{buffer, source.type}, 0);
 }
 
-inline void store_first(void* target, ScalarType type, int64_t index, int64_t count, Floats value) {
-  if (count >= kLanes) return store(target, type, index, value);
+inline void store_first(Numbers target, int64_t index, int64_t count, Floats value) {
+  if (count >= kLanes) return store(target, index, value);
   alignas(64) char buffer[64];
-  const int64_t size = bytes_of(type);
-  store(buffer, type, 0, value);
-  std::memcpy(static_cast<char*>(target) + index * size, buffer, count * size);
+  store(Numbers{buffer, target.type}, 0, value);
+  std::memcpy(target.at(index), buffer, count * target.size());
+}
+
+inline uint16_t to_bfloat16(float x) {
+  uint16_t rounded[kLanes];
+  to_bfloat16(rounded, all(x));
+  return rounded[0];
+}
+
+inline float from_bfloat16(uint16_t x) {
+  const uint32_t bits = static_cast<uint32_t>(x) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
 }
 
 // e^x for x <= 0, within 2 units in the last place: 2^n times a polynomial in the rest.

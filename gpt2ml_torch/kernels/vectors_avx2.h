@@ -33,7 +33,12 @@ inline Floats fma(Floats a, Floats b, Floats c) {  // a * b + c
 inline Floats fnma(Floats a, Floats b, Floats c) {  // c - a * b
   return {_mm256_fnmadd_ps(a.low, b.low, c.low), _mm256_fnmadd_ps(a.high, b.high, c.high)};
 }
-inline Floats max(Floats a, Floats b) { return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)}; }  // b where one is NaN
+inline Floats max(Floats a, Floats b) {  // b where one is NaN
+  return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)};
+}
+inline Floats min(Floats a, Floats b) {  // likewise
+  return {_mm256_min_ps(a.low, b.low), _mm256_min_ps(a.high, b.high)};
+}
 inline Floats magnitude(Floats x) {
   const __m256 sign = _mm256_set1_ps(-0.0f);
   return {_mm256_andnot_ps(sign, x.low), _mm256_andnot_ps(sign, x.high)};
@@ -72,15 +77,33 @@ inline float largest(Floats x) {
   return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 }
 
-// Lane i is the sum over the lanes of x[i].
-inline __m256 sum_each_of_8(const Floats* x) {
-  __m256 halves[8];
-  for (int i = 0; i < 8; ++i) halves[i] = x[i].low + x[i].high;
-  const __m256 a = _mm256_hadd_ps(_mm256_hadd_ps(halves[0], halves[1]), _mm256_hadd_ps(halves[2], halves[3]));
-  const __m256 b = _mm256_hadd_ps(_mm256_hadd_ps(halves[4], halves[5]), _mm256_hadd_ps(halves[6], halves[7]));
-  return _mm256_permute2f128_ps(a, b, 0x20) + _mm256_permute2f128_ps(a, b, 0x31);
+// Lane j of x[i] becomes lane i of x[j].
+inline void transpose(__m256 (&x)[8]) {
+  __m256 a[8], b[8];
+  for (int i = 0; i < 8; i += 2) a[i] = _mm256_unpacklo_ps(x[i], x[i + 1]), a[i + 1] = _mm256_unpackhi_ps(x[i], x[i + 1]);
+  for (int i = 0; i < 8; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      const __m256d low = _mm256_castps_pd(a[i + j]), high = _mm256_castps_pd(a[i + j + 2]);
+      b[i + 2 * j] = _mm256_castpd_ps(_mm256_unpacklo_pd(low, high));
+      b[i + 2 * j + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(low, high));
+    }
+  for (int i = 0; i < 4; ++i)
+    x[i] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x20), x[i + 4] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
 }
-inline Floats sum_each(Floats (&x)[16]) { return {sum_each_of_8(x), sum_each_of_8(x + 8)}; }
+inline void transpose(Floats (&x)[16]) {
+  __m256 quarters[2][2][8];  // of the rows, of the columns
+  for (int i = 0; i < 16; ++i) quarters[i / 8][0][i % 8] = x[i].low, quarters[i / 8][1][i % 8] = x[i].high;
+  for (auto& half : quarters)
+    for (auto& quarter : half) transpose(quarter);
+  for (int i = 0; i < 16; ++i) x[i] = {quarters[0][i / 8][i % 8], quarters[1][i / 8][i % 8]};
+}
+// Lane i is the sum over the lanes of x[i], in each quarter (0 + 2) + (1 + 3), and of the quarters (0 + 1) + (2 + 3).
+inline Floats sum_each(Floats (&x)[16]) {
+  transpose(x);
+  Floats quarters[4];
+  for (int i = 0; i < 4; ++i) quarters[i] = (x[4 * i] + x[4 * i + 2]) + (x[4 * i + 1] + x[4 * i + 3]);
+  return (quarters[0] + quarters[1]) + (quarters[2] + quarters[3]);
+}
 
 inline Floats from_half(const void* p) {
   const auto* halves = static_cast<const __m128i*>(p);
@@ -165,5 +188,5 @@ inline Ints dot_int8(Ints to, Ints weights, Ints inputs) {
 constexpr bool kMultipliesBfloat16 = false;
 inline Floats dot_bfloat16(Floats to, Ints, Ints) { return to; }
 
-// Accumulators that fit the registers: rows and panels of a tile, for a few rows and for many.
-constexpr int kFewRows = 4, kManyRows = 4, kManyPanels = 1;
+// Rows and panels of a product's tile, by how many rows there are: as many accumulators as fit the registers.
+constexpr int kManyRows = 4, kManyPanels = 1, kFewRows = 4, kFewPanels = 1, kSingleRows = 4;

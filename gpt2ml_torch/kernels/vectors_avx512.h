@@ -19,6 +19,7 @@ inline void store(float* p, Floats x) { _mm512_storeu_ps(p, x); }
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }    // a * b + c
 inline Floats fnma(Floats a, Floats b, Floats c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a * b
 inline Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }                   // b where one is NaN
+inline Floats min(Floats a, Floats b) { return _mm512_min_ps(a, b); }                   // likewise
 inline Floats magnitude(Floats x) { return _mm512_abs_ps(x); }
 inline Floats nearest(Floats x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT); }
 inline Floats times_power_of_2(Floats x, Floats n) { return _mm512_scalef_ps(x, n); }  // n whole
@@ -32,7 +33,7 @@ inline Floats first_lanes(int64_t count, Floats x, Floats rest) {
 inline float sum(Floats x) { return _mm512_reduce_add_ps(x); }
 inline float largest(Floats x) { return _mm512_reduce_max_ps(x); }
 
-// Lane i is the sum over the lanes of x[i].
+// Lane i is the sum over the lanes of x[i], in each quarter (0 + 2) + (1 + 3), and of the quarters (0 + 1) + (2 + 3).
 inline Floats sum_each(Floats (&x)[16]) {
   Floats eighths[8], fours[4], twos[2];
 #pragma GCC unroll 16
@@ -48,6 +49,29 @@ inline Floats sum_each(Floats (&x)[16]) {
     twos[i] = _mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0x88) +
               _mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0xdd);
   return _mm512_shuffle_f32x4(twos[0], twos[1], 0x88) + _mm512_shuffle_f32x4(twos[0], twos[1], 0xdd);
+}
+
+// Lane j of x[i] becomes lane i of x[j].
+inline void transpose(Floats (&x)[16]) {
+  Floats a[16], b[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i += 2) a[i] = _mm512_unpacklo_ps(x[i], x[i + 1]), a[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i += 4)
+#pragma GCC unroll 16
+    for (int j = 0; j < 2; ++j) {
+      const __m512d low = _mm512_castps_pd(a[i + j]), high = _mm512_castps_pd(a[i + j + 2]);
+      b[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+      b[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+    }
+#pragma GCC unroll 16
+  for (int i = 0; i < 4; ++i) {  // quarters of the registers, in two steps
+    a[i] = _mm512_shuffle_f32x4(b[i], b[i + 4], 0x88), a[i + 4] = _mm512_shuffle_f32x4(b[i], b[i + 4], 0xdd);
+    a[i + 8] = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0x88), a[i + 12] = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0xdd);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 8; ++i)
+    x[i] = _mm512_shuffle_f32x4(a[i], a[i + 8], 0x88), x[i + 8] = _mm512_shuffle_f32x4(a[i], a[i + 8], 0xdd);
 }
 
 inline Floats from_half(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p))); }
@@ -98,5 +122,5 @@ constexpr bool kMultipliesBfloat16 = false;
 inline Floats dot_bfloat16(Floats to, Ints, Ints) { return to; }
 #endif
 
-// Accumulators that fit the registers: rows and panels of a tile, for a few rows and for many.
-constexpr int kFewRows = 8, kManyRows = 6, kManyPanels = 2;
+// Rows and panels of a product's tile, by how many rows there are: as many accumulators as fit the registers.
+constexpr int kManyRows = 6, kManyPanels = 2, kFewRows = 8, kFewPanels = 2, kSingleRows = 4;

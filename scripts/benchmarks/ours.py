@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from gpt2ml_torch import GPT2ML, Generator, GPT2MLConfig, Tokenizer
+from gpt2ml_torch.generation import Stats
 from gpt2ml_torch.kernels import packing
 from scripts.benchmarks import weights
 from scripts.benchmarks.peers import PROMPT
@@ -35,21 +36,29 @@ class GPT2MLGenerator:
         self.first_seconds = time.perf_counter() - started
         self.weight_bytes = self.generator.weight_bytes
 
-    def _generate(self, batch: int, tokens: int, new_tokens: int) -> float:
+    def _generate(self, batch: int, tokens: int, new_tokens: int) -> Stats:
         prompts = [weights.prompt(tokens, row=row) for row in range(batch)]
-        started = time.perf_counter()
-        self.generator.generate(
-            prompts, top_k=5, min_new_tokens=new_tokens, max_new_tokens=new_tokens, seed=0
+        stats = Stats()
+        self.generator.complete(
+            prompts,
+            stats=stats,
+            top_k=5,
+            min_new_tokens=new_tokens,
+            max_new_tokens=new_tokens,
+            seed=0,
         )
-        return time.perf_counter() - started
+        return stats
 
     def prefill(self, tokens: int) -> float:
         """Seconds from the prompt to its first new token."""
-        return self._generate(1, tokens, 1)
+        started = time.perf_counter()
+        self._generate(1, tokens, 1)
+        return time.perf_counter() - started
 
     def decode(self, batch: int, new_tokens: int) -> float:
-        """Seconds for so many more tokens of each row, the prompts' own time taken off."""
-        return self._generate(batch, PROMPT, new_tokens + 1) - self._generate(batch, PROMPT, 1)
+        """Seconds for so many more tokens of each row, sampling and decoding to text included."""
+        stats = self._generate(batch, PROMPT, new_tokens + 2)
+        return stats.step_seconds / stats.steps * new_tokens
 
 
 class NoCache:

@@ -1,4 +1,4 @@
-// y = x Wᵀ + b, or its GELU, for packed weights of 32, 16, 8 and 4 bits.
+// Products with packed weights of 32, 16, 8 and 4 bits.
 //
 // Decoding reads every weight once for each token, so a matrix-vector product has to keep up with the memory, and the
 // same packed weights have to serve the prompt's matrix product at the speed of the arithmetic units: there is no room
@@ -17,37 +17,27 @@
 // at -offset * sum(x). An output's sum always runs along K in the same order, whatever M, the tile and the number of
 // threads are, so a row's result never depends on its neighbours: batched and alone agree bit for bit.
 
-#include "vectors.h"
+#include "linear.h"
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
+#include "parallel.h"
 
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
-#include <optional>
-#include <vector>
+#include <new>
 
 namespace {
 
-using torch::stable::Tensor;
-
-constexpr int64_t kPanel = kLanes;        // outputs in a panel
-constexpr int64_t kMultiple = 32;         // K is padded to a multiple of it
-constexpr int64_t kSerialWork = 1 << 16;  // elements of x that one thread prepares faster than two
+constexpr int64_t kSerialWork = 1 << 16;    // elements of x that one thread prepares faster than two
+constexpr int64_t kAhead = 2048;            // bytes of a panel that are fetched in advance: about what a load takes
 constexpr int64_t kChunkBytes = 512 << 10;  // of prepared rows that are multiplied at once: they stay in the cache
-
-constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
-
-enum class Format { Float32, Float16, BFloat16, Int8, Int4 };
 
 // What a vector load of one panel holds: so many inputs of 16 outputs.
 template <Format kFormat> constexpr int64_t kInputs =
     kFormat == Format::BFloat16 ? 2 : kFormat == Format::Int8 ? 4 : kFormat == Format::Int4 ? 8 : 1;
 template <Format kFormat> constexpr int64_t kStepBytes = kFormat == Format::Float16 ? 32 : 64;
-template <Format kFormat> constexpr bool kInteger = kFormat == Format::Int8 || kFormat == Format::Int4;
-template <Format kFormat> constexpr int64_t kGroup = kFormat == Format::Int8 ? 128 : kFormat == Format::Int4 ? 32 : 0;
+template <Format kFormat> constexpr bool kInteger = is_integer(kFormat);
+template <Format kFormat> constexpr int64_t kGroup = group_of(kFormat);
 // What is to be taken back of the unsigned weights.
 template <Format kFormat> constexpr int32_t kOffset = kFormat == Format::Int4 ? 8 : kTakesUnsigned ? 128 : 0;
 template <Format kFormat> constexpr int64_t kInputBytes =  // of one prepared number
@@ -63,20 +53,20 @@ struct Inputs {
   int64_t row_bytes = 0, groups = 0;
 };
 
-template <Format kFormat> void to_floating(const void* x, ScalarType type, int64_t row, int64_t K, uint8_t* out) {
-  constexpr ScalarType kType = kInputBytes<kFormat> == 2 ? ScalarType::BFloat16 : ScalarType::Float;
-  for (int64_t k = 0; k < round_up(K, kMultiple); k += kLanes) store(out, kType, k, load_first(x, type, row * K + k, K - k));
+template <Format kFormat> void to_floating(Numbers x, int64_t row, int64_t K, uint8_t* out) {
+  const Numbers target{out, kInputBytes<kFormat> == 2 ? ScalarType::BFloat16 : ScalarType::Float};
+  for (int64_t k = 0; k < round_up(K, kMultiple); k += kLanes) store(target, k, load_first(x, row * K + k, K - k));
 }
 
-// A group with a NaN or an infinity gets such a scale, which then reaches the result.
+// A group with a NaN or an infinity gets NaN as its scale, which then reaches the result.
 template <Format kFormat>
-void quantize_row(const void* x, ScalarType type, int64_t row, int64_t K, uint8_t* out, float* scales, int32_t* starts) {
+void to_integers(Numbers x, int64_t row, int64_t K, uint8_t* out, float* scales, int32_t* starts) {
   const int64_t padded = round_up(K, kMultiple);
   for (int64_t begin = 0, g = 0; begin < padded; begin += kGroup<kFormat>, ++g) {
     const int64_t end = std::min(begin + kGroup<kFormat>, padded);
     Floats widest = all(0.0f), check = all(0.0f);
     for (int64_t k = begin; k < end; k += kLanes) {
-      const Floats value = load_first(x, type, row * K + k, K - k);
+      const Floats value = load_first(x, row * K + k, K - k);
       widest = max(widest, magnitude(value));
       check = fma(value, all(0.0f), check);  // NaN once one value is not finite
     }
@@ -84,7 +74,7 @@ void quantize_row(const void* x, ScalarType type, int64_t row, int64_t K, uint8_
     const Floats inverse = all(scale > 0 ? 127.0f / scale : 0.0f);
     Ints total = all(0);
     for (int64_t k = begin; k < end; k += kLanes) {
-      const Ints rounded = to_ints(load_first(x, type, row * K + k, K - k) * inverse);
+      const Ints rounded = to_ints(load_first(x, row * K + k, K - k) * inverse);
       total = add(total, rounded);
       to_int8(out + k, rounded);
     }
@@ -93,20 +83,18 @@ void quantize_row(const void* x, ScalarType type, int64_t row, int64_t K, uint8_
   }
 }
 
-template <Format kFormat> Inputs prepare(const Tensor& x, int64_t M, int64_t K) {
+template <Format kFormat> Inputs prepare(Numbers x, int64_t M, int64_t K) {
   Inputs in;
   const int64_t padded = round_up(K, kMultiple);
-  const ScalarType type = x.scalar_type();
-  const void* source = x.const_data_ptr();
   in.row_bytes = round_up(kInputBytes<kFormat> * padded, 64);
-  if (kInputBytes<kFormat> == 4 && type == ScalarType::Float && K % kMultiple == 0 && in.row_bytes == 4 * K) {
-    in.values = static_cast<const uint8_t*>(source);
+  if (kInputBytes<kFormat> == 4 && x.type == ScalarType::Float && in.row_bytes == 4 * K) {
+    in.values = static_cast<const uint8_t*>(x.data);
     return in;
   }
   if constexpr (kInteger<kFormat>) in.groups = (padded + kGroup<kFormat> - 1) / kGroup<kFormat>;
   const int64_t value_bytes = M * in.row_bytes, group_bytes = round_up(M * in.groups * 4, 64);
   in.memory.reset(static_cast<uint8_t*>(std::aligned_alloc(64, value_bytes + 2 * group_bytes)));
-  STD_TORCH_CHECK(in.memory, "packed_linear: out of memory for the inputs");
+  if (!in.memory) throw std::bad_alloc();
   uint8_t* values = in.memory.get();
   float* scales = reinterpret_cast<float*>(values + value_bytes);
   int32_t* starts = reinterpret_cast<int32_t*>(values + value_bytes + group_bytes);
@@ -114,12 +102,12 @@ template <Format kFormat> Inputs prepare(const Tensor& x, int64_t M, int64_t K) 
     for (int64_t row = begin; row < end; ++row) {
       uint8_t* out = values + row * in.row_bytes;
       if constexpr (kInteger<kFormat>)
-        quantize_row<kFormat>(source, type, row, K, out, scales + row * in.groups, starts + row * in.groups);
-      else to_floating<kFormat>(source, type, row, K, out);
+        to_integers<kFormat>(x, row, K, out, scales + row * in.groups, starts + row * in.groups);
+      else to_floating<kFormat>(x, row, K, out);
     }
   };
   if (M * K <= kSerialWork) rows(0, M);
-  else torch::stable::parallel_for(0, M, 1, rows);
+  else parallel_for(0, M, 1, rows);
   in.values = values, in.scales = scales, in.starts = starts;
   return in;
 }
@@ -129,11 +117,9 @@ template <Format kFormat> Inputs prepare(const Tensor& x, int64_t M, int64_t K) 
 struct Job {
   Inputs in;
   const uint8_t* weight;
-  const uint16_t* scale;  // bfloat16; null for floating-point weights
-  const void* bias;       // or null
-  ScalarType bias_type, out_type;
+  const uint16_t* scale;
+  Numbers bias, out;
   bool gelu;
-  void* out;
   int64_t M, N, padded;  // padded: K rounded up
   int64_t panel_bytes;   // of one panel's weights
 };
@@ -162,7 +148,7 @@ void sums_floating(const Job& job, const uint8_t* x, const uint8_t* w, Floats (&
 #pragma GCC unroll 8
     for (int c = 0; c < kCols; ++c) {
       const uint8_t* weight = w + c * job.panel_bytes;
-      if (kRows <= kFewRows && kCols == 1) prefetch(weight + 2048);
+      prefetch(weight + kAhead);
       if constexpr (kFormat == Format::Float32) first[c] = load(reinterpret_cast<const float*>(weight));
       if constexpr (kFormat == Format::Float16) first[c] = from_half(weight);
       if constexpr (kFormat == Format::BFloat16) {
@@ -207,7 +193,7 @@ void sums_integer(const Job& job, int64_t row, const uint8_t* x, const uint8_t* 
 #pragma GCC unroll 8
       for (int c = 0; c < kCols; ++c) {
         weight[c] = load_bytes(w + c * job.panel_bytes);
-        if (kRows <= kFewRows && kCols == 1) prefetch(w + 2048);
+        prefetch(w + c * job.panel_bytes + kAhead);
       }
       if constexpr (kFormat == Format::Int8) {
 #pragma GCC unroll 8
@@ -259,10 +245,10 @@ template <Format kFormat, int kRows, int kCols> void tile(const Job& job, int64_
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) store(columns[r], sum[r][c]);
     const int64_t n = (panel + c) * kPanel, count = job.N - n;
-    const Floats bias = job.bias ? load_first(job.bias, job.bias_type, n, count) : all(0.0f);
+    const Floats bias = job.bias.data ? load_first(job.bias, n, count) : all(0.0f);
     for (int r = 0; r < kRows; ++r) {
       const Floats y = load(columns[r]) + bias;
-      store_first(job.out, job.out_type, (row + r) * job.N + n, count, job.gelu ? gelu(y) : y);
+      store_first(job.out, (row + r) * job.N + n, count, job.gelu ? gelu(y) : y);
     }
   }
 }
@@ -278,58 +264,31 @@ template <Format kFormat> void multiply(const Job& job) {
   const int64_t panels = (job.N + kPanel - 1) / kPanel;
   const int64_t chunk = std::max<int64_t>(kChunkBytes / job.in.row_bytes / kManyRows, 1) * kManyRows;
   for (int64_t row = 0; row < job.M; row += chunk) {
-    const int64_t end = std::min(row + chunk, job.M);
-    torch::stable::parallel_for(0, panels, 4, [&](int64_t panel, int64_t last) {
-      if (end - row > kFewRows)
+    const int64_t end = std::min(row + chunk, job.M), rows = end - row;
+    parallel_for(0, panels, 4, [&](int64_t panel, int64_t last) {
+      if (rows > kFewRows)
         for (; panel + kManyPanels <= last; panel += kManyPanels) column<kFormat, kManyRows, kManyPanels>(job, panel, row, end);
-      for (; panel < last; ++panel) column<kFormat, kFewRows, 1>(job, panel, row, end);
+      else if (rows > kSingleRows)
+        for (; panel + kFewPanels <= last; panel += kFewPanels) column<kFormat, kFewRows, kFewPanels>(job, panel, row, end);
+      for (; panel < last; ++panel) column<kFormat, kSingleRows, 1>(job, panel, row, end);
     });
   }
 }
 
-template <Format kFormat>
-Tensor run(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scale, const std::optional<Tensor>& bias, int64_t N, bool gelu) {
-  const int64_t K = x.size(x.dim() - 1), M = K ? x.numel() / K : 0, padded = round_up(K, kMultiple);
-  const int64_t panels = (N + kPanel - 1) / kPanel, panel_bytes = padded / kInputs<kFormat> * kStepBytes<kFormat>;
-  STD_TORCH_CHECK(weight.is_contiguous() && (int64_t)(weight.numel() * weight.element_size()) == panels * panel_bytes,
-                  "packed_linear: the weight is not packed for ", K, " inputs and ", N, " outputs");
-  if constexpr (kInteger<kFormat>)
-    STD_TORCH_CHECK(scale && scale->is_contiguous() && scale->scalar_type() == ScalarType::BFloat16 &&
-                        scale->numel() == panels * kPanel * ((padded + kGroup<kFormat> - 1) / kGroup<kFormat>),
-                    "packed_linear: the scales don't fit the weight");
-  STD_TORCH_CHECK(!bias || (bias->is_contiguous() && bias->numel() == N), "packed_linear: the bias needs ", N, " values");
-  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-  sizes.back() = N;
-  Tensor out = torch::stable::new_empty(x, sizes);
-  if (M == 0 || N == 0) return out;
-  const Tensor rows = torch::stable::contiguous(x);
-  Job job{prepare<kFormat>(rows, M, K), static_cast<const uint8_t*>(weight.const_data_ptr()),
-          scale ? static_cast<const uint16_t*>(scale->const_data_ptr()) : nullptr,
-          bias ? bias->const_data_ptr() : nullptr, bias ? bias->scalar_type() : ScalarType::Float, x.scalar_type(), gelu,
-          out.mutable_data_ptr(), M, N, padded, panel_bytes};
-  multiply<kFormat>(job);
-  return out;
-}
-
-bool is_floating(ScalarType type) {
-  return type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half;
-}
-
-Tensor packed_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scale, const std::optional<Tensor>& bias,
-                     int64_t bits, int64_t outputs, bool gelu) {
-  STD_TORCH_CHECK(is_floating(x.scalar_type()) && (!bias || is_floating(bias->scalar_type())),
-                  "packed_linear: inputs and bias must be float32, bfloat16 or float16");
-  switch (weight.scalar_type()) {
-    case ScalarType::Float: return run<Format::Float32>(x, weight, scale, bias, outputs, gelu);
-    case ScalarType::Half: return run<Format::Float16>(x, weight, scale, bias, outputs, gelu);
-    case ScalarType::BFloat16: return run<Format::BFloat16>(x, weight, scale, bias, outputs, gelu);
-    default: break;
-  }
-  if (bits == 8) return run<Format::Int8>(x, weight, scale, bias, outputs, gelu);
-  STD_TORCH_CHECK(bits == 4, "packed_linear: integers must have 8 or 4 bits, not ", bits);
-  return run<Format::Int4>(x, weight, scale, bias, outputs, gelu);
+template <Format kFormat> void run(const Linear& layer, Numbers x, int64_t rows, Numbers out, bool with_gelu) {
+  const int64_t padded = round_up(layer.inputs, kMultiple), panel_bytes = padded / kInputs<kFormat> * kStepBytes<kFormat>;
+  multiply<kFormat>(Job{prepare<kFormat>(x, rows, layer.inputs), layer.weight, layer.scale, layer.bias, out, with_gelu, rows,
+                        layer.outputs, padded, panel_bytes});
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(gpt2ml, CPU, m) { m.impl("packed_linear", TORCH_BOX(&packed_linear)); }
+void apply(const Linear& layer, Numbers x, int64_t rows, Numbers out, bool with_gelu) {
+  switch (layer.format) {
+    case Format::Float32: return run<Format::Float32>(layer, x, rows, out, with_gelu);
+    case Format::Float16: return run<Format::Float16>(layer, x, rows, out, with_gelu);
+    case Format::BFloat16: return run<Format::BFloat16>(layer, x, rows, out, with_gelu);
+    case Format::Int8: return run<Format::Int8>(layer, x, rows, out, with_gelu);
+    case Format::Int4: return run<Format::Int4>(layer, x, rows, out, with_gelu);
+  }
+}
