@@ -15,6 +15,7 @@ from gpt2ml_torch.__main__ import main
 from gpt2ml_torch.finetuning import Objective, next_token_rows
 from gpt2ml_torch.finetuning.lora import add_adapter
 from gpt2ml_torch.finetuning.preparation import pack_blocks
+from gpt2ml_torch.model import KVCache
 from tests.finetuning_runs import metrics, run
 
 peft = pytest.importorskip("peft")
@@ -120,6 +121,31 @@ def test_the_frozen_matrices_are_packed(tuning_files: Path, tmp_path: Path) -> N
     ]
     matrices = 2 * (4 * 32 * 32 + 2 * 32 * 64)
     assert counts[0]["weights_here"] - counts[1]["weights_here"] == matrices
+
+
+def test_decoding_over_a_packed_base_sees_an_adapter_on_some_layers() -> None:
+    """Where all layers are packed, one kernel runs them; where one has an adapter, it must not."""
+    model = pack_blocks_of(small_model())
+    ids = torch.arange(1, 9)[None]
+
+    def last_logits() -> Tensor:
+        cache = KVCache(model.config, batch_size=1, length=8, dtype=model.dtype)
+        with torch.no_grad():
+            return model(ids, positions=torch.arange(8)[None], cache=cache)[0, -1]
+
+    plain = last_logits()
+    add_adapter(model, rank=4, targets=["mlp.up"])
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    assert (last_logits() - plain).abs().max() > 0.1
+    with torch.no_grad():
+        torch.testing.assert_close(last_logits(), model(ids)[0, -1], rtol=0.05, atol=0.05)
+
+
+def pack_blocks_of(model: GPT2ML) -> GPT2ML:
+    pack_blocks(model, "int8")
+    return model.eval()
 
 
 def test_nothing_is_merged_into_packed_weights(

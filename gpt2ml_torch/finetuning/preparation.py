@@ -95,8 +95,8 @@ def _load_packed(config: FinetuneConfig, dtype: torch.dtype) -> GPT2ML:
     with torch.device("meta"):
         model = GPT2ML(metadata.config).to(dtype)
     pack_blocks(model, config.lora_base)
-    for name, tensor in checkpoint.stream_tensors(config.model, metadata):
-        kernels.fill_packed(model, name, tensor, dtype)
+    for name, first, rows in checkpoint.stream_rows(config.model, metadata):
+        kernels.fill_rows(model, name, rows, first, dtype)
     return model.to(config.device)
 
 
