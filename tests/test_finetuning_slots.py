@@ -22,14 +22,22 @@ SIZES = Sizes(layers=2, width=12, heads=2, mlp=20, vocab=211, positions=16)
 RATE = 1e-2
 
 
-def random_slots(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> Weights:
-    """Statistics of a model that has seen gradients, with names as a Saver writes them."""
-    draw = np.random.default_rng(seed)
-    found: Weights = {}
-    for name, shape in shapes.items():
-        for slot, size in zip(("vr", "vc") if len(shape) == 2 else ("v",), shape, strict=True):
-            found[f"{name}/adafactor_{slot}"] = draw.uniform(1e-6, 1e-2, size)
-    return found
+def trained_slots(weights: Weights) -> Weights:
+    """The statistics after a few steps with random gradients, under the names of a Saver.
+
+    Not just random numbers: the means of a matrix's `vr` and `vc` are the same, since both are
+    averages of the same squares.
+    """
+    draw = np.random.default_rng(0)
+    optimizer = TFAdafactor(weights)
+    for _ in range(3):
+        scales = {name: np.exp(draw.standard_normal(w.shape)) for name, w in weights.items()}
+        gradients = {
+            name: (0.1 * scale * draw.standard_normal(scale.shape)).astype(weights[name].dtype)
+            for name, scale in scales.items()
+        }
+        optimizer.step(gradients, RATE)
+    return optimizer.slots
 
 
 def our_slots(slots: Weights, weights: Weights) -> dict[str, Tensor]:
@@ -58,15 +66,16 @@ def our_slots(slots: Weights, weights: Weights) -> dict[str, Tensor]:
     return found
 
 
-def test_the_next_step_from_given_statistics_is_the_originals() -> None:
+@pytest.mark.parametrize("size", [1e-3, 10.0], ids=["not clipped", "clipped"])
+def test_the_next_step_from_given_statistics_is_the_originals(size: float) -> None:
     weights = {name: w.astype(np.float64) for name, w in loud_weights(SIZES).items()}
-    slots = random_slots({name: w.shape for name, w in weights.items()})
+    slots = trained_slots(weights)
     model, reference = make_model(SIZES, weights), TFAdafactor(weights, slots)
     optimizer = Adafactor(parameter_groups(model), lr=RATE)
     start_from(optimizer, model, our_slots(slots, weights))
     torch.manual_seed(0)
     for parameter in model.parameters():
-        parameter.grad = 0.1 * torch.randn_like(parameter)
+        parameter.grad = size * torch.randn_like(parameter)
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     reference.step({n: g.numpy() for n, g in tf_weights_of(gradients).items()}, RATE)
     optimizer.step()
@@ -77,7 +86,7 @@ def test_the_next_step_from_given_statistics_is_the_originals() -> None:
 
 def test_a_missing_or_misshapen_statistic_is_an_error() -> None:
     weights = loud_weights(SIZES)
-    slots = our_slots(random_slots({name: w.shape for name, w in weights.items()}), weights)
+    slots = our_slots(trained_slots(weights), weights)
     model = make_model(SIZES, weights)
     name = "blocks.1.mlp.up.weight.vr"
     for damaged in ({k: v for k, v in slots.items() if k != name}, {**slots, name: torch.ones(3)}):
@@ -87,7 +96,7 @@ def test_a_missing_or_misshapen_statistic_is_an_error() -> None:
 
 def test_statistics_of_what_is_not_trained_are_left_out() -> None:
     weights = loud_weights(SIZES)
-    slots = our_slots(random_slots({name: w.shape for name, w in weights.items()}), weights)
+    slots = our_slots(trained_slots(weights), weights)
     model = make_model(SIZES, weights)
     model.get_submodule("blocks.0").requires_grad_(False)
     optimizer = Adafactor(parameter_groups(model))
@@ -100,7 +109,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a TensorFlow checkpoint, and model.safetensors that kept its optimizer."""
     folder = tmp_path_factory.mktemp("keep-optimizer")
     weights = loud_weights(SIZES)
-    write_checkpoint(folder, SIZES, weights)
+    write_checkpoint(folder, SIZES, weights | trained_slots(weights), slots=False)
     try:
         assert convert([str(folder), str(folder / "model.safetensors"), "--keep-optimizer"]) == 0
     except SystemExit:  # unknown option

@@ -31,7 +31,8 @@ class Adafactor(SlicedOptimizer):
     one for each element, `v`; all in float32 or wider. A group with `stacked=n` holds parameters
     that are n variables joined along their first dimension (query, key and value): each is scaled
     and clipped by itself, so `vc` is (n, columns). The original stores kernels transposed: its
-    `adafactor_vr` is this `vc`. Sharded parameters (`fully_shard`) have sharded statistics.
+    `adafactor_vr` is this `vc`, which changes nothing, since both have the same mean. Sharded
+    parameters (`fully_shard`) have sharded statistics.
 
     Raises `ValueError` for settings outside their range, and for a parameter whose first dimension
     `stacked` does not divide. Source: imcaspar/gpt2-ml, train/optimization_adafactor.py,
