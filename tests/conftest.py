@@ -40,6 +40,24 @@ def tf_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> TFCheckpoint:
     return TFCheckpoint(folder, write_checkpoint(folder, sizes, weights), sizes, weights)
 
 
+@pytest.fixture(scope="session")
+def shipped_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint that the repository ships, converted; don't write into its folder."""
+    from convert.__main__ import main
+
+    path = tmp_path_factory.mktemp("shipped") / "demo.safetensors"
+    assert main([str(Path(__file__).parent.parent / "checkpoints" / "demo"), str(path)]) == 0
+    return path
+
+
+@pytest.fixture(scope="session")
+def tuning_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model.safetensors and a text.txt to tune it on; don't write into it."""
+    from tests.finetuning_runs import make_files
+
+    return make_files(tmp_path_factory.mktemp("finetuning"))
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)

@@ -1,8 +1,8 @@
-"""Fine-tunings in processes of their own, for the tests: run one, perhaps among several, or kill it
-again and again.
+"""Fine-tunings in processes of their own, for the tests: run, killed again and again, or measured.
 
-python -m tests.finetuning_worker run '{"model": ...}' [STOP_AFTER]
+python -m tests.finetuning_worker run '{"model": ...}' STOP_AFTER ['{"model": ...}' STOP_AFTER ...]
 python -m tests.finetuning_worker kill '{"model": ...}' TIMES SEED
+python -m tests.finetuning_worker memory '{"model": ...}'        # prints the peak, in bytes
 """
 
 from __future__ import annotations
@@ -17,35 +17,42 @@ from pathlib import Path
 from typing import Any
 
 from gpt2ml_torch.finetuning.config import FinetuneConfig
+from gpt2ml_torch.finetuning.memory import peak_gib, tune_allocator
+from gpt2ml_torch.finetuning.processes import processes
 from gpt2ml_torch.finetuning.reporting import read_metrics
 from gpt2ml_torch.finetuning.run import finetune
-from gpt2ml_torch.finetuning.sharding import process_rank, processes
 
 
 def main() -> None:
     """Do what the arguments say."""
-    mode, text, *rest = sys.argv[1:]
-    values = json.loads(text)
-    config = FinetuneConfig(**values | {"data": tuple(values["data"])})
+    mode, *rest = sys.argv[1:]
     if mode == "run":
-        run(config, int(rest[0]) if rest else None)
+        with processes():
+            for text, stop_after in zip(rest[::2], rest[1::2], strict=True):
+                run(_config(text), int(stop_after))
+    elif mode == "memory":
+        tune_allocator()
+        finetune(_config(rest[0]))
+        print(int(peak_gib() * 2**30))
     else:
-        kill_and_resume(config, times=int(rest[0]), seed=int(rest[1]))
+        kill_and_resume(_config(rest[0]), times=int(rest[1]), seed=int(rest[2]))
 
 
-def run(config: FinetuneConfig, stop_after: int | None) -> None:
+def _config(text: str) -> FinetuneConfig:
+    values = json.loads(text)
+    return FinetuneConfig(**values | {"data": tuple(values["data"])})
+
+
+def run(config: FinetuneConfig, stop_after: int) -> None:
     """Fine-tune; interrupted after so many steps."""
     asked = 0
 
     def should_stop() -> bool:
         nonlocal asked
         asked += 1
-        return stop_after is not None and asked >= stop_after
+        return asked >= stop_after
 
-    with processes():
-        finetune(config, should_stop=should_stop)
-        if process_rank() == 0:
-            print("finished")
+    finetune(config, should_stop=should_stop)
 
 
 def kill_and_resume(config: FinetuneConfig, *, times: int, seed: int) -> None:
@@ -67,7 +74,7 @@ def kill_and_resume(config: FinetuneConfig, *, times: int, seed: int) -> None:
             finally:
                 os._exit(code)
         if attempt < times:
-            time.sleep(draw.uniform(0.05, 0.6))
+            time.sleep(draw.uniform(0.05, 0.4))
             os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         reached.append(_steps(config.run_folder / "metrics.jsonl"))

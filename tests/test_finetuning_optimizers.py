@@ -1,4 +1,4 @@
-"""Stochastic rounding, the optimizers, and the step inside the backward pass."""
+"""AdamW in full and in 8 bits, parameter groups, and the step inside the backward pass."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ import torch
 from torch import nn
 
 from gpt2ml_torch import GPT2ML, GPT2MLConfig
-from gpt2ml_torch.finetuning import adafactor, optimizers
-from gpt2ml_torch.finetuning.data import Rows
-from gpt2ml_torch.finetuning.objective import Objective
+from gpt2ml_torch.finetuning import Objective, Rows, next_token_rows
 from gpt2ml_torch.finetuning.optimizers import (
     Adafactor,
     AdamW,
@@ -20,8 +18,8 @@ from gpt2ml_torch.finetuning.optimizers import (
     StepInBackward,
     gradient_norm,
     parameter_groups,
+    sliced,
 )
-from gpt2ml_torch.finetuning.rounding import round_stochastically_
 
 CONFIG = GPT2MLConfig(
     vocab_size=41,
@@ -36,9 +34,7 @@ CONFIG = GPT2MLConfig(
 
 def rows(seed: int = 0) -> Rows:
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(1, 41, (2, 17), generator=generator)
-    places = torch.arange(16).expand(2, 16)
-    return Rows(ids[:, :-1], ids[:, 1:], places, torch.ones_like(places))
+    return next_token_rows(torch.randint(1, 41, (2, 17), generator=generator))
 
 
 def model_of(dtype: torch.dtype = torch.float32) -> GPT2ML:
@@ -46,74 +42,9 @@ def model_of(dtype: torch.dtype = torch.float32) -> GPT2ML:
     return GPT2ML(CONFIG).to(dtype).train()
 
 
-def test_rounding_goes_to_the_two_neighbours_with_the_right_frequency() -> None:
-    low, high = (torch.tensor(v, dtype=torch.bfloat16).float() for v in (1.0, 1.0078125))
-    for share in (0.1, 0.5, 0.93):
-        for sign in (1.0, -1.0):
-            value = (low + share * (high - low)) * sign
-            target = torch.empty(200_000, dtype=torch.bfloat16)
-            generator = torch.Generator().manual_seed(1)
-            round_stochastically_(target, value.expand(200_000), generator=generator)
-            found = (target.float() * sign - low) / (high - low)
-            assert set(found.tolist()) == {0.0, 1.0}
-            assert abs(found.mean().item() - share) < 5 * (0.25 / 200_000) ** 0.5
-
-
-def test_rounding_keeps_what_is_representable_and_what_is_not_finite() -> None:
-    exact = torch.randn(1000).bfloat16()
-    assert torch.equal(round_stochastically_(torch.empty_like(exact), exact.float()), exact)
-    odd = torch.tensor([float("inf"), -float("inf"), float("nan"), 0.0])
-    odd = torch.cat(
-        [odd, torch.tensor([-1], dtype=torch.int32).view(torch.float32)]
-    )  # NaN, all ones
-    found = round_stochastically_(torch.empty(5, dtype=torch.bfloat16), odd)
-    torch.testing.assert_close(found.float(), odd, rtol=0, atol=0, equal_nan=True)
-
-
-def test_rounding_repeats_with_the_generator_and_errors_are_independent() -> None:
-    source = torch.randn(4000)
-    results = []
-    for seed in (3, 3, 4):
-        generator = torch.Generator().manual_seed(seed)
-        target = torch.empty(4000, dtype=torch.bfloat16)
-        results.append(round_stochastically_(target, source, generator=generator))
-    assert torch.equal(results[0], results[1])
-    assert not torch.equal(results[0], results[2])
-    up = torch.empty(40_000, dtype=torch.bfloat16)
-    round_stochastically_(up, torch.full((40_000,), 1.0 + 0.00390625))
-    bits = (up.float() > 1).float() * 2 - 1
-    for lag in range(1, 9):  # four neighbours share one draw of 64 bits
-        assert abs((bits[lag:] * bits[:-lag]).mean().item()) < 0.03
-
-
-def test_rounding_refuses_other_dtypes_and_shapes() -> None:
-    with pytest.raises(ValueError, match="float32 to bfloat16"):
-        round_stochastically_(torch.empty(2), torch.empty(2))
-    with pytest.raises(ValueError, match="differ"):
-        round_stochastically_(torch.empty(2, dtype=torch.bfloat16), torch.empty(3))
-
-
-@pytest.mark.parametrize("slice_size", [1 << 20, 40])
-def test_adafactor_in_slices_follows_the_whole_matrix_rule(
-    slice_size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(optimizers, "SLICE", slice_size)
-    expected, found = model_of(), model_of()
-    reference = adafactor.Adafactor(adafactor.parameter_groups(expected), lr=1e-2)
-    ours = Adafactor(parameter_groups(found), lr=1e-2)
-    for step in range(4):
-        for p, q in zip(expected.parameters(), found.parameters(), strict=True):
-            p.grad = torch.randn_like(p) * 10.0 ** (step - 2)
-            q.grad = p.grad.clone()
-        reference.step()
-        ours.step()
-    for p, q in zip(expected.parameters(), found.parameters(), strict=True):
-        torch.testing.assert_close(q, p, rtol=1e-5, atol=1e-6)
-
-
 @pytest.mark.parametrize("slice_size", [1 << 20, 40])
 def test_adamw_is_that_of_torch(slice_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optimizers, "SLICE", slice_size)
+    monkeypatch.setattr(sliced, "SLICE", slice_size)
     expected, found = nn.Linear(16, 20), nn.Linear(16, 20)
     found.load_state_dict(expected.state_dict())
     reference = torch.optim.AdamW(expected.parameters(), lr=1e-2, weight_decay=0.1)
@@ -177,7 +108,7 @@ def test_stepping_in_the_backward_pass_changes_nothing_but_memory(
         assert torch.equal(p, q)
 
 
-def test_the_tied_embedding_is_stepped_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tied_embedding_is_stepped_once() -> None:
     model = model_of()
     optimizer = optimizer_of(model, AdamW)
     hooks = StepInBackward(optimizer)
@@ -198,32 +129,32 @@ def test_a_broken_gradient_steps_nothing() -> None:
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-def test_stochastic_rounding_keeps_small_updates_that_rounding_to_nearest_loses() -> None:
-    moved = {}
-    for stochastic in (True, False):
-        weight = nn.Parameter(torch.full((64, 64), 0.5, dtype=torch.bfloat16))
-        optimizer = AdamW(
-            [weight], lr=1e-5, weight_decay=0.0, stochastic_rounding=stochastic, seed=1
-        )
-        for _ in range(50):
-            weight.grad = torch.ones_like(weight)
-            optimizer.step()
-        moved[stochastic] = 0.5 - weight.float().mean().item()
-    assert moved[False] == 0.0
-    assert moved[True] == pytest.approx(50e-5, rel=0.3)
-
-
-def test_chunked_loss_is_the_plain_one_and_so_are_its_gradients() -> None:
-    plain, chunked = model_of().double(), model_of().double()
-    batch = rows()
-    batch.labels[0, 3:7] = 0
-    logits = plain(batch.token_ids)
-    expected = nn.functional.cross_entropy(
-        logits.flatten(0, 1), batch.labels.flatten(), ignore_index=0, reduction="sum"
+def test_nothing_is_stepped_below_a_broken_gradient() -> None:
+    model = model_of()
+    hooks = StepInBackward(optimizer_of(model, Adafactor))
+    model.get_parameter("blocks.1.mlp.up.weight").register_hook(
+        lambda gradient: gradient * float("inf")
     )
-    found = Objective(chunked, chunk=5)(batch)
-    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
-    expected.backward()
-    found.backward()
-    for p, q in zip(plain.parameters(), chunked.parameters(), strict=True):
-        torch.testing.assert_close(q.grad, p.grad, rtol=1e-4, atol=1e-5)
+    before = copy.deepcopy(model.state_dict())
+    Objective(model)(rows()).backward()
+    moved = {n for n, value in model.state_dict().items() if not torch.equal(before[n], value)}
+    assert hooks.broken
+    assert any(name.startswith("blocks.2") for name in moved)
+    assert not any(name.startswith(("blocks.0", "blocks.1.attention", "token")) for name in moved)
+
+
+def test_groups_know_what_decays_and_what_is_joined() -> None:
+    groups = parameter_groups(model_of(), weight_decay=0.1, scale=lambda n: 0.5 if "0" in n else 1)
+    kinds = {(g["weight_decay"], g["stacked"], g["scale"]) for g in groups}
+    assert kinds == {(d, s, f) for d in (0.0, 0.1) for s in (1, 3) for f in (0.5, 1)}
+    assert all(p.ndim == 1 for g in groups for p in g["params"] if not g["weight_decay"])
+    model = model_of()
+    model.get_submodule("blocks.0").requires_grad_(False)
+    kept = sum(len(g["params"]) for g in parameter_groups(model))
+    assert kept == sum(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("settings", [{"lr": -1.0}, {"betas": (1.0, 0.9)}, {"eps": 0.0}])
+def test_impossible_settings_of_adamw_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        AdamW([nn.Parameter(torch.ones(4, 2))], **settings)

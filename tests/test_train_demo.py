@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from gpt2ml_torch import GPT2MLConfig
+from gpt2ml_torch import GPT2ML, GPT2MLConfig
+from gpt2ml_torch.finetuning import Trainer
 from scripts import train_demo
 from scripts.demo_model import corpus as demo_corpus
 from scripts.demo_model import export as demo_export
@@ -52,58 +53,77 @@ RECIPE = dataclasses.replace(
         train_demo.Stage(steps=12, rows=4, length=32),
         train_demo.Stage(steps=4, rows=1, length=96),
     ),
-    warmup_steps=3,
+    training=dataclasses.replace(
+        train_demo.DEMO.training, steps=16, warmup=3, cooldown=4, eval_every=8
+    ),
     compile=False,
 )
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[train_demo.Run, train_demo.Data]:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trainer, train_demo.Data]:
     data = train_demo.Data(made_up_corpus(), RECIPE)
-    run = train_demo.Run(RECIPE, tmp_path_factory.mktemp("work"))
-    run.train(data)
-    return run, data
+    trainer = train_demo.make_trainer(RECIPE, data, tmp_path_factory.mktemp("work"))
+    assert trainer.run().reason == "done"
+    return trainer, data
 
 
-def test_training_learns(finished: tuple[train_demo.Run, train_demo.Data]) -> None:
-    run, data = finished
+def test_training_learns(finished: tuple[Trainer, train_demo.Data]) -> None:
+    trainer, data = finished
     articles = data.articles(data.corpus.train)[5]
-    fresh = train_demo.Run(RECIPE, run.file.parent)
-    before = train_demo.held_out_loss(fresh.model, articles)
-    assert train_demo.held_out_loss(run.model, articles) < before - 0.1
+    fresh = GPT2ML(RECIPE.model)
+    before = train_demo.mean_loss(fresh, articles)
+    assert train_demo.mean_loss(trainer.objective.model, articles) < before - 0.1
+
+
+def test_stages_follow_each_other_and_reach_all_positions(
+    finished: tuple[Trainer, train_demo.Data],
+) -> None:
+    _, data = finished
+    shapes = [tuple(data.batch(index).token_ids.shape) for index in range(16)]
+    assert shapes == [(4, 32)] * 12 + [(1, 96)] * 4
+    first = torch.stack([data.batch(index).positions[:, 0] for index in range(12)])
+    assert (first[:, ::2] == 0).all()
+    assert len(set(first[:, 1].tolist())) > 8
+    assert max(int(data.batch(index).positions.max()) for index in range(12)) > 150
+    once, again = data.batch(7), train_demo.Data(data.corpus, RECIPE).batch(7)
+    assert all(torch.equal(one, other) for one, other in zip(once, again, strict=True))
 
 
 def test_a_stopped_run_goes_on_as_if_never_stopped(
-    finished: tuple[train_demo.Run, train_demo.Data], tmp_path: Path
+    finished: tuple[Trainer, train_demo.Data], tmp_path: Path
 ) -> None:
     whole, data = finished
-    first = train_demo.Run(RECIPE, tmp_path)
-    batches = data.batches(0)
-    data_to_step_7 = train_demo.Data(data.corpus, RECIPE)
-    data_to_step_7.batches = lambda start: (next(batches) for _ in range(7))  # type: ignore[method-assign]
-    first.train(data_to_step_7)
-    second = train_demo.Run(RECIPE, tmp_path)
-    second.resume()
-    assert second.step == 7
-    second.train(data)
-    for one, other in zip(whole.model.parameters(), second.model.parameters(), strict=True):
-        assert torch.equal(one, other)
+    first = train_demo.make_trainer(RECIPE, data, tmp_path)
+    asked = iter([False] * 6 + [True])
+    first.should_stop = lambda: next(asked)
+    assert first.run().step == 7
+    second = train_demo.make_trainer(RECIPE, data, tmp_path)
+    assert train_demo.restored_step(second) == 7
+    third = train_demo.make_trainer(RECIPE, data, tmp_path)
+    assert third.run(resume=True).step == 16
+    pairs = zip(whole.objective.parameters(), third.objective.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
 
 
 def test_a_state_of_another_recipe_is_refused(
-    finished: tuple[train_demo.Run, train_demo.Data],
+    finished: tuple[Trainer, train_demo.Data],
 ) -> None:
-    other = train_demo.Run(dataclasses.replace(RECIPE, learning_rate=1.0), finished[0].file.parent)
-    with pytest.raises(ValueError, match="another recipe"):
-        other.resume()
+    trainer, data = finished
+    assert trainer.folder is not None
+    stages = (train_demo.Stage(steps=16, rows=4, length=32),)
+    other = dataclasses.replace(RECIPE, stages=stages)
+    with pytest.raises(ValueError, match="another model, other data"):
+        train_demo.make_trainer(other, data, trainer.folder).run(resume=True)
 
 
 def test_the_checkpoint_is_the_originals_with_slots_and_step(
-    finished: tuple[train_demo.Run, train_demo.Data], tmp_path: Path
+    finished: tuple[Trainer, train_demo.Data], tmp_path: Path
 ) -> None:
     tf = pytest.importorskip("tensorflow")
-    run, data = finished
-    train_demo.export(run, data, tmp_path)
+    trainer, data = finished
+    model = trainer.objective.model
+    train_demo.export(trainer, data, 16, tmp_path)
     names = {file.name for file in tmp_path.iterdir()}
     parts = {f"model.ckpt-16.{part}" for part in ("index", "data-00000-of-00001", "meta")}
     assert names == parts | {"checkpoint", "config.json", "vocab.txt", "README.md"}
@@ -111,9 +131,9 @@ def test_the_checkpoint_is_the_originals_with_slots_and_step(
     reader = tf.train.load_checkpoint(str(tmp_path))
     assert reader.get_tensor("global_step") == 16
     assert reader.get_tensor("global_step").dtype == np.int64
-    key_rows = run.model.get_parameter("blocks.1.attention.qkv.weight")[16:32].detach().numpy()
+    key_rows = model.get_parameter("blocks.1.attention.qkv.weight")[16:32].detach().numpy()
     np.testing.assert_array_equal(reader.get_tensor("newslm/layer01/key_layer/kernel"), key_rows.T)
-    up = run.optimizer.state[run.model.get_parameter("blocks.1.mlp.up.weight")]
+    up = trainer.optimizer.state[model.get_parameter("blocks.1.mlp.up.weight")]
     scope = "newslm/layer01/intermediate/kernel"
     inputs, outputs = (reader.get_tensor(f"{scope}/adafactor_{slot}") for slot in ("vr", "vc"))
     assert (inputs.shape, outputs.shape) == ((16,), (24,))

@@ -1,4 +1,4 @@
-"""`gpt2ml finetune MODEL DATA... --out OUT`: arguments, the progress bar, and what is printed."""
+"""`gpt2ml finetune MODEL DATA... --out OUT`: its arguments, its signals, and what is printed."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import os
 import signal
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
+from gpt2ml_torch.commands.training_bar import TrainingBar
 from gpt2ml_torch.finetuning.config import (
+    LORA_BASES,
     LORA_TARGETS,
     ON_SPIKE,
     OPTIMIZERS,
@@ -67,9 +69,17 @@ def _add_training(group: Any) -> None:
         "--accumulate", type=int, default=1, help="batches a step, with --keep-gradients"
     )
     group.add_argument("--optimizer", choices=OPTIMIZERS, default="adafactor")
+    group.add_argument(
+        "--fresh-optimizer",
+        action="store_true",
+        help="leave the Adafactor statistics alone that MODEL may hold",
+    )
     group.add_argument("--learning-rate", "--lr", type=float, help="1e-5 (LoRA: 1e-4)")
     group.add_argument("--schedule", choices=SCHEDULES, default="cosine")
     group.add_argument("--warmup", type=int, help="steps (5 %% of all)")
+    group.add_argument(
+        "--cooldown", type=int, default=0, metavar="STEPS", help="linear end of a constant rate"
+    )
     group.add_argument("--final-share", type=float, default=0.1, help="of the rate, at the end")
     group.add_argument("--weight-decay", type=float, default=0.01)
     group.add_argument("--clip-norm", type=float, help="with --keep-gradients")
@@ -81,7 +91,7 @@ def _add_training(group: Any) -> None:
     group.add_argument("--lora-alpha", type=float, help="twice the rank")
     group.add_argument("--lora-targets", default=",".join(LORA_TARGETS), metavar="NAMES")
     group.add_argument("--lora-dropout", type=float, default=0.0)
-    group.add_argument("--lora-base", choices=("weights", "int8"), default="weights")
+    group.add_argument("--lora-base", choices=LORA_BASES, default="weights")
 
 
 def _add_memory(group: Any) -> None:
@@ -103,9 +113,14 @@ def _add_memory(group: Any) -> None:
     )
     group.add_argument("--loss-chunk", type=int, default=128, help="positions with logits at once")
     group.add_argument(
+        "--upcast",
+        action=argparse.BooleanOptionalAction,
+        help="multiply bfloat16 weights in float32 (on CPUs without bfloat16 instructions)",
+    )
+    group.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, help="on CUDA by default"
     )
-    group.add_argument("--device", default="cpu")
+    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: auto)")
     group.add_argument("--dry-run", action="store_true", help="predict the memory and stop")
     group.add_argument(
         "--memory", metavar="SIZE", help="what there is, such as 22GB, for --dry-run"
@@ -114,12 +129,19 @@ def _add_memory(group: Any) -> None:
 
 def _add_run(group: Any) -> None:
     group.add_argument("--seed", type=int, default=0)
-    group.add_argument("--eval-every", type=int, metavar="STEPS", help="once an epoch unless given")
+    group.add_argument("--eval-every", type=int, metavar="STEPS", help="a tenth of the run")
     group.add_argument("--patience", type=int, help="evaluations without gain before stopping")
     group.add_argument("--prompt", dest="prompts", action="append", default=[], help="to continue")
     group.add_argument("--sample-every", type=int, metavar="STEPS", help="with each evaluation")
     group.add_argument("--sample-tokens", type=int, default=64)
     group.add_argument("--checkpoint-every", type=int, metavar="STEPS", help="with each evaluation")
+    group.add_argument(
+        "--checkpoint-minutes",
+        type=float,
+        default=15.0,
+        metavar="MINUTES",
+        help="never later than this after the one before",
+    )
     group.add_argument("--keep", type=int, default=2, help="last checkpoints to keep")
     group.add_argument("--on-spike", choices=ON_SPIKE, default="stop")
     group.add_argument("--spike-factor", type=float, default=6.0)
@@ -136,6 +158,11 @@ def _add_run(group: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Check the settings, then predict or train."""
+    from gpt2ml_torch.commands.common import (
+        choose_device,
+    )  # brings torch, which help can do without
+
+    arguments.device = str(choose_device(arguments.device))
     config = to_config(arguments)
     if arguments.memory is not None and not arguments.dry_run:
         raise ValueError("--memory is for --dry-run; add that, or leave it out")
@@ -160,21 +187,24 @@ def _dry_run(config: FinetuneConfig, memory: str | None) -> int:
     available = parse_size(memory) if memory is not None else None
     prediction = predict(config)
     print(prediction)
-    if available is None or prediction.total <= available:
+    if available is None:
         return 0
-    print(suggestion(config, available))
-    return 1
+    fits = prediction.total <= available
+    print("that fits" if fits else suggestion(config, available))
+    return 0 if fits else 1
 
 
 def _finetune(config: FinetuneConfig, *, quiet: bool) -> int:
+    from gpt2ml_torch.commands.common import show_log
     from gpt2ml_torch.finetuning.memory import tune_allocator
+    from gpt2ml_torch.finetuning.processes import process_rank, processes
     from gpt2ml_torch.finetuning.run import finetune
-    from gpt2ml_torch.finetuning.sharding import process_rank, processes
 
     tune_allocator()
     with processes(config.device), _interruptible() as stopped:
         first = process_rank() == 0
-        show = _Progress(quiet=quiet or not first)
+        show_log(quiet=quiet or not first)
+        show = TrainingBar(quiet=quiet or not first)
         try:
             result = finetune(
                 config,
@@ -199,9 +229,8 @@ def _summary(config: FinetuneConfig, result: Any) -> str:
     if result.reason == "spike":
         good = result.last_checkpoint or "none was saved"
         return (
-            f"gpt2ml: error: stopped at step {result.step + 1}, {result.trouble}; last "
-            "good checkpoint: "
-            f"{good} (--resume goes on from it, --on-spike skip leaves such steps out)"
+            f"gpt2ml: error: stopped at step {result.step + 1}, {result.trouble}; last good "
+            f"checkpoint: {good} (--resume goes on from it, --on-spike skip leaves such steps out)"
         )
     best = f", validation loss {result.best_loss:.4f} at step {result.best_step}" * (
         result.best_loss is not None
@@ -230,71 +259,3 @@ def _interruptible() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-class _Progress:
-    """One bar for the steps; what else happens is a line above it."""
-
-    def __init__(self, *, quiet: bool) -> None:
-        self._quiet = quiet
-        self._bar: Any = None
-        self._what = ""
-
-    def __call__(self, event: Any) -> None:
-        handler: Callable[[Any], None] | None = getattr(self, f"_on_{event.kind}", None)
-        if handler is not None and not self._quiet:
-            handler(event)
-
-    def tokenizing(self, what: str, done: int, total: int) -> None:
-        """Show how far reading the data is."""
-        if self._quiet:
-            return
-        if what != self._what:
-            self.close()
-            self._bar = _tqdm(total=total, desc=what, unit="B", unit_scale=True)
-            self._what = what
-        self._bar.n = done
-        self._bar.refresh()
-
-    def _on_start(self, event: Any) -> None:
-        self.close()
-        self._bar = _tqdm(
-            total=event.values["total_steps"], initial=event.step, desc="training", unit="step"
-        )
-
-    def _on_step(self, event: Any) -> None:
-        values = event.values
-        self._bar.set_postfix_str(
-            f"loss {values['loss']:.3f}, {values['tokens_per_second']:.0f} tokens/s, "
-            f"{values['memory_gib']:.2f} GiB"
-        )
-        self._bar.update(event.step - self._bar.n)
-
-    def _on_eval(self, event: Any) -> None:
-        values = event.values
-        bits = values.get("bits_per_character")
-        self._write(
-            f"step {event.step}: validation loss {values['loss']:.4f}, perplexity "
-            f"{values['perplexity']:.2f}" + (f", {bits:.3f} bits a character" if bits else "")
-        )
-
-    def _on_skip(self, event: Any) -> None:
-        self._write(f"step {event.step + 1}: {event.values['reason']}")
-
-    def _on_sample(self, event: Any) -> None:
-        self._write(f"step {event.step}: {event.values['prompt']}{event.values['text']}")
-
-    def _write(self, line: str) -> None:
-        self._bar.write(line, file=sys.stderr)
-
-    def close(self) -> None:
-        """Leave the bar as it stands."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-
-
-def _tqdm(**options: Any) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(file=sys.stderr, mininterval=0.5, dynamic_ncols=True, **options)

@@ -1,11 +1,11 @@
-"""Fine-tuning: data, loss, optimizers, LoRA and loop, each usable alone.
+"""Fine-tuning, whole or in pieces, each usable alone.
 
     result = finetune(FinetuneConfig(model="in.safetensors", data=("poems.txt",),
-    out="out.safetensors"))
+                                     out="out.safetensors"), callback=print)
 
-The pieces: `data` (files to rows), `optimizers` (a step inside the backward pass), `objective`,
-`loop.Trainer`, `lora`,
-`prediction` (memory before anything is loaded).
+`finetune` goes from files to a file. Its pieces: `tokenize_files`, `RowDataset` and `BatchStream`
+(files to batches), `Objective` (the loss), the optimizers with `StepInBackward`, `Trainer` (the
+loop), and `predict` (memory, before anything is loaded).
 """
 
 from __future__ import annotations
@@ -15,6 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gpt2ml_torch.finetuning.config import FinetuneConfig, TrainConfig
+    from gpt2ml_torch.finetuning.data import (
+        BatchStream,
+        RowDataset,
+        Rows,
+        next_token_rows,
+        tokenize_files,
+    )
     from gpt2ml_torch.finetuning.loop import Trainer, TrainResult
     from gpt2ml_torch.finetuning.objective import Objective
     from gpt2ml_torch.finetuning.optimizers import (
@@ -32,37 +39,47 @@ if TYPE_CHECKING:
 _PLACES = {
     "Adafactor": "optimizers",
     "AdamW": "optimizers",
+    "BatchStream": "data",
     "Event": "reporting",
     "FinetuneConfig": "config",
     "FinetuneResult": "run",
     "Objective": "objective",
     "Prediction": "prediction",
+    "RowDataset": "data",
+    "Rows": "data",
     "StepInBackward": "optimizers",
     "TrainConfig": "config",
     "TrainResult": "loop",
     "Trainer": "loop",
     "finetune": "run",
+    "next_token_rows": "data",
     "parameter_groups": "optimizers",
     "predict": "prediction",
     "round_stochastically_": "rounding",
+    "tokenize_files": "data",
 }
 
 __all__ = [
     "Adafactor",
     "AdamW",
+    "BatchStream",
     "Event",
     "FinetuneConfig",
     "FinetuneResult",
     "Objective",
     "Prediction",
+    "RowDataset",
+    "Rows",
     "StepInBackward",
     "TrainConfig",
     "TrainResult",
     "Trainer",
     "finetune",
+    "next_token_rows",
     "parameter_groups",
     "predict",
     "round_stochastically_",
+    "tokenize_files",
 ]
 
 

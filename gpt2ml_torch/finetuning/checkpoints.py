@@ -1,9 +1,7 @@
-"""Checkpoints of a run: each a folder that appears under its name only when it is complete and on
-the disk.
+"""Folders of checkpoints: each appears under its name only when it is complete and on the disk.
 
 Written and read through `torch.distributed.checkpoint`, also by a single process, so that a run may
-go on with another
-number of processes than it began with.
+go on with another number of processes than it began with.
 """
 
 from __future__ import annotations
@@ -20,10 +18,10 @@ from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from gpt2ml_torch.finetuning.optimizers import SlicedOptimizer
+from gpt2ml_torch.finetuning.processes import barrier, process_rank
 
 _PROGRESS = "progress.json"
 _PREFIX = "step-"
@@ -58,31 +56,30 @@ class CheckpointFolder:
 
     def clear(self) -> None:
         """Delete the checkpoints of an earlier run."""
-        if _is_first():
+        if process_rank() == 0:
+            self._sweep()
             for step in self.steps():
-                shutil.rmtree(self.at(step))
-        _barrier()
+                self._delete(step)
+        barrier()
 
     def save(self, step: int, tensors: dict[str, Tensor], progress: dict[str, Any]) -> Path:
-        """Write one checkpoint; `progress` is JSON, and its `best_step` names the one not to
-        delete.
-        """
+        """Write one checkpoint; `progress` is JSON, and its `best_step` names one to keep."""
         target = self.at(step)
         partial = target.with_name(target.name + _PARTIAL)
         try:
-            if _is_first():
+            if process_rank() == 0:
                 self._sweep()
                 partial.mkdir(parents=True)
-            _barrier()
+            barrier()
             _write_tensors(partial, tensors)
-            if _is_first():
+            if process_rank() == 0:
                 _write_synced(partial / _PROGRESS, json.dumps(progress, ensure_ascii=False))
                 sync_folder(partial)
-                shutil.rmtree(target, ignore_errors=True)  # of a run that was resumed before it
+                shutil.rmtree(target, ignore_errors=True)  # one that was damaged
                 partial.rename(target)
                 sync_folder(self.path)
                 self._prune(progress.get("best_step"))
-            _barrier()
+            barrier()
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise OSError(
@@ -99,13 +96,17 @@ class CheckpointFolder:
     def _prune(self, best: int | None) -> None:
         for step in self.steps()[: -self.keep]:
             if step != best:
-                shutil.rmtree(self.at(step), ignore_errors=True)
+                self._delete(step)
+
+    def _delete(self, step: int) -> None:
+        """Under a name that is no checkpoint's, since a kill may leave half of it."""
+        doomed = self.at(step).with_name(self.at(step).name + _PARTIAL)
+        self.at(step).rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def read_progress(folder: Path) -> dict[str, Any]:
-    """What `save` was given as `progress`; raises `OSError` or `ValueError` for what is no
-    checkpoint.
-    """
+    """What `save` was given as `progress`; raises `ValueError` for a damaged checkpoint."""
     try:
         return dict(json.loads((folder / _PROGRESS).read_text(encoding="utf-8")))
     except (ValueError, TypeError):
@@ -159,26 +160,6 @@ def _first_line(error: BaseException) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def state_tensors(model: nn.Module, optimizer: SlicedOptimizer) -> dict[str, Tensor]:
-    """Every trained weight and every optimizer slot by name; the tensors themselves, not copies."""
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            tensors[f"model.{name}"] = parameter.detach()
-            for slot, value in optimizer.state[parameter].items():
-                tensors.update(_plain(f"optimizer.{name}.{slot}", value))
-    return tensors
-
-
-def _plain(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
-    """An 8-bit slot as its two tensors, any other as it is."""
-    if hasattr(value, "codes"):
-        yield f"{name}.codes", value.codes
-        yield f"{name}.scale", value.scale
-    else:
-        yield name, value
-
-
 def _write_synced(path: Path, text: str) -> None:
     with open(path, "w", encoding="utf-8") as file:
         file.write(text)
@@ -195,12 +176,3 @@ def sync_folder(path: Path) -> None:
         pass
     finally:
         os.close(descriptor)
-
-
-def _is_first() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()

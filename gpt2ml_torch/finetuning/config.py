@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ OPTIMIZERS = ("adafactor", "adamw", "adamw8bit")
 PRECISIONS = ("bfloat16", "float32", "mixed")
 SCHEDULES = ("cosine", "linear", "constant")
 LORA_TARGETS = ("attention.qkv", "attention.output", "mlp.up", "mlp.down")
+LORA_BASES = ("weights", "int8", "int4")
 ON_SPIKE = ("stop", "skip")
 
 # Gentle on purpose: the published models were trained at 1e-4, and people report that text gets
@@ -25,16 +27,13 @@ class TrainConfig:
     """How to train: all that does not say what model and what data.
 
     Lengths of time are optimizer steps. Raises `ValueError` for values out of range and for
-    settings that exclude
-    each other.
+    settings that exclude each other.
     """
 
     # How long. `epochs` counts passes over the rows; `steps`, if given, wins.
     epochs: float = 1.0
     steps: int | None = None
-    batch_size: int = (
-        1  # rows a step over all processes; with `accumulate`, rows of one of its parts
-    )
+    batch_size: int = 1  # rows over all processes; a step takes `accumulate` such batches
     accumulate: int = 1
 
     # The rule of the step.
@@ -42,10 +41,11 @@ class TrainConfig:
     step_in_backward: bool = True
     precision: str = "bfloat16"
     stochastic_rounding: bool = True
-    learning_rate: float | None = None
+    learning_rate: float | None = None  # 1e-5, or 1e-4 for an adapter, if None
     schedule: str = "cosine"
     warmup: int | None = None  # 5 % of all steps, if None
-    final_share: float = 0.1  # of the learning rate, where cosine and linear end
+    cooldown: int = 0  # last steps, over which a constant rate falls linearly
+    final_share: float = 0.1  # of the learning rate, where cosine, linear and cooldown end
     weight_decay: float = 0.01
     clip_norm: float | None = None
     dropout: float | None = None  # the model's own, if None
@@ -58,21 +58,23 @@ class TrainConfig:
     lora_alpha: float | None = None  # twice the rank, if None
     lora_targets: tuple[str, ...] = LORA_TARGETS
     lora_dropout: float = 0.0
-    lora_base: str = "weights"  # or int8: the frozen matrices quantised
+    lora_base: str = "weights"  # or int8 or int4: the frozen matrices packed
 
     # Memory against time.
     gradient_checkpointing: bool = True
     loss_chunk: int = 128  # positions whose logits exist at once
+    upcast: bool | None = None  # float32 products of bfloat16 weights; where they pay, if None
     compile: bool | None = None  # where it pays (CUDA), if None
 
     # What is watched and kept.
     seed: int = 0
-    eval_every: int | None = None  # once an epoch, if None
+    eval_every: int | None = None  # a tenth of the run, if None
     patience: int | None = None  # evaluations without improvement before stopping
     sample_every: int | None = None  # with each evaluation, if None
     prompts: tuple[str, ...] = ()
     sample_tokens: int = 64
     checkpoint_every: int | None = None  # with each evaluation, if None
+    checkpoint_minutes: float = 15.0  # but never later than this after the one before
     keep: int = 2
     on_spike: str = "stop"
     spike_factor: float = 6.0  # standard deviations above the running mean of the loss
@@ -84,7 +86,7 @@ class TrainConfig:
             ("precision", PRECISIONS),
             ("schedule", SCHEDULES),
             ("on_spike", ON_SPIKE),
-            ("lora_base", ("weights", "int8")),
+            ("lora_base", LORA_BASES),
         ):
             if getattr(self, field) not in allowed:
                 raise ValueError(
@@ -99,7 +101,7 @@ class TrainConfig:
         for field in ("steps", "eval_every", "sample_every", "checkpoint_every", "patience"):
             if getattr(self, field) is not None:
                 _check_whole(field, getattr(self, field), 1)
-        for field in ("warmup", "lora_rank", "seed"):
+        for field in ("warmup", "cooldown", "lora_rank", "seed"):
             if getattr(self, field) is not None:
                 _check_whole(field, getattr(self, field), 0)
         limits: dict[str, tuple[float, float]] = {
@@ -113,6 +115,7 @@ class TrainConfig:
             "layer_decay": (1e-9, 1.0),
             "lora_alpha": (1e-9, math.inf),
             "spike_factor": (1.0, math.inf),
+            "checkpoint_minutes": (0.0, math.inf),
         }
         for field, (low, high) in limits.items():
             value = getattr(self, field)
@@ -125,28 +128,36 @@ class TrainConfig:
         unknown = [target for target in self.lora_targets if target not in LORA_TARGETS]
         if unknown or not self.lora_targets:
             raise ValueError(
-                f"lora_targets has {unknown or 'nothing'}; expected some of "
+                f"lora_targets has {', '.join(unknown) or 'nothing'}; expected some of "
                 f"{', '.join(LORA_TARGETS)}"
             )
 
     def _check_combinations(self) -> None:
         if self.step_in_backward and self.accumulate > 1:
             raise ValueError(
-                f"accumulate {self.accumulate} needs kept gradients, and the step inside "
-                "the backward pass frees "
-                f"them; use batch_size {self.batch_size * self.accumulate}, or "
-                "step_in_backward=False "
-                "(--keep-gradients)"
+                f"accumulate {self.accumulate} needs kept gradients, and the step inside the "
+                f"backward pass frees them; use batch_size {self.batch_size * self.accumulate}, or "
+                "step_in_backward=False (--keep-gradients)"
             )
         if self.step_in_backward and self.clip_norm is not None:
             raise ValueError(
-                "clip_norm needs all gradients at once, and the step inside the backward "
-                "pass frees each as it comes; "
-                "adafactor clips each update by itself, or use step_in_backward=False "
-                "(--keep-gradients)"
+                "clip_norm needs all gradients at once, and the step inside the backward pass "
+                "frees each as it comes; adafactor clips each update by itself, or use "
+                "step_in_backward=False (--keep-gradients)"
             )
-        if self.lora_base == "int8" and not self.lora_rank:
-            raise ValueError("lora_base int8 without an adapter would train nothing; set lora_rank")
+        if self.upcast and self.precision != "bfloat16":
+            raise ValueError(
+                f"upcast concerns bfloat16 weights; with precision {self.precision} leave it out"
+            )
+        if self.cooldown and self.schedule != "constant":
+            raise ValueError(
+                f"cooldown ends a constant schedule, and {self.schedule} falls by itself; leave "
+                "one of them out"
+            )
+        if self.lora_base != "weights" and not self.lora_rank:
+            raise ValueError(
+                f"lora_base {self.lora_base} without an adapter would train nothing; set lora_rank"
+            )
         if self.lora_rank:
             for field, default in (
                 ("train_layers", None),
@@ -155,12 +166,9 @@ class TrainConfig:
             ):
                 if getattr(self, field) != default:
                     raise ValueError(
-                        f"{field} concerns full fine-tuning; with lora_rank "
-                        f"{self.lora_rank} the model's own "
-                        "weights are frozen: leave one of them out"
+                        f"{field} concerns full fine-tuning; with lora_rank {self.lora_rank} the "
+                        "model's own weights are frozen: leave one of them out"
                     )
-        if self.patience is not None and self.prompts and self.sample_every == 0:
-            raise ValueError("sample_every is 0; leave the prompts out instead")
 
     @property
     def learning_rate_used(self) -> float:
@@ -170,17 +178,16 @@ class TrainConfig:
         return LORA_LEARNING_RATE if self.lora_rank else FULL_LEARNING_RATE
 
     def learning_rate_at(self, step: int, total: int) -> float:
-        """The learning rate of step 0..total-1: linear warm-up, then the schedule down to its final
-        share.
-        """
+        """The learning rate of step 0..total-1: linear warm-up, then the schedule to its end."""
         warmup = self.warmup if self.warmup is not None else total // 20
         peak = self.learning_rate_used
         if step < warmup:
             return peak * (step + 1) / warmup
         if self.schedule == "constant":
-            return peak
-        done = (step - warmup) / max(1, total - warmup)
-        left = 1 - done if self.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+            left = min(1.0, (total - step) / self.cooldown) if self.cooldown else 1.0
+        else:
+            done = (step - warmup) / max(1, total - warmup)
+            left = 1 - done if self.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
         return peak * (self.final_share + (1 - self.final_share) * left)
 
     def trains_layer(self, layer: int, layers: int) -> bool:
@@ -197,9 +204,9 @@ class TrainConfig:
 class FinetuneConfig(TrainConfig):
     """A whole fine-tuning: which model, which data, where to, and how.
 
-    The run's own files (checkpoints, metrics.jsonl, loss.png) go to `folder`, by default OUT
-    without its suffix plus
-    `.run`. Raises as `TrainConfig` does; files are looked at by `finetune`.
+    `out` is a .safetensors file, or with `lora_rank` a folder for the adapter. The run's own files
+    (checkpoints, metrics.jsonl, loss.png) go to `folder`, by default OUT with the suffix .run.
+    Raises as `TrainConfig` does; files are looked at by `finetune`.
     """
 
     model: str
@@ -219,6 +226,7 @@ class FinetuneConfig(TrainConfig):
     resume: bool = False
     overwrite: bool = False
     device: str = "cpu"
+    fresh_optimizer: bool = False  # even if the model file holds Adafactor's slots
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -230,6 +238,8 @@ class FinetuneConfig(TrainConfig):
             _check_whole("length", self.length, 2)
         if self.overlap is not None:
             _check_whole("overlap", self.overlap, 0)
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
+            raise ValueError(f"device is {self.device!r}; expected cpu, cuda or cuda:N")
         if self.lora_rank == 0 and Path(self.out).suffix != ".safetensors":
             raise ValueError(f"out is {self.out}; expected a name that ends in .safetensors")
 
@@ -240,8 +250,9 @@ class FinetuneConfig(TrainConfig):
 
 
 def parse_layers(text: str, layers: int) -> set[int]:
-    """Which of `layers` blocks "last:12", "first:2", "24-47" or "0,1,47" means; raises
-    `ValueError`.
+    """Which of `layers` blocks "last:12", "first:2", "24-47" or "0,1,47" means.
+
+    Raises `ValueError` for anything else.
     """
     cure = f'expected "last:N", "first:N", "A-B" or "A,B,C" within 0 to {layers - 1}'
     chosen: set[int] = set()

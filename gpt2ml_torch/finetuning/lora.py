@@ -1,18 +1,19 @@
-"""LoRA through `peft` on the plain linear layers, also over a base whose matrices are int8."""
+"""LoRA through `peft`: an adapter put on a model's linear layers, saved, and merged into a file.
+
+The layers may be plain or packed (`gpt2ml_torch.kernels`, int8 or int4): a packed layer is frozen
+and lets gradients through. An adapter is always merged into plain weights.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
 from gpt2ml_torch import checkpoint
 from gpt2ml_torch.finetuning.config import LORA_TARGETS
+from gpt2ml_torch.finetuning.quiet import quiet
 from gpt2ml_torch.model import GPT2ML
 
 
@@ -24,22 +25,22 @@ def add_adapter(
     targets: Sequence[str] = LORA_TARGETS,
     dropout: float = 0.0,
 ) -> Any:
-    """Freeze the model, put a float32 adapter on its linear layers, and return the `peft.PeftModel`
-    around it.
+    """Freeze the model, put a float32 adapter on its linear layers, and give the `peft.PeftModel`.
 
     The model itself is changed in place and can go on being called; the PeftModel saves the
-    adapter. `alpha` is twice the
-    rank by default. Raises `ValueError` without peft (the extra `finetune`).
+    adapter. `alpha` is twice the rank by default. Raises `ValueError` without peft (the extra
+    `finetune`).
     """
     peft = _peft()
     settings = peft.LoraConfig(
         r=rank,
         lora_alpha=alpha if alpha is not None else 2 * rank,
-        target_modules=[f"{target}" for target in targets],
+        target_modules=list(targets),
         lora_dropout=dropout,
         bias="none",
     )
-    return peft.get_peft_model(model, settings)
+    with quiet():
+        return peft.get_peft_model(model, settings)
 
 
 def save_adapter(adapted: Any, folder: str | os.PathLike[str], *, base: str) -> None:
@@ -53,11 +54,15 @@ def merge_adapter(
     adapter: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
+    source: Mapping[str, Any] | None = None,
+    generation: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write the model with an adapter added to its weights, in the dtype of its file.
 
-    Raises `OSError` and `ValueError` for files that are missing or don't belong together.
+    `source` says where the weights come from (by default that of the model, and the adapter's
+    name), `generation` holds defaults for `Generator` (by default the model's own). Raises
+    `OSError` and `ValueError` for files that are missing or don't belong together.
     """
     peft = _peft()
     if not (Path(adapter) / "adapter_config.json").is_file():
@@ -66,9 +71,15 @@ def merge_adapter(
             "adapter_model.safetensors"
         )
     metadata = checkpoint.read_metadata(model_path)
+    if metadata.quantization is not None:
+        raise ValueError(
+            f"{model_path} holds {metadata.quantization} weights, to which nothing can be added; "
+            "give the file it was made from"
+        )
     model = GPT2ML.from_pretrained(model_path)
     try:
-        merged = peft.PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+        with quiet():
+            merged = peft.PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"the adapter {adapter} does not fit {model_path}: {reason}") from error
@@ -77,67 +88,18 @@ def merge_adapter(
         merged.state_dict(),
         metadata.config,
         vocab=metadata.vocab,
-        source={**metadata.source, "merged_adapter": str(Path(adapter).name)},
-        generation=metadata.generation,
+        source=source or {**metadata.source, "merged_adapter": Path(adapter).name},
+        generation=metadata.generation if generation is None else generation,
         overwrite=overwrite,
     )
 
 
 def _peft() -> Any:
     try:
-        import peft
+        with quiet():
+            import peft
     except ImportError:
         raise ValueError(
             'LoRA needs the package peft: pip install "gpt2ml-torch[finetune]"'
         ) from None
     return peft
-
-
-class Int8Linear(nn.Linear):
-    """A frozen linear layer whose weight is int8 with a scale for each output; gradients pass
-    through it.
-
-    Products are computed in the dtype of the input: whole numbers up to 127 are exact in bfloat16
-    and float16.
-    """
-
-    scale: Tensor
-
-    def __init__(self, linear: nn.Linear) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        weight = linear.weight.detach()
-        scale = weight.abs().amax(1).float().div_(127).clamp_(min=1e-12)  # (out,)
-        levels = (weight.float() / scale[:, None]).round_().clamp_(-127, 127).to(torch.int8)
-        self.weight = nn.Parameter(levels, requires_grad=False)
-        self.bias = linear.bias
-        if self.bias is not None:
-            self.bias.requires_grad_(False)
-        self.register_buffer("scale", scale)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = _Int8Product.apply(x, self.weight, self.scale)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
-
-
-class _Int8Product(torch.autograd.Function):
-    """x @ (levels * scale).T, which keeps nothing of the size of the weight in floating point."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, levels: Tensor, scale: Tensor) -> Tensor:
-        ctx.save_for_backward(levels, scale)
-        return F.linear(x, levels.to(x.dtype)) * scale.to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = gradients
-        levels, scale = ctx.saved_tensors
-        return (gradient * scale.to(gradient.dtype)) @ levels.to(gradient.dtype), None, None
-
-
-def quantize_linears(model: GPT2ML) -> None:
-    """Replace the linear layers of all blocks by int8 ones, one at a time."""
-    for block in model.blocks:
-        for name, module in list(block.named_modules()):
-            if type(module) is nn.Linear:
-                block.set_submodule(name, Int8Linear(module))

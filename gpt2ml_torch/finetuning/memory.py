@@ -1,6 +1,4 @@
-"""Memory of this process: what it takes, and how the C library is kept from hoarding what was
-freed.
-"""
+"""Memory of this process: what it takes, and how the C library is kept from hoarding it."""
 
 from __future__ import annotations
 
@@ -16,12 +14,11 @@ _LARGE = 1 << 20  # bytes
 
 
 def tune_allocator() -> bool:
-    """Give freed blocks of a megabyte and more back to the system at once (glibc); True if that was
-    possible.
+    """Give freed blocks of a megabyte and more back to the system at once; True if that can be.
 
     By default glibc raises this limit up to 32 MB as blocks are freed, and activations of changing
-    sizes then leave
-    holes in its heap. For the command line and for benchmarks: it concerns the whole process.
+    sizes then leave holes in its heap. For the command line and for benchmarks: it concerns the
+    whole process.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -36,9 +33,7 @@ def tune_allocator() -> bool:
 
 
 def used_gib(device: torch.device | str = "cpu") -> float:
-    """Memory in use now: this process's resident set, or what PyTorch has allocated on a CUDA
-    device.
-    """
+    """Memory in use now: the resident set, or what PyTorch has allocated on a CUDA device."""
     if torch.device(device).type == "cuda":
         return torch.cuda.memory_allocated(device) / 2**30
     return _status("VmRSS")

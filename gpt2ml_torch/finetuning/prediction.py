@@ -1,12 +1,9 @@
-"""Peak memory of a training step, by kind, before anything is loaded: a step on tensors without
-data.
+"""Peak memory of a training step, by kind, before anything is loaded: a step without data.
 
 The tensors are fake (`FakeTensorMode`), so a step of the full size takes seconds and no memory.
-Their storages are
-counted as they come and go (PyTorch's own `MemTracker` does not take frozen weights). Sizes are
-those of the tensors,
-the same on CUDA and on the CPU; kernels' workspaces and the process itself come on top, and are
-named `process`.
+Their storages are counted as they come and go (PyTorch's own `MemTracker` does not take frozen
+weights). Sizes are those of the tensors, the same on CUDA and on the CPU; kernels' workspaces and
+the process itself come on top, and are named `process`.
 """
 
 from __future__ import annotations
@@ -24,11 +21,17 @@ from torch.utils._pytree import tree_leaves
 
 from gpt2ml_torch import checkpoint
 from gpt2ml_torch.config import GPT2MLConfig
+from gpt2ml_torch.finetuning.checks import check_model
 from gpt2ml_torch.finetuning.config import FinetuneConfig
 from gpt2ml_torch.finetuning.data import Rows
 from gpt2ml_torch.finetuning.objective import Objective
-from gpt2ml_torch.finetuning.optimizers import SLICE
-from gpt2ml_torch.finetuning.run import check_model, make_optimizer, prepare_model
+from gpt2ml_torch.finetuning.optimizers.sliced import SLICE
+from gpt2ml_torch.finetuning.preparation import (
+    make_optimizer,
+    pack_blocks,
+    prepare_model,
+    weight_dtype,
+)
 from gpt2ml_torch.model import GPT2ML
 
 GIB = 2**30
@@ -58,18 +61,19 @@ class Prediction:
 
 
 def predict(config: FinetuneConfig, sizes: GPT2MLConfig | None = None) -> Prediction:
-    """The memory that a run with these settings takes; `sizes` are those of its model file unless
-    given.
+    """The memory that a run with these settings takes; `sizes` are its model file's unless given.
 
     Raises as `finetune` does for a model file that can't be read and for settings that it can't
     have.
     """
     if sizes is None:
-        sizes = checkpoint.read_metadata(config.model).config
-        check_model(config, sizes)
-    dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+        metadata = checkpoint.read_metadata(config.model)
+        check_model(config, metadata)
+        sizes = metadata.config
     with torch.device("meta"):
-        model = GPT2ML(sizes).to(dtype)
+        model = GPT2ML(sizes).to(weight_dtype(config))
+    if config.lora_base != "weights":
+        pack_blocks(model, config.lora_base)
     prepare_model(model, dataclasses.replace(config, compile=False))
     with FakeTensorMode():
         _make_fake(model)
@@ -166,9 +170,7 @@ def _bytes(value: Any) -> int:
 
 
 def suggestion(config: FinetuneConfig, available: int, sizes: GPT2MLConfig | None = None) -> str:
-    """One line: the first change of settings, from the least to the most, that fits into so many
-    bytes.
-    """
+    """One line: the smallest change of settings with which the run fits into so many bytes."""
     names: list[str] = []
     tried = config
     for name, values in _changes(config, sizes):
@@ -190,17 +192,16 @@ def _changes(
         sizes = checkpoint.read_metadata(config.model).config
     half = (config.length or sizes.max_position_embeddings) // 2
     kept = {"train_layers": None, "layer_decay": 1.0, "freeze_embeddings": False}
+    kept_gradients = {"step_in_backward": True, "accumulate": 1, "clip_norm": None}
     return [
         ("gradient checkpointing", {"gradient_checkpointing": True}),
-        (
-            "the step inside the backward pass",
-            {"step_in_backward": True, "accumulate": 1, "clip_norm": None},
-        ),
+        ("the step inside the backward pass (no --keep-gradients)", kept_gradients),
         ("--optimizer adafactor", {"optimizer": "adafactor"}),
         ("--batch-size 1", {"batch_size": 1}),
         ("--precision bfloat16", {"precision": "bfloat16"}),
         ("--lora-rank 16", {"lora_rank": config.lora_rank or 16, **kept}),
         ("--lora-base int8", {"lora_base": "int8"}),
+        ("--lora-base int4", {"lora_base": "int4"}),
         (f"--length {half}", {"length": max(2, half)}),
     ]
 

@@ -1,10 +1,12 @@
-"""What a run leaves to look at: metrics.jsonl, loss.png and TensorBoard's files, each fed by the
-loop's events.
+"""What a run leaves to look at: metrics.jsonl, loss.png and TensorBoard's files.
+
+Each is fed by the loop's events.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -17,12 +19,12 @@ from typing import Any
 class Event:
     """Something that happened in a run, after so many steps.
 
-    Kinds and their `values`: "start" (total_steps, rows, parameters, trainable), "step" (loss,
-    learning_rate, gradient_norm,
-    tokens, seconds, tokens_per_second, memory_gib), "skip" (loss, reason), "eval" (loss,
-    perplexity,
-    bits_per_character, best), "sample" (prompt, text), "checkpoint" (path), "warning" (text), "end"
-    (reason, best_step).
+    Kinds and their `values`: "start" (total_steps, steps_per_epoch, parameters, trainable,
+    fresh_optimizer, and what this process has: weights_here, slots_here), "step" (loss,
+    learning_rate, gradient_norm, tokens, seconds, tokens_per_second, memory_gib), "skip" (loss,
+    reason, at), "eval" (loss, perplexity, bits_per_character, best), "sample" (prompt, text),
+    "checkpoint" (path), "end" (reason, best_step, best_loss). Losses are nats a token; `tokens`
+    are those learned so far.
     """
 
     kind: str
@@ -38,9 +40,8 @@ _WRITTEN = ("start", "step", "skip", "eval", "sample", "end")
 class MetricsFile:
     """A callback that appends each event to a JSON Lines file, flushed line by line.
 
-    On resuming after `step` steps, what a killed run wrote beyond them is cut off, so that the file
-    reads as if it had
-    never stopped.
+    With `resume_after` steps, what a killed run wrote beyond them is cut off, so that the file
+    reads as if it had never stopped. Raises `OSError` where it can't be written.
     """
 
     def __init__(self, path: Path, *, resume_after: int | None = None) -> None:
@@ -56,8 +57,12 @@ class MetricsFile:
     def __call__(self, event: Event) -> None:
         if event.kind in _WRITTEN:
             row = {"kind": event.kind, "step": event.step, **event.values}
-            self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            self._file.flush()
+            try:
+                self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                self._file.flush()
+            except OSError as error:
+                problem = f"can't write {self._file.name}: {error.strerror}"
+                raise OSError(error.errno or errno.EIO, problem) from error
 
     def close(self) -> None:
         """Close the file."""

@@ -10,9 +10,7 @@ _LEAST = 1.0  # nats above the mean that are never called a spike
 
 
 class LossWatch:
-    """Remembers the mean and spread of the losses so far; a spike is `factor` deviations above the
-    mean.
-    """
+    """Remembers the losses' mean and spread; a spike is `factor` deviations above the mean."""
 
     def __init__(self, *, factor: float) -> None:
         self.factor = factor

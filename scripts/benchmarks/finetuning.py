@@ -1,192 +1,189 @@
-"""Peak memory and speed of fine-tuning, each setting in a process of its own, on random weights.
+"""Memory and speed of fine-tuning at the published size, ours and that of transformers' GPT-2.
 
-    scripts/bench finetune bfloat16 float32 lora lora-int8 transformers
+    scripts/bench finetune                          # every setting, a table in benchmarks/
+    scripts/bench finetune bfloat16 --layers 4      # less
 
-Memory is the peak resident set (VmHWM) above that of a process which only imports torch. Speed is
-of the last step;
-the matmul rate is that of one layer's products, measured in the same process.
+Each setting runs in a process of its own, on random weights that it loads from a file as
+`gpt2ml finetune` does. Memory is the largest resident set so far above that of a process which only
+imports torch. For speed ours and transformers' GPT-2 of the same size, with the same optimizer,
+step in the backward pass and checkpointing, stay loaded side by side and take turns. Writes
+RESULT.json and RESULT.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
+import dataclasses
 import json
+import logging
+import statistics
 import subprocess
 import sys
-import time
+import tempfile
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-SETTINGS = ("bfloat16", "float32", "lora", "lora-int8", "transformers")
+import torch
+
+from gpt2ml_torch import GPT2MLConfig
+from gpt2ml_torch.finetuning import predict
+from scripts.benchmarks import machine
+from scripts.benchmarks.tuning_contestant import SETTINGS, settings_of
+from scripts.benchmarks.weights import write_random_model
+
+ROOT = Path(__file__).resolve().parents[2]
+TARGETS = {"bfloat16": 4.0, "float32": 7.0, "lora": 3.6, "lora-int8": 2.6}  # GiB, at 48 layers
+PEER = "transformers"
+ALL = (*SETTINGS, PEER)
+
+logger = logging.getLogger("bench")
+
+
+class Contestant:
+    """A process that takes steps when asked to; what it said last is in `facts`."""
+
+    def __init__(self, setting: str, options: argparse.Namespace, model: Path) -> None:
+        logger.info("loading %s", setting)
+        self.setting = setting
+        command = [sys.executable, "-m", "scripts.benchmarks.tuning_contestant"]
+        sizes = [str(options.layers), str(options.tokens)]
+        self._process = subprocess.Popen(
+            [*command, setting, str(model), *sizes],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+        self.seconds: list[float] = []
+        self.facts = self._answer()
+
+    def step(self) -> None:
+        """Take one step and note its time."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("step\n")
+        self._process.stdin.flush()
+        self.facts |= self._answer()
+        self.seconds.append(self.facts["seconds"])
+        logger.info("%s: %.1f s, %.2f GiB", self.setting, self.seconds[-1], self.facts["peak_gib"])
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.setting} ended with status {self._process.wait()}")
+        return dict(json.loads(line))
+
+    def row(self, *, counted: int) -> dict[str, Any]:
+        """What was measured; the first step, which allocates, does not count as speed."""
+        seconds = statistics.median(self.seconds[-counted:])
+        return {
+            "setting": self.setting,
+            "peak_gib": self.facts["peak_gib"],
+            "weights_gib": self.facts["weights_gib"],
+            "seconds": round(seconds, 2),
+            "tokens_per_second": round(self.facts["tokens"] / seconds, 2),
+            "flops_per_second": self.facts["flops"] / seconds,
+        }
+
+    def stop(self) -> None:
+        self._process.communicate()
 
 
 def main() -> None:
-    """Measure each setting and print one JSON object a line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("settings", nargs="+", choices=(*SETTINGS, "import"))
+    parser = argparse.ArgumentParser(prog="scripts/bench finetune", description=__doc__)
+    parser.add_argument("settings", nargs="*", choices=[*ALL, []], metavar="SETTING")
     parser.add_argument("--layers", type=int, default=48)
     parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.alone:
-        print(json.dumps(measure(arguments.settings[0], arguments)))
-        return
-    sizes = [f"--layers={arguments.layers}", f"--tokens={arguments.tokens}"]
-    sizes.append(f"--steps={arguments.steps}")
-    baseline = 0.0
-    for setting in ("import", *arguments.settings):
-        command = [
-            sys.executable,
-            "-m",
-            "scripts.benchmarks.finetuning",
-            setting,
-            "--alone",
-            *sizes,
-        ]
-        result = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
-        baseline = baseline or result["peak_gib"]
-        result["above_import_gib"] = round(result["peak_gib"] - baseline, 3)
-        print(json.dumps(result), flush=True)
+    parser.add_argument("--steps", type=int, default=2, help="counted for speed, after one more")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "finetuning")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    result = measure(options, options.settings or list(ALL))
+    options.out.parent.mkdir(exist_ok=True)
+    options.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    table = markdown(result)
+    options.out.with_suffix(".md").write_text(table)
+    print(table)
 
 
-def measure(setting: str, arguments: argparse.Namespace) -> dict[str, object]:
-    """Run a few steps of one setting in this process."""
-    result: dict[str, object] = {"setting": setting}
-    if setting == "import":
-        import torch  # noqa: F401
-    else:
-        result |= _train(setting, arguments)
-    return result | {"peak_gib": round(peak_gib(), 3)}
-
-
-def peak_gib() -> float:
-    """The largest resident set this process has had."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 2**20
-
-
-def _train(setting: str, arguments: argparse.Namespace) -> dict[str, object]:
-    import torch
-
-    from gpt2ml_torch.finetuning.memory import tune_allocator
-
-    tune_allocator()
-    torch.manual_seed(0)
-    model, step = (
-        _transformers(arguments) if setting == "transformers" else _ours(setting, arguments)
+def measure(options: argparse.Namespace, settings: list[str]) -> dict[str, Any]:
+    """Memory of each setting, and speed: bfloat16 and the peer in turns, others alone."""
+    config = dataclasses.replace(GPT2MLConfig.mega(), num_hidden_layers=options.layers)
+    rates = {name: matmul_rate(getattr(torch, name)) for name in ("float32", "bfloat16")}
+    bare = subprocess.run(
+        [sys.executable, "-m", "scripts.benchmarks.tuning_contestant"],
+        stdout=subprocess.PIPE,
+        cwd=ROOT,
+        check=True,
     )
-    ids = torch.randint(1, 21128, (1, arguments.tokens + 1))
-    losses, seconds = [], 0.0
-    for _ in range(arguments.steps):
-        start = time.perf_counter()
-        losses.append(round(step(ids), 4))
-        seconds = time.perf_counter() - start
-    weights = sum(p.numel() * p.itemsize for p in (*model.parameters(), *model.buffers()))
-    del model
-    gc.collect()
+    baseline = float(json.loads(bare.stdout)["peak_gib"])
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="gpt2ml-bench-") as folder:
+        model = Path(folder) / "random.safetensors"
+        write_random_model(model, config, torch.bfloat16)
+        pair = [setting for setting in settings if setting in ("bfloat16", PEER)]
+        alone = [[setting] for setting in settings if setting not in pair]
+        for group in [pair, *alone]:
+            contestants = [Contestant(setting, options, model) for setting in group]
+            for _ in range(1 + options.steps):
+                for contestant in contestants:
+                    contestant.step()
+            for contestant in contestants:
+                rows.append(contestant.row(counted=options.steps))
+                contestant.stop()
+    for row in rows:
+        row["above_import_gib"] = round(row["peak_gib"] - baseline, 3)
+        row["share_of_matmul_rate"] = round(row["flops_per_second"] / max(rates.values()), 3)
+        if row["setting"] != PEER:
+            foretold = predict(settings_of(row["setting"], length=options.tokens), config)
+            row["predicted_gib"] = round(foretold.total / 2**30 - baseline, 3)
     return {
-        "losses": losses,
-        "weights_gib": round(weights / 2**30, 3),
-        "seconds": round(seconds, 1),
-        "tokens_per_second": round(arguments.tokens / seconds, 2),
+        "machine": machine.describe(),
+        "layers": options.layers,
+        "tokens": options.tokens,
+        "steps": options.steps,
+        "import_torch_gib": round(baseline, 3),
+        "matmul_gflops": {name: round(rate / 1e9, 1) for name, rate in rates.items()},
+        "rows": sorted(rows, key=lambda row: settings.index(row["setting"])),
     }
 
 
-def _random_model(setting: str, layers: int):
-    import dataclasses
-
-    import torch
-
-    from gpt2ml_torch import GPT2ML, GPT2MLConfig
-
-    config = dataclasses.replace(GPT2MLConfig.mega(), num_hidden_layers=layers)
-    dtype = torch.float32 if setting == "float32" else torch.bfloat16
-    with torch.device("meta"):
-        model = GPT2ML(config)
-    model = model.to(dtype).to_empty(device="cpu")
-    _fill(model)
-    model.gradient_checkpointing = True
-    return model.train()
+def matmul_rate(dtype: torch.dtype) -> float:
+    """Operations per second of the MLP's products of this size, the best of several."""
+    x = torch.randn(1024, 1536, dtype=dtype)
+    weight = torch.randn(6144, 1536, dtype=dtype)
+    seconds = [machine.seconds_of(lambda: torch.nn.functional.linear(x, weight)) for _ in range(7)]
+    return 2 * x.numel() * len(weight) / min(seconds)
 
 
-def _fill(model):
-    """Random weights, one block of numbers over and over: drawing a billion takes minutes."""
-    import torch
-
-    block = torch.empty(1 << 20).normal_(std=0.0141421)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 1:
-                parameter.fill_(1.0 if "norm.weight" in name or "ln" in name else 0.0)
-                continue
-            flat = parameter.view(-1)
-            for start in range(0, flat.numel(), len(block)):
-                part = flat[start : start + len(block)]
-                part.copy_(block[: len(part)])
-
-
-def _ours(setting: str, arguments: argparse.Namespace):
-    import torch
-
-    from gpt2ml_torch.finetuning import lora
-    from gpt2ml_torch.finetuning.data import Rows
-    from gpt2ml_torch.finetuning.objective import Objective
-    from gpt2ml_torch.finetuning.optimizers import (
-        Adafactor,
-        AdamW,
-        StepInBackward,
-        parameter_groups,
-    )
-
-    model = _random_model(setting, arguments.layers)
-    if setting.startswith("lora"):
-        if setting == "lora-int8":
-            lora.quantize_linears(model)
-        lora.add_adapter(model, rank=16)
-    groups = parameter_groups(model)
-    optimizer = AdamW(groups) if setting.startswith("lora") else Adafactor(groups, lr=1e-5)
-    in_backward = StepInBackward(optimizer)
-    objective = Objective(model)
-
-    def step(ids: torch.Tensor) -> float:
-        places = torch.arange(arguments.tokens)[None]
-        rows = Rows(ids[:, :-1], ids[:, 1:], places, torch.ones_like(places))
-        in_backward.reset()
-        loss = objective(rows) / arguments.tokens
-        loss.backward()
-        return float(loss)
-
-    return model, step
-
-
-def _transformers(arguments: argparse.Namespace):
-    """GPT-2 of the same size with the same optimizer, for comparison."""
-    import torch
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    from gpt2ml_torch.finetuning.optimizers import Adafactor, StepInBackward, parameter_groups
-
-    config = GPT2Config(
-        vocab_size=21130, n_positions=1024, n_embd=1536, n_layer=arguments.layers, n_head=24
-    )
-    with torch.device("meta"):
-        model = GPT2LMHeadModel(config)
-    model = cast(Any, model).to(torch.bfloat16).to_empty(device="cpu")
-    _fill(model)
-    model.tie_weights()
-    model.gradient_checkpointing_enable()
-    model.train()
-    in_backward = StepInBackward(Adafactor(parameter_groups(model), lr=1e-5))
-
-    def step(ids: torch.Tensor) -> float:
-        in_backward.reset()
-        loss = model(input_ids=ids[:, :-1], labels=ids[:, :-1]).loss
-        loss.backward()
-        return float(loss)
-
-    return model, step
+def markdown(result: dict[str, Any]) -> str:
+    """The table, with its targets where they were set for this size."""
+    about, rates = result["machine"], result["matmul_gflops"]
+    whole = (result["layers"], result["tokens"]) == (48, 1024)
+    lines = [
+        f"{about['date']}, {about['processor']}, {about['cores']} cores, "
+        f"{about['memory_gib']} GiB, GPU: {about['gpu']}; torch {about['torch']}. "
+        f"{result['layers']} layers of the published size, 1 × {result['tokens']:,} tokens a step, "
+        "gradient checkpointing. Memory: peak resident set above that of `import torch` "
+        f"({result['import_torch_gib']:.2f} GiB), loading included. Speed: median of "
+        f"{result['steps']} steps after one more. Products of the MLP's size run at "
+        f"{rates['float32']:.0f} Gflop/s in float32, {rates['bfloat16']:.0f} in bfloat16.",
+        "",
+        "| setting | memory, GiB | target | predicted | tokens/s | of the matmul rate |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in result["rows"]:
+        target = TARGETS.get(row["setting"]) if whole else None
+        lines.append(
+            f"| {row['setting']} | {row['above_import_gib']:.2f} | "
+            f"{f'≤ {target}' if target else ''} | {row.get('predicted_gib', '')} | "
+            f"{row['tokens_per_second']:.1f} | {row['share_of_matmul_rate']:.0%} |"
+        )
+    speeds = {row["setting"]: row["tokens_per_second"] for row in result["rows"]}
+    if {"bfloat16", PEER} <= speeds.keys():
+        ratio = speeds["bfloat16"] / speeds[PEER]
+        lines += ["", f"Ours in bfloat16 / transformers GPT-2, taking turns: {ratio:.2f}"]
+    return "\n".join([*lines, ""])
 
 
 if __name__ == "__main__":

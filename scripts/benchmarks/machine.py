@@ -7,6 +7,7 @@ import os
 import platform
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -55,6 +56,13 @@ def read_bandwidth(device: str = "cpu", *, repeats: int = 7) -> float:
         _synchronize(device)
         seconds.append(time.perf_counter() - started)
     return size / statistics.median(seconds)
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    """How long it takes, once."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
 
 
 def _synchronize(device: str) -> None:

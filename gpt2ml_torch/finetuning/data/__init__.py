@@ -9,7 +9,7 @@ for batch in BatchStream(rows, batch_size=4, seed=0): ...           # endless, r
 from gpt2ml_torch.finetuning.data.cache import default_cache_dir, tokenize_files
 from gpt2ml_torch.finetuning.data.corpus import Corpus
 from gpt2ml_torch.finetuning.data.reading import SEPARATORS, Piece, Separator, read_pieces
-from gpt2ml_torch.finetuning.data.rows import RowDataset, Rows, collate
+from gpt2ml_torch.finetuning.data.rows import RowDataset, Rows, collate, next_token_rows
 from gpt2ml_torch.finetuning.data.sources import Source, find_sources
 from gpt2ml_torch.finetuning.data.stream import BatchStream, evaluation_batches
 from gpt2ml_torch.finetuning.data.summary import Summary, summarize
@@ -28,6 +28,7 @@ __all__ = [
     "default_cache_dir",
     "evaluation_batches",
     "find_sources",
+    "next_token_rows",
     "read_pieces",
     "summarize",
     "tokenize_files",

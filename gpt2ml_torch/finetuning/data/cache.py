@@ -189,7 +189,10 @@ def _locked(path: Path) -> Iterator[None]:
         with open(path, "ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             # Whoever held it before has deleted the file: lock the one that now has its name.
-            if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            try:
+                if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    continue
+            except FileNotFoundError:
                 continue
             try:
                 yield

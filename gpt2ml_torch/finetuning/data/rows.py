@@ -38,6 +38,16 @@ class Rows(NamedTuple):
         return Rows(*(field.to(device, non_blocking=non_blocking) for field in self))
 
 
+def next_token_rows(token_ids: Tensor) -> Rows:
+    """Rows that learn each token of texts, (B, T + 1) int64 padded with 0, from those before it.
+
+    Set `labels` to 0 for what is not to be learned.
+    """
+    inputs, labels = token_ids[..., :-1].clone(), token_ids[..., 1:].clone()
+    positions = torch.arange(inputs.shape[-1], device=inputs.device).expand(inputs.shape)
+    return Rows(inputs, labels, positions, (inputs != PAD_ID).long())
+
+
 def collate(rows: Sequence[Rows], *, multiple_of: int | None = None) -> Rows:
     """Stack rows to a batch, (T,) each -> (B, T).
 

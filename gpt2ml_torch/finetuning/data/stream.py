@@ -55,10 +55,12 @@ class BatchStream(IterableDataset[Rows]):
         self._place += worker * step
         while True:
             batch = self.batch_at(self._place)
-            self._place += (
-                workers * step
-            )  # before, so that a state saved after this batch is past it
+            self._place += workers * step  # before: a state saved after this batch is past it
             yield batch
+
+    def batch(self, index: int) -> Rows:
+        """This process's rows of the index-th batch from the very beginning."""
+        return self.batch_at(index * self.batch_size * self.world_size)
 
     def batch_at(self, place: int) -> Rows:
         """This process's share of the step that begins at a place of the global sequence."""
