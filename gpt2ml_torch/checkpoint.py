@@ -146,11 +146,6 @@ def load_tensors(
     return tensors
 
 
-def load_optimizer_slots(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The optimizer's statistics by name, without `optimizer.`; none in files of this version."""
-    return {}
-
-
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type != "cpu" or dtype.is_floating_point:
         return torch.empty(shape, dtype=dtype, device=device)
