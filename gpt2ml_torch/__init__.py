@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gpt2ml_torch.config import GPT2MLConfig
     from gpt2ml_torch.generation import Completion, GenerationConfig, Generator
-    from gpt2ml_torch.model import GPT2ML, KVCache
+    from gpt2ml_torch.kv_cache import KVCache
+    from gpt2ml_torch.model import GPT2ML
     from gpt2ml_torch.tokenizer import StreamDecoder, Tokenizer
 
 __all__ = [
@@ -26,7 +27,7 @@ _MODULES = {
     "GPT2MLConfig": "config",
     "GenerationConfig": "generation",
     "Generator": "generation",
-    "KVCache": "model",
+    "KVCache": "kv_cache",
     "StreamDecoder": "tokenizer",
     "Tokenizer": "tokenizer",
 }

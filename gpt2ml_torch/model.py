@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -25,80 +25,10 @@ from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 from gpt2ml_torch import checkpoint, kernels
 from gpt2ml_torch.config import GPT2MLConfig
+from gpt2ml_torch.kv_cache import CacheTensors, KeysValues, KVCache
 
 if TYPE_CHECKING:
     from gpt2ml_torch.tokenizer import Tokenizer
-
-
-class KeysValues(NamedTuple):
-    """One layer's cache: keys and values, each (B, S, H, K)."""
-
-    keys: Tensor
-    values: Tensor
-
-
-class CacheTensors(NamedTuple):
-    """All layers' cache as bare tensors, (layers, B, S, H, K): a `KVCache` for compiled graphs, in
-    which a module's buffers would have fixed sizes.
-    """
-
-    keys: Tensor
-    values: Tensor
-
-    @property
-    def length(self) -> int:
-        return self.keys.shape[2]
-
-    def layer(self, index: int) -> KeysValues:
-        return KeysValues(self.keys[index], self.values[index])
-
-
-class KVCache(nn.Module):
-    """The keys and values of the tokens seen so far, in buffers that never move or grow.
-
-    Slot s of a row holds the token at position s, so rows of different lengths need no padding on
-    the left: a query at position p reads slots 0..p, and what lies beyond is stale and never seen.
-    Rows may be reordered, copied or dropped with plain indexing of `keys` and `values`, both
-    (layers, B, S, H, K).
-    """
-
-    keys: Tensor
-    values: Tensor
-
-    def __init__(
-        self,
-        config: GPT2MLConfig,
-        *,
-        batch_size: int,
-        length: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        if not 1 <= length <= config.max_position_embeddings:
-            raise ValueError(
-                f"a cache of {length} slots was asked for; this model has positions for 1 to "
-                f"{config.max_position_embeddings}"
-            )
-        shape = (
-            config.num_hidden_layers,
-            batch_size,
-            length,
-            config.num_attention_heads,
-            config.head_size,
-        )
-        # Zeros, not empty: a masked slot still multiplies its value by 0, and 0 * NaN is NaN.
-        for name in ("keys", "values"):
-            self.register_buffer(
-                name, torch.zeros(shape, device=device, dtype=dtype), persistent=False
-            )
-
-    @property
-    def length(self) -> int:
-        return self.keys.shape[2]
-
-    def layer(self, index: int) -> KeysValues:
-        return KeysValues(self.keys[index], self.values[index])
 
 
 class TokenEmbedding(nn.Embedding):
@@ -219,15 +149,21 @@ class GPT2ML(nn.Module):
     @property
     def runs_on_kernels(self) -> bool:
         """Whether all layers run as one operator over a key-value cache: packed, on this CPU."""
-        block = self.blocks[0]
-        layers = (block.attention.qkv, block.attention.output, block.mlp.up, block.mlp.down)
-        # All of them: one with an adapter is no packed layer any more.
-        packed = all(
-            isinstance(layer, kernels.PackedLinear) and layer.has_kernel for layer in layers
-        )
-        return packed and kernels.supports_layers(
+        # All of them: a layer with an adapter is no packed layer any more.
+        return kernels.supports_layers(
             self.position_embedding.weight, self.config.head_size
+        ) and all(
+            isinstance(layer, kernels.PackedLinear) and layer.has_kernel for layer in self._linears
         )
+
+    @property
+    def _linears(self) -> list[Any]:
+        """The layers with the large matrices, in the order in which they are used."""
+        return [
+            layer
+            for block in self.blocks
+            for layer in (block.attention.qkv, block.attention.output, block.mlp.up, block.mlp.down)
+        ]
 
     @torch.no_grad()
     def initialize(self) -> None:
@@ -297,11 +233,7 @@ class GPT2ML(nn.Module):
         return h
 
     def _run_kernel(self, h: Tensor, positions: Tensor, cache: KVCache | CacheTensors) -> Tensor:
-        layers = [
-            layer
-            for block in self.blocks
-            for layer in (block.attention.qkv, block.attention.output, block.mlp.up, block.mlp.down)
-        ]
+        layers = self._linears
         norms = [norm for block in self.blocks for norm in (block.mlp_norm, block.output_norm)]
         return kernels.packed_layers(
             h,

@@ -15,7 +15,7 @@ from gpt2ml_torch.__main__ import main
 from gpt2ml_torch.finetuning import Objective, next_token_rows
 from gpt2ml_torch.finetuning.lora import add_adapter
 from gpt2ml_torch.finetuning.preparation import pack_blocks
-from gpt2ml_torch.model import KVCache
+from gpt2ml_torch.kv_cache import KVCache
 from tests.finetuning_runs import metrics, run
 
 peft = pytest.importorskip("peft")
@@ -123,7 +123,8 @@ def test_the_frozen_matrices_are_packed(tuning_files: Path, tmp_path: Path) -> N
     assert counts[0]["weights_here"] - counts[1]["weights_here"] == matrices
 
 
-def test_decoding_over_a_packed_base_sees_an_adapter_on_some_layers() -> None:
+@pytest.mark.parametrize("targets", [r".*mlp\.up", r"blocks\.1\.attention\.qkv"])
+def test_decoding_over_a_packed_base_sees_an_adapter_on_some_layers(targets: str) -> None:
     """Where all layers are packed, one kernel runs them; where one has an adapter, it must not."""
     model = pack_blocks_of(small_model())
     ids = torch.arange(1, 9)[None]
@@ -134,7 +135,7 @@ def test_decoding_over_a_packed_base_sees_an_adapter_on_some_layers() -> None:
             return model(ids, positions=torch.arange(8)[None], cache=cache)[0, -1]
 
     plain = last_logits()
-    add_adapter(model, rank=4, targets=["mlp.up"])
+    peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -25,8 +26,14 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module", params=["plain", "float32", "int8"])
 def model(tokenizer: Tokenizer, request: pytest.FixtureRequest) -> GPT2ML:
+    """Plain, or packed on a machine without kernels: those are not compiled."""
     model = tiny_model(tokenizer, positions=400)
-    return model if request.param == "plain" else kernels.pack_model(model, request.param)
+    if request.param != "plain":
+        kernels.pack_model(model, request.param)
+        for module in model.modules():
+            if isinstance(module, kernels.PackedLinear | kernels.PackedEmbedding):
+                module.has_kernel = False
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +79,16 @@ def test_compiled_text_is_eager_text_and_nothing_is_compiled_anew(
         assert compiled.generate(prompts, **options) == eager.generate(prompts, **options)
     assert compiled.engine.compiled
     assert set(compiled.engine._steps) == sizes
+
+
+@pytest.mark.skipif(not kernels.load_kernels(), reason="the kernels could not be built")
+def test_a_model_on_the_kernels_has_nothing_to_compile(tokenizer: Tokenizer) -> None:
+    model = kernels.pack_model(tiny_model(tokenizer, positions=400), "int8")
+    generator = Generator(model, tokenizer, compile=True)
+    with mock.patch.object(torch, "compile") as compiles:
+        generator.engine.warm_up()
+        generator.generate("今天天气不错", max_new_tokens=5)
+    compiles.assert_not_called()
 
 
 @needs_compiler

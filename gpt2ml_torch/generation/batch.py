@@ -14,7 +14,7 @@ from gpt2ml_torch.generation.config import GenerationConfig
 from gpt2ml_torch.generation.engine import Engine
 from gpt2ml_torch.generation.stats import Stats
 from gpt2ml_torch.generation.text import Text
-from gpt2ml_torch.model import KVCache
+from gpt2ml_torch.kv_cache import KVCache
 
 CUDA_BURST = 8  # tokens decoded between two looks at them, where looking means to wait for the GPU
 
@@ -54,7 +54,7 @@ class Batch:
         needed = max(len(text.ids) - text.start for text in texts)
         # Compiled steps may have a graph for each length: one from the start beats several on the
         # way. Elsewhere the cache grows with the text, a block of slots at a time.
-        grows = not engine.compiled and not engine.free_sizes
+        grows = not engine.compiled and not engine.on_kernels
         to_come = 1 if grows else config.max_new_tokens
         self._cache = engine.new_cache(len(texts), min(needed + to_come, engine.limit))
 
@@ -113,7 +113,7 @@ class Batch:
 
     def _read(self, ids: Sequence[int], row: int) -> Tensor:
         """Read a text into a row of the cache; logits after it, (1, V)."""
-        if self._engine.free_sizes and self._cache.keys.shape[1] == 1:
+        if self._engine.on_kernels and self._cache.keys.shape[1] == 1:
             return self._engine.prefill(ids, self._cache)
         logits, alone = self._engine.read(ids)
         self._copy_row(alone, 0, self._cache, row, len(ids))

@@ -16,7 +16,7 @@ from gpt2ml_torch.generation.choosing import Chooser
 from gpt2ml_torch.generation.config import GenerationConfig
 from gpt2ml_torch.generation.engine import Engine
 from gpt2ml_torch.generation.text import Text
-from gpt2ml_torch.model import KVCache
+from gpt2ml_torch.kv_cache import KVCache
 
 
 class BeamSearch:

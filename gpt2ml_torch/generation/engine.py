@@ -1,10 +1,10 @@
 """Engine: the two steps that decoding is made of, as plain functions, compiled if wanted.
 
-A step is one graph. With packed weights on the CPU all layers are one operator in it, and one graph
-serves every number of rows, tokens and cache slots. Elsewhere the blocks are one nested region,
-compiled once for all layers (see `model.py`), and sizes are padded up to a few, each with a graph
-of its own: CUDA graphs replay fixed addresses, and a nested region loses what is written to a cache
-of symbolic size (PyTorch 2.13).
+A step is one graph, whose blocks are one nested region, compiled once for all layers (see
+`model.py`). Sizes are padded up to a few, each with a graph of its own: CUDA graphs replay fixed
+addresses, and a nested region loses what is written to a cache of symbolic size (PyTorch 2.13).
+Packed weights on the CPU need none of that: all layers are one operator, compiled already, which
+takes any number of rows, tokens and cache slots.
 
 Shapes:
     B  batch rows       T  tokens in this call      S  slots of the cache      V  vocabulary
@@ -18,7 +18,7 @@ import os
 import shutil
 import sysconfig
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from gpt2ml_torch.kernels.build import cache_folder
-from gpt2ml_torch.model import GPT2ML, CacheTensors, KVCache
+from gpt2ml_torch.kv_cache import CacheTensors, KVCache
+from gpt2ml_torch.model import GPT2ML
 
 _logger = logging.getLogger(__name__)
 
@@ -52,17 +53,18 @@ def decode(
 class Engine:
     """A model's two steps, eager or compiled, and caches of the sizes that they like.
 
-    Compiling happens at the first call of a size; where it can't, steps run eagerly, and the log
-    says why, once. From then on the model's layers must stay what they are; their weights may
-    change. No method checks ids or positions: `Generator` does.
+    Compiling happens at the first call of a size, but for a model that runs on the kernels, which
+    has nothing to compile; where it can't, steps run eagerly, and the log says why, once. From then
+    on the model's layers must stay what they are; their weights may change. No method checks ids or
+    positions: `Generator` does.
     """
 
     def __init__(self, model: GPT2ML, *, compile: bool = True) -> None:
         self.model = model
         self.on_cuda = model.device.type == "cuda"
-        self.free_sizes = model.runs_on_kernels
+        self.on_kernels = model.runs_on_kernels
         self._steps: dict[tuple[object, ...], Callable[..., Tensor]] = {}
-        self.compiled = compile and self._can_compile()
+        self.compiled = compile and not self.on_kernels and self._can_compile()
 
     def _can_compile(self) -> bool:
         obstacle = None if self.on_cuda else why_no_compiler()
@@ -93,25 +95,21 @@ class Engine:
                 torch._dynamo.mark_static_address(tensor)
         return cache
 
-    @property
-    def _pads(self) -> bool:
-        return self.compiled and not self.free_sizes
-
     def padded_rows(self, wanted: int) -> int:
         """The size of batch that serves so many rows."""
-        return 1 << (wanted - 1).bit_length() if self._pads else wanted
+        return 1 << (wanted - 1).bit_length() if self.compiled else wanted
 
     def padded_tokens(self, wanted: int) -> int:
         """The size of prefill that serves so many tokens."""
-        if not self._pads:
+        if not self.compiled:
             return wanted
         return min(max(1 << (wanted - 1).bit_length(), SMALLEST_PREFILL), self.limit)
 
     def _slots(self, wanted: int) -> int:
-        if self.free_sizes:
+        if self.on_kernels:
             return min(wanted, self.limit)
         blocks = -(-wanted // SLOTS)
-        if self._pads:
+        if self.compiled:
             blocks = 1 << (blocks - 1).bit_length()
         return min(blocks * SLOTS, self.limit)
 
@@ -124,8 +122,9 @@ class Engine:
         """Compile all sizes for texts of up to so many tokens (all that the model sees, if None)
         in batches of so many rows, so that nothing is compiled while text is written.
         """
-        longest = min(tokens or self.limit, self.limit)
-        lengths = (1, longest) if self.free_sizes else range(1, longest + 1)
+        if not self.compiled:
+            return
+        lengths = range(1, min(tokens or self.limit, self.limit) + 1)
         for size in sorted({self.padded_tokens(length) for length in lengths}):
             self.read([0] * size)
         for slots in sorted({self._slots(length) for length in lengths}):
@@ -159,16 +158,10 @@ class Engine:
         arguments = (self.model, ids, *others, cache.keys, cache.values)
         if not self.compiled:
             return function(*arguments)
-        key = self._key(name, ids, cache)
+        key = (name, *ids.shape, cache.length)  # calls of the same key share a graph
         if key in self._steps:
             return self._steps[key](*arguments)
         step = self._compile(function, replay=name == "decode")
-        if self.free_sizes:
-            _let_vary(ids, range(ids.ndim))
-            for tensor in others:
-                _let_vary(tensor, range(tensor.ndim))
-            for tensor in (cache.keys, cache.values):
-                _let_vary(tensor, (1, 2))
         _logger.info(
             "compiling %s (%d x %d tokens), once for each machine; kept in %s",
             *(name, *ids.shape, os.environ.get("TORCHINDUCTOR_CACHE_DIR")),
@@ -183,13 +176,6 @@ class Engine:
         _logger.info("compiled %s in %.1f s", name, time.perf_counter() - began)
         self._steps[key] = step
         return result
-
-    def _key(self, name: str, ids: Tensor, cache: KVCache) -> tuple[object, ...]:
-        """Calls of the same key share a graph."""
-        rows, tokens = ids.shape
-        if self.free_sizes:  # what is compiled for two and more does not serve one
-            return name, rows > 1, tokens > 1
-        return name, rows, tokens, cache.length
 
     def _compile(self, function: Callable[..., Tensor], *, replay: bool) -> Callable[..., Tensor]:
         # Two pools of threads, PyTorch's and the generated code's, would fight over the cores; the
@@ -210,18 +196,11 @@ class Engine:
         compiled: Callable[..., Tensor] = torch.compile(
             function,
             fullgraph=True,
-            dynamic=None if self.free_sizes else False,
+            dynamic=False,
             options=options,
             **extra,
         )
         return compiled
-
-
-def _let_vary(tensor: Tensor, dimensions: Iterable[int]) -> None:
-    """Have a graph compiled that serves other sizes of these dimensions."""
-    for dimension in dimensions:
-        if tensor.shape[dimension] > 1:
-            torch._dynamo.mark_dynamic(tensor, dimension)
 
 
 def why_no_compiler() -> str | None:

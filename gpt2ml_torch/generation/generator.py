@@ -31,9 +31,9 @@ class Generator:
 
     Options are those of `GenerationConfig`; `defaults` replaces its defaults (else those that came
     with the model's file, if any). At most `batch_size` texts are decoded at once, which bounds the
-    memory of the key-value cache. With `compile`, the first call of each size compiles. Each row
-    has a random stream of its own, made of the seed and its number, so what it draws depends on
-    nothing else.
+    memory of the key-value cache. With `compile`, the first call of each size compiles, except for
+    weights packed on a CPU with kernels, which are compiled already. Each row has a random stream
+    of its own, made of the seed and its number, so what it draws depends on nothing else.
     """
 
     def __init__(

@@ -24,8 +24,11 @@ from scripts.benchmarks.weights import SIZES
 Maker = Callable[[Any, str, Path, str], Any]
 
 CONTESTANTS: dict[str, Maker] = {
-    "ours": lambda c, p, f, d: GPT2MLGenerator(c, p, f, compile=True, device=d),
-    "ours, eager": lambda c, p, f, d: GPT2MLGenerator(c, p, f, compile=False, device=d),
+    "ours": lambda c, p, f, d: GPT2MLGenerator(c, p, f, device=d),
+    "ours, no kernels": lambda c, p, f, d: GPT2MLGenerator(c, p, f, device=d, kernels=False),
+    "ours, no kernels, eager": lambda c, p, f, d: GPT2MLGenerator(
+        c, p, f, device=d, kernels=False, compile=False
+    ),
     "ours, no cache": lambda c, p, f, d: NoCache(c, p, f),
     "transformers GPT-2, eager": lambda c, p, f, d: peers.TransformersGPT2(c, p, f, compile=False),
     "transformers GPT-2, compiled": lambda c, p, f, d: peers.TransformersGPT2(

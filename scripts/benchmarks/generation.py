@@ -31,33 +31,27 @@ ROOT = Path(__file__).resolve().parents[2]
 logger = logging.getLogger("bench")
 
 GROUPS: dict[str, list[tuple[str, str]]] = {
-    "with and without a cache": [
-        ("ours", "int8"),
+    "8-bit": [("ours", "int8"), ("llama.cpp", "int8"), ("CTranslate2", "int8")],
+    "4-bit": [("ours", "int4"), ("llama.cpp", "int4")],
+    "16-bit": [("ours", "bfloat16"), ("llama.cpp", "bfloat16"), ("llama.cpp", "float16")],
+    "16-bit, PyTorch": [
         ("ours", "bfloat16"),
-        ("ours, no cache", "float32"),
-    ],
-    "16-bit": [
-        ("ours", "bfloat16"),
-        ("ours, eager", "bfloat16"),
-        ("llama.cpp", "bfloat16"),
-        ("llama.cpp", "float16"),
+        ("ours, no kernels", "bfloat16"),
+        ("ours, no kernels, eager", "bfloat16"),
         ("transformers GPT-2, eager", "bfloat16"),
         ("transformers GPT-2, compiled", "bfloat16"),
     ],
-    "8-bit": [
-        ("ours", "int8"),
-        ("ours, eager", "int8"),
-        ("llama.cpp", "int8"),
-        ("CTranslate2", "int8"),
-    ],
-    "4-bit": [("ours", "int4"), ("ours, eager", "int4"), ("llama.cpp", "int4")],
     "32-bit": [
         ("ours", "float32"),
-        ("ours, eager", "float32"),
         ("transformers GPT-2, eager", "float32"),
-    ],
-    "32-bit, others": [
         ("CTranslate2", "float32"),
+    ],
+    "32-bit, PyTorch": [
+        ("ours, no kernels", "float32"),
+        ("ours, no kernels, eager", "float32"),
+        ("transformers GPT-2, compiled", "float32"),
+    ],
+    "32-bit, as it was done": [
         ("TensorFlow, with cache", "float32"),
         ("ours, no cache", "float32"),
     ],
@@ -68,6 +62,8 @@ PATIENCE = 45  # seconds; a request that takes longer in the first turn is not r
 # Who would take many minutes and tell nothing more: a few tokens at batch 1, or smaller batches.
 SLOW = ("ours, no cache", "TensorFlow, with cache")
 LARGEST = {
+    "ours, no kernels": 8,
+    "ours, no kernels, eager": 8,
     "transformers GPT-2, eager": 8,
     "transformers GPT-2, compiled": 8,
     "CTranslate2": 8,
@@ -107,17 +103,21 @@ def start(name: str, precision: str, options: argparse.Namespace, folder: Path) 
     """Start a contestant and wait until it is loaded (and compiled)."""
     logger.info("starting %s, %s", name, precision)
     command = [sys.executable, "-m", "scripts.benchmarks.contestant"]
+    errors = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115 (lives as long as the contestant)
     process = subprocess.Popen(
         [*command, name, precision, options.size, options.device, str(folder)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        stderr=None if options.verbose else subprocess.DEVNULL,
+        stderr=None if options.verbose else errors,
         text=True,
         cwd=ROOT,
     )
     try:
         facts = _answer(process)
     except EOFError:
+        errors.seek(0)
+        reason = (errors.read().strip().splitlines() or [f"status {process.wait()}"])[-1]
+        logger.warning("%s, %s failed to start: %s", name, precision, reason)
         facts = {"absent": "it failed to start"}
     return Contestant(name, precision, process, facts)
 
@@ -163,8 +163,9 @@ def _measure(contestant: Contestant, request: tuple[str, int, int], *, warm_up: 
         return
     log = (contestant.name, contestant.precision, what, size, seconds)
     logger.info("%s, %s: %s %d: %.2f s", *log)
-    if warm_up and time.perf_counter() - began > PATIENCE:
-        contestant.slow.add(key)  # once is enough, and nothing was compiled in so long a run
+    took = time.perf_counter() - began
+    if warm_up and took > PATIENCE and "compiled" not in contestant.name:
+        contestant.slow.add(key)  # once is enough, and nothing was compiled meanwhile
         contestant.seconds[key] = [seconds]
     elif seconds <= 0:  # a difference of two runs, of which the shorter one was disturbed
         logger.warning("%s, %s: not counted", contestant.name, contestant.precision)
@@ -205,6 +206,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--prefill", type=int, nargs="+", default=PREFILL)
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
     parser.add_argument("--folder", type=Path, help="keep the random weights here")
+    parser.add_argument("--add", action="store_true", help="keep the result's other groups")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "generation")
     parser.add_argument("--verbose", action="store_true")
     options = parser.parse_args(arguments)
@@ -212,12 +214,20 @@ def main(arguments: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="gpt2ml-bench-") as temporary:
         folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        bandwidths: list[float] = []
-        rows: list[dict[str, Any]] = []
+        rows, bandwidths = _kept(options) if options.add else ([], [])
         for group in options.groups:
             rows += run_group(group, options, folder, bandwidths)
             table = write(options, rows, bandwidths)  # after each, so that a long run loses nothing
     print(table)
+
+
+def _kept(options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[float]]:
+    """Rows and bandwidths of an earlier run on this machine, but for the groups of this one."""
+    result = json.loads(options.out.with_suffix(".json").read_text())
+    if (result["machine"], result["size"]) != (machine.describe(), options.size):
+        raise SystemExit(f"{options.out}.json is of another machine, day or size; go without --add")
+    rows = [row for row in result["rows"] if row["group"] not in options.groups]
+    return rows, result["bandwidths"]
 
 
 def write(options: argparse.Namespace, rows: list[dict[str, Any]], bandwidths: list[float]) -> str:
@@ -227,8 +237,7 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]], bandwidths: l
         "size": options.size,
         "new_tokens": options.new_tokens,
         "read_bandwidth": statistics.median(bandwidths),
-        "slowest_bandwidth": min(bandwidths),
-        "fastest_bandwidth": max(bandwidths),
+        "bandwidths": bandwidths,
         "rows": rows,
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)

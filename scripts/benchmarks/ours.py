@@ -18,9 +18,16 @@ class GPT2MLGenerator:
     """Sampling with top-k 5; `precision` is a dtype or a quantisation."""
 
     def __init__(
-        self, config: GPT2MLConfig, precision: str, folder: Path, *, compile: bool, device: str
+        self,
+        config: GPT2MLConfig,
+        precision: str,
+        folder: Path,
+        *,
+        device: str,
+        kernels: bool = True,
+        compile: bool = True,
     ) -> None:
-        packed = precision in packing.BITS and device == "cpu"
+        packed = precision in packing.BITS and device == "cpu" and kernels
         dtype = getattr(torch, precision) if precision.startswith("float") else torch.bfloat16
         path = folder / f"random-{str(dtype).removeprefix('torch.')}.safetensors"
         if not path.exists():

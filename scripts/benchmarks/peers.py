@@ -208,7 +208,7 @@ class CTranslate2:
         import ctranslate2
 
         path = folder / f"ct2-{precision}"
-        if not path.exists():
+        if not (path / "model.bin").exists():
             self._convert(config, precision, path)
         self.generator = ctranslate2.Generator(
             str(path), device="cpu", intra_threads=torch.get_num_threads(), inter_threads=1
@@ -254,6 +254,7 @@ class CTranslate2:
         spec.config.bos_token = spec.config.eos_token = "t1"
         spec.validate()
         spec.optimize(quantization=precision)
+        path.mkdir(exist_ok=True)
         spec.save(str(path))
 
     def _generate(self, batch: int, tokens: int, new_tokens: int) -> float:

@@ -15,8 +15,8 @@ def markdown(result: Result) -> str:
     lines = [
         f"{machine['date']}, {machine['processor']}, {machine['cores']} cores, "
         f"{machine['memory_gib']} GiB, GPU: {machine['gpu']}; torch {machine['torch']}; "
-        f"read bandwidth {bandwidth:.1f} GB/s ({result['slowest_bandwidth'] / 1e9:.1f} to "
-        f"{result['fastest_bandwidth'] / 1e9:.1f} in the run); size {result['size']}, "
+        f"read bandwidth {bandwidth:.1f} GB/s ({min(result['bandwidths']) / 1e9:.1f} to "
+        f"{max(result['bandwidths']) / 1e9:.1f} in the run); size {result['size']}, "
         f"prompts of 128 tokens, {result['new_tokens']} new tokens; tokens/s, medians.",
         "",
     ]

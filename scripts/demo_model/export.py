@@ -20,7 +20,8 @@ from torch import Tensor
 from convert.configs import original_dialect
 from convert.mapping import Recipe, recipes
 from convert.tf_writer import Variable, write_tf_checkpoint
-from gpt2ml_torch.model import GPT2ML, KVCache
+from gpt2ml_torch.kv_cache import KVCache
+from gpt2ml_torch.model import GPT2ML
 
 PROMPTS = (
     "今天天气不错",

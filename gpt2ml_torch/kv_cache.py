@@ -1,0 +1,85 @@
+"""The key-value cache: a module, and the bare tensors that compiled graphs take.
+
+Shapes:
+    B  batch rows       S  slots       H  heads       K  head size
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gpt2ml_torch.config import GPT2MLConfig
+
+
+class KeysValues(NamedTuple):
+    """One layer's cache: keys and values, each (B, S, H, K)."""
+
+    keys: Tensor
+    values: Tensor
+
+
+class CacheTensors(NamedTuple):
+    """All layers' cache as bare tensors, (layers, B, S, H, K): a `KVCache` for compiled graphs, in
+    which a module's buffers would have fixed sizes.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    @property
+    def length(self) -> int:
+        return self.keys.shape[2]
+
+    def layer(self, index: int) -> KeysValues:
+        return KeysValues(self.keys[index], self.values[index])
+
+
+class KVCache(nn.Module):
+    """The keys and values of the tokens seen so far, in buffers that never move or grow.
+
+    Slot s of a row holds the token at position s, so rows of different lengths need no padding on
+    the left: a query at position p reads slots 0..p, and what lies beyond is stale and never seen.
+    Rows may be reordered, copied or dropped with plain indexing of `keys` and `values`, both
+    (layers, B, S, H, K).
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(
+        self,
+        config: GPT2MLConfig,
+        *,
+        batch_size: int,
+        length: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not 1 <= length <= config.max_position_embeddings:
+            raise ValueError(
+                f"a cache of {length} slots was asked for; this model has positions for 1 to "
+                f"{config.max_position_embeddings}"
+            )
+        shape = (
+            config.num_hidden_layers,
+            batch_size,
+            length,
+            config.num_attention_heads,
+            config.head_size,
+        )
+        # Zeros, not empty: a masked slot still multiplies its value by 0, and 0 * NaN is NaN.
+        for name in ("keys", "values"):
+            self.register_buffer(
+                name, torch.zeros(shape, device=device, dtype=dtype), persistent=False
+            )
+
+    @property
+    def length(self) -> int:
+        return self.keys.shape[2]
+
+    def layer(self, index: int) -> KeysValues:
+        return KeysValues(self.keys[index], self.values[index])

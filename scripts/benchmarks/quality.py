@@ -1,0 +1,173 @@
+"""What a precision costs in quality, and how often a cheaper model would draft the right token.
+
+    scripts/bench quality                           # about five minutes on two cores
+
+Perplexity is that of the shipped model on the held-out poems, computed as a text is continued: over
+a cache, with the kernels where weights are packed. At the published size, with random weights, it
+is the error of the logits. Writes RESULT.json and RESULT.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpt2ml_torch import GPT2ML, GPT2MLConfig, KVCache, Tokenizer
+from scripts.benchmarks import machine
+from scripts.benchmarks.shipped import ROOT, add_arguments, prepare
+from scripts.benchmarks.weights import write_random_model
+
+# Weights, activations: packed for the kernels, but for those of `None`.
+PRECISIONS: list[tuple[str | None, str]] = [
+    (None, "float32"),
+    (None, "bfloat16"),
+    ("float32", "float32"),
+    ("bfloat16", "bfloat16"),
+    ("float16", "float16"),
+    ("int8", "float32"),
+    ("int8", "bfloat16"),
+    ("int4", "bfloat16"),
+]
+TOP_K = 5  # of the sampling for which drafts are judged
+
+logger = logging.getLogger("bench")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="scripts/bench quality", description=__doc__)
+    add_arguments(parser)
+    parser.add_argument("--tokens", type=int, default=128, help="at the published size")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "quality")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    shipped = prepare(options)
+    random = shipped.folder / "random-float32.safetensors"
+    if not random.exists():
+        write_random_model(random, GPT2MLConfig.mega(), torch.float32)
+    result = {
+        "machine": machine.describe(),
+        "characters": sum(len(article) - 1 for article in shipped.tang.held_out),
+        "tokens": options.tokens,
+        "rows": measure(shipped.model, shipped.tang.held_out, random, options.tokens),
+        "drafts": drafts(shipped.model, shipped.tang.held_out),
+    }
+    options.out.parent.mkdir(exist_ok=True)
+    options.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    table = markdown(result)
+    options.out.with_suffix(".md").write_text(table)
+    print(table)
+
+
+def load(path: Path, weights: str | None, activations: str) -> GPT2ML:
+    return GPT2ML.from_pretrained(path, dtype=getattr(torch, activations), quantize=weights)
+
+
+@torch.inference_mode()
+def logits(model: GPT2ML, ids: Sequence[int]) -> Tensor:
+    """Those after each id, (T, V) float32, computed over a cache."""
+    cache = KVCache(model.config, batch_size=1, length=len(ids), dtype=model.dtype)
+    return model(torch.tensor([ids]), cache=cache)[0].float()
+
+
+def measure(
+    shipped: Path, articles: Sequence[str], random: Path, tokens: int
+) -> list[dict[str, Any]]:
+    """Loss on the articles, and distance from float32 at the published size, by precision."""
+    ids = [Tokenizer.from_pretrained(shipped).encode(article) for article in articles]
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(200, 20000, (tokens,), generator=generator).tolist()
+    rows: list[dict[str, Any]] = []
+    exact: Tensor | None = None
+    for weights, activations in PRECISIONS:
+        loss = mean_loss(load(shipped, weights, activations), ids)
+        found = logits(load(random, weights, activations), prompt)
+        exact = found if exact is None else exact
+        row = {
+            "weights": weights or activations,
+            "activations": activations,
+            "kernels": weights is not None,
+            "loss": loss,
+            "perplexity_change": math.exp(loss - (rows[0]["loss"] if rows else loss)) - 1,
+            "logits_error": float((found - exact).norm() / exact.norm()),
+        }
+        logger.info("%s", row)
+        rows.append(row)
+    return rows
+
+
+def mean_loss(model: GPT2ML, articles: Sequence[Sequence[int]]) -> float:
+    """Nats a token."""
+    total, count = 0.0, 0
+    for ids in articles:
+        scores = logits(model, ids)[:-1].log_softmax(-1)
+        total -= float(scores.gather(-1, torch.tensor(ids)[1:, None]).sum(dtype=torch.float64))
+        count += len(ids) - 1
+    return total / count
+
+
+def drafts(shipped: Path, articles: Sequence[str]) -> dict[str, float]:
+    """How often speculative sampling would take a draft's token: the mean of Σ min(p, q)."""
+    tokenizer = Tokenizer.from_pretrained(shipped)
+    model = load(shipped, "int8", "bfloat16")
+    others = {"int4": load(shipped, "int4", "bfloat16"), **dict(_first_layers(shipped))}
+    totals, count = dict.fromkeys(others, 0.0), 0
+    for article in articles[:: max(1, len(articles) // 20)]:
+        ids = tokenizer.encode(article)
+        wanted = _top_k(logits(model, ids))
+        count += len(wanted)
+        for name, other in others.items():
+            totals[name] += float(torch.minimum(wanted, _top_k(logits(other, ids))).sum())
+    return {name: round(total / count, 4) for name, total in totals.items()}
+
+
+def _first_layers(shipped: Path) -> Iterator[tuple[str, GPT2ML]]:
+    layers = len(load(shipped, None, "float32").blocks)
+    for kept in (layers // 2, layers - 1):
+        model = load(shipped, "int8", "bfloat16")
+        del model.blocks[kept:]
+        yield f"first {kept} of {layers} layers", model
+
+
+def _top_k(scores: Tensor) -> Tensor:
+    best, ids = scores.topk(TOP_K)
+    return torch.zeros_like(scores).scatter(-1, ids, best.softmax(-1))
+
+
+def markdown(result: dict[str, Any]) -> str:
+    about = result["machine"]
+    lines = [
+        f"{about['date']}, {about['processor']}; torch {about['torch']}. Perplexity: the shipped "
+        f"model on {result['characters']:,} held-out characters, against plain float32. Logits: "
+        f"published size, random weights, {result['tokens']} tokens; norm of the difference from "
+        "plain float32 over the norm.",
+        "",
+        "| weights | activations | runs on | loss, nats | perplexity | logits' relative error |",
+        "|---|---|---|---:|---:|---:|",
+    ]
+    for row in result["rows"]:
+        lines.append(
+            f"| {row['weights']} | {row['activations']} | "
+            f"{'the kernels' if row['kernels'] else 'PyTorch'} | {row['loss']:.4f} | "
+            f"{row['perplexity_change']:+.2%} | {row['logits_error']:.2g} |"
+        )
+    shares = "; ".join(f"{name}: {share:.1%}" for name, share in result["drafts"].items())
+    lines += [
+        "",
+        f"Drafts for int8 that speculative sampling would take, top-k {TOP_K}, the shipped model: "
+        f"{shares}.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
