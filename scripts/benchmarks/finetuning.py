@@ -5,9 +5,9 @@
 
 Each setting runs in a process of its own, on random weights that it loads from a file as
 `gpt2ml finetune` does. Memory is the largest resident set so far above that of a process which only
-imports torch. For speed ours and transformers' GPT-2 of the same size, with the same optimizer,
-step in the backward pass and checkpointing, stay loaded side by side and take turns. Writes
-RESULT.json and RESULT.md.
+imports torch. For speed ours in bfloat16 and transformers' GPT-2 of the same size, with the same
+optimizer, step in the backward pass and checkpointing, stay loaded side by side and take turns; the
+other settings take one step. Writes RESULT.json and RESULT.md.
 """
 
 from __future__ import annotations
@@ -73,13 +73,14 @@ class Contestant:
             raise SystemExit(f"{self.setting} ended with status {self._process.wait()}")
         return dict(json.loads(line))
 
-    def row(self, *, counted: int) -> dict[str, Any]:
+    def row(self) -> dict[str, Any]:
         """What was measured; the first step, which allocates, does not count as speed."""
-        seconds = statistics.median(self.seconds[-counted:])
-        return {
-            "setting": self.setting,
-            "peak_gib": self.facts["peak_gib"],
-            "weights_gib": self.facts["weights_gib"],
+        row = {key: self.facts[key] for key in ("peak_gib", "weights_gib")}
+        row["setting"] = self.setting
+        if len(self.seconds) == 1:
+            return row
+        seconds = statistics.median(self.seconds[1:])
+        return row | {
             "seconds": round(seconds, 2),
             "tokens_per_second": round(self.facts["tokens"] / seconds, 2),
             "flops_per_second": self.facts["flops"] / seconds,
@@ -107,7 +108,7 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace, settings: list[str]) -> dict[str, Any]:
-    """Memory of each setting, and speed: bfloat16 and the peer in turns, others alone."""
+    """Memory of each setting, and the speed of bfloat16 and the peer in turns."""
     config = dataclasses.replace(GPT2MLConfig.mega(), num_hidden_layers=options.layers)
     rates = {name: matmul_rate(getattr(torch, name)) for name in ("float32", "bfloat16")}
     bare = subprocess.run(
@@ -125,15 +126,16 @@ def measure(options: argparse.Namespace, settings: list[str]) -> dict[str, Any]:
         alone = [[setting] for setting in settings if setting not in pair]
         for group in [pair, *alone]:
             contestants = [Contestant(setting, options, model) for setting in group]
-            for _ in range(1 + options.steps):
+            for _ in range(1 + (options.steps if group == pair else 0)):
                 for contestant in contestants:
                     contestant.step()
             for contestant in contestants:
-                rows.append(contestant.row(counted=options.steps))
+                rows.append(contestant.row())
                 contestant.stop()
     for row in rows:
         row["above_import_gib"] = round(row["peak_gib"] - baseline, 3)
-        row["share_of_matmul_rate"] = round(row["flops_per_second"] / max(rates.values()), 3)
+        if "seconds" in row:
+            row["share_of_matmul_rate"] = round(row["flops_per_second"] / max(rates.values()), 3)
         if row["setting"] != PEER:
             foretold = predict(settings_of(row["setting"], length=options.tokens), config)
             row["predicted_gib"] = round(foretold.total / 2**30 - baseline, 3)
@@ -174,14 +176,18 @@ def markdown(result: dict[str, Any]) -> str:
     ]
     for row in result["rows"]:
         target = TARGETS.get(row["setting"]) if whole else None
+        timed = "seconds" in row
+        speed = f"{row['tokens_per_second']:.1f}" if timed else ""
+        share = f"{row['share_of_matmul_rate']:.0%}" if timed else ""
         lines.append(
             f"| {row['setting']} | {row['above_import_gib']:.2f} | "
             f"{f'≤ {target}' if target else ''} | {row.get('predicted_gib', '')} | "
-            f"{row['tokens_per_second']:.1f} | {row['share_of_matmul_rate']:.0%} |"
+            f"{speed} | {share} |"
         )
-    speeds = {row["setting"]: row["tokens_per_second"] for row in result["rows"]}
-    if {"bfloat16", PEER} <= speeds.keys():
-        ratio = speeds["bfloat16"] / speeds[PEER]
+    speeds = {row["setting"]: row.get("tokens_per_second") for row in result["rows"]}
+    ours, peer = speeds.get("bfloat16"), speeds.get(PEER)
+    if ours and peer:
+        ratio = ours / peer
         lines += ["", f"Ours in bfloat16 / transformers GPT-2, taking turns: {ratio:.2f}"]
     return "\n".join([*lines, ""])
 

@@ -81,8 +81,8 @@ def _ratios(result: Result, columns: list[tuple[str, int]]) -> list[str]:
             for who in _contestants(result):
                 rate = _rate(result, who, column) if who[0] == group else None
                 if rate is not None:
-                    (ours if who[1] == "ours" else peers).append((rate, who[1]))
-            peers = [peer for peer in peers if not peer[1].startswith("ours")]
+                    side = ours if who[1].startswith("ours") else peers
+                    side.append((rate, who[1]))
             known = ours and peers
             cells.append(f"{max(ours)[0] / max(peers)[0]:.2f} ({max(peers)[1]})" if known else "")
         if any(cells):
