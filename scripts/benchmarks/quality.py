@@ -10,6 +10,7 @@ is the error of the logits. Writes RESULT.json and RESULT.md.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 import math
@@ -134,6 +135,7 @@ def _first_layers(shipped: Path) -> Iterator[tuple[str, GPT2ML]]:
     for kept in (layers // 2, layers - 1):
         model = load(shipped, "int8", "bfloat16")
         del model.blocks[kept:]
+        model.config = dataclasses.replace(model.config, num_hidden_layers=kept)
         yield f"first {kept} of {layers} layers", model
 
 
