@@ -29,7 +29,7 @@ from gpt2ml_torch.config import GPT2MLConfig
 from gpt2ml_torch.layout import SLOT
 from gpt2ml_torch.safetensors_writer import resolve_target
 
-_WORKERS = 2  # more of them wait for the same disk
+_WORKERS = 3  # one writes while two prepare; more only wait
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

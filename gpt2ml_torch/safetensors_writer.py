@@ -45,7 +45,7 @@ DTYPES: dict[str, tuple[str, int]] = {
 }
 
 ALIGNMENT = 4096  # bytes: a page, so that writing and mapping large tensors costs least
-CHUNK = 512 << 10  # bytes written, then read back while they are still in the processor's cache
+CHUNK = 2 << 20  # bytes written, then read back while they are still in the processor's cache
 
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)  # where they exist
 
@@ -105,6 +105,7 @@ class SafetensorsWriter:
             raise ValueError(f"tensor {name!r} {state}")
         start = self._offsets[name]
         at, end = start, start + _size(self._specs[name])
+        back = bytearray(min(CHUNK, end - start))
         with self._open() as file:
             for piece in pieces:
                 data = memoryview(piece).cast("B")
@@ -112,7 +113,7 @@ class SafetensorsWriter:
                     raise ValueError(f"tensor {name!r} takes {end - start} bytes; more were given")
                 for chunk in (data[i : i + CHUNK] for i in range(0, len(data), CHUNK)):
                     self._write_at(file, at, chunk)
-                    self._compare(file, at, chunk, name)
+                    self._compare(file, at, chunk, back, name)
                     at += len(chunk)
         if at != end:
             raise ValueError(f"tensor {name!r} takes {end - start} bytes; {at - start} were given")
@@ -194,11 +195,12 @@ class SafetensorsWriter:
             while data:
                 data = data[self._guard(file.write, data) :]
 
-    def _compare(self, file: FileIO, offset: int, written: memoryview, name: str) -> None:
+    def _compare(
+        self, file: FileIO, offset: int, written: memoryview, back: bytearray, name: str
+    ) -> None:
         file.seek(offset)
-        back = bytearray(len(written))
-        self._guard(file.readinto, back)
-        if back != written:
+        count = self._guard(file.readinto, memoryview(back)[: len(written)])
+        if count != len(written) or not back.startswith(written):
             raise OSError(
                 errno.EIO,
                 f"{self.path}: tensor {name!r} reads back differently from what was written; "
