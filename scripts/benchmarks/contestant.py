@@ -29,7 +29,7 @@ CONTESTANTS: dict[str, Maker] = {
     "ours, no kernels, eager": lambda c, p, f, d: GPT2MLGenerator(
         c, p, f, device=d, kernels=False, compile=False
     ),
-    "ours, no cache": lambda c, p, f, d: NoCache(c, p, f),
+    "no cache, as bert4keras": lambda c, p, f, d: NoCache(c, p, f),
     "transformers GPT-2, eager": lambda c, p, f, d: peers.TransformersGPT2(c, p, f, compile=False),
     "transformers GPT-2, compiled": lambda c, p, f, d: peers.TransformersGPT2(
         c, p, f, compile=True

@@ -52,15 +52,16 @@ GROUPS: dict[str, list[tuple[str, str]]] = {
         ("transformers GPT-2, compiled", "float32"),
     ],
     "32-bit, as it was done": [
+        ("ours", "float32"),
         ("TensorFlow, with cache", "float32"),
-        ("ours, no cache", "float32"),
+        ("no cache, as bert4keras", "float32"),
     ],
 }
 PREFILL = (128, 512, 1000)
 BATCHES = (1, 8, 32)
 PATIENCE = 45  # seconds; a request that takes longer in the first turn is not repeated
 # Who would take many minutes and tell nothing more: a few tokens at batch 1, or smaller batches.
-SLOW = ("ours, no cache", "TensorFlow, with cache")
+SLOW = ("no cache, as bert4keras", "TensorFlow, with cache")
 LARGEST = {
     "ours, no kernels": 8,
     "ours, no kernels, eager": 8,
@@ -214,26 +215,40 @@ def main(arguments: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="gpt2ml-bench-") as temporary:
         folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        rows, bandwidths = _kept(options) if options.add else ([], [])
+        hardware = machine.describe()
+        rows, bandwidths = _kept(options, hardware) if options.add else ([], [])
         for group in options.groups:
             rows += run_group(group, options, folder, bandwidths)
-            table = write(options, rows, bandwidths)  # after each, so that a long run loses nothing
+            # After each, so that a long run loses nothing.
+            table = write(options, hardware, rows, bandwidths)
     print(table)
 
 
-def _kept(options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[float]]:
-    """Rows and bandwidths of an earlier run on this machine, but for the groups of this one."""
+def _kept(
+    options: argparse.Namespace, hardware: dict[str, Any]
+) -> tuple[list[dict[str, Any]], list[float]]:
+    """Rows and bandwidths of an earlier run on this machine, but for the groups of this one; its
+    date is added to the hardware's."""
     result = json.loads(options.out.with_suffix(".json").read_text())
-    if (result["machine"], result["size"]) != (machine.describe(), options.size):
-        raise SystemExit(f"{options.out}.json is of another machine, day or size; go without --add")
+    earlier = {**result["machine"], "date": hardware["date"]}
+    if (earlier, result["size"]) != (hardware, options.size):
+        raise SystemExit(f"{options.out}.json is of another machine or size; go without --add")
+    began = result["machine"]["date"].split(" to ")[0]
+    if began != hardware["date"]:
+        hardware["date"] = f"{began} to {hardware['date']}"
     rows = [row for row in result["rows"] if row["group"] not in options.groups]
     return rows, result["bandwidths"]
 
 
-def write(options: argparse.Namespace, rows: list[dict[str, Any]], bandwidths: list[float]) -> str:
+def write(
+    options: argparse.Namespace,
+    hardware: dict[str, Any],
+    rows: list[dict[str, Any]],
+    bandwidths: list[float],
+) -> str:
     """Write the files of all that was measured so far; returns the table."""
     result = {
-        "machine": machine.describe(),
+        "machine": hardware,
         "size": options.size,
         "new_tokens": options.new_tokens,
         "read_bandwidth": statistics.median(bandwidths),

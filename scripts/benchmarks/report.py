@@ -55,7 +55,8 @@ def _cell(result: Result, who: tuple[str, str, str], column: tuple[str, int]) ->
     if rate is None:
         return ""
     share = _share(result, who, column, rate)
-    return f"{rate:.1f}" + (f" ({share:.0%})" if share else "")
+    digits = 1 if rate >= 2 else 2
+    return f"{rate:.{digits}f}" + (f" ({share:.0%})" if share else "")
 
 
 def _share(
@@ -114,6 +115,8 @@ def plot(result: Result, path: Path) -> None:
 
     bars: list[tuple[str, float, bool]] = []
     limits: list[float | None] = []
+    places: list[float] = []  # with a gap between groups
+    groups: dict[str, int] = {}
     bits = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "int4": 0.5}
     ours = [row for row in result["rows"] if row["name"] == "ours" and "weight_bytes" in row]
     sizes = {row["precision"]: float(row["weight_bytes"]) for row in ours}
@@ -121,21 +124,26 @@ def plot(result: Result, path: Path) -> None:
         rate = _rate(result, who, ("decode", 1))
         if rate is None:
             continue
+        places.append(len(bars) + 0.5 * groups.setdefault(who[0], len(groups)))
         bars.append((f"{who[1]}, {who[2]}", rate, who[1].startswith("ours")))
         same = [size for key, size in sizes.items() if bits[key] == bits[who[2]]]
         limits.append(float(result["read_bandwidth"]) / same[0] if same else None)
-    figure, axes = pyplot.subplots(figsize=(9, 0.42 * len(bars) + 1.5), layout="constrained")
-    places = range(len(bars))
+    figure, axes = pyplot.subplots(
+        figsize=(9, 0.35 * (places[-1] if places else 0) + 1.5), layout="constrained"
+    )
     colours = ["#c03b2b" if bar[2] else "#8a949e" for bar in bars]
-    drawn = axes.barh(list(places), [bar[1] for bar in bars], color=colours)
-    axes.bar_label(drawn, fmt="%.1f", padding=3)
+    drawn = axes.barh(places, [bar[1] for bar in bars], color=colours)
+    legible = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # over a line
+    axes.bar_label(drawn, fmt="%.1f", padding=4, bbox=legible)
     for place, limit in zip(places, limits, strict=True):
         if limit:
-            axes.plot([limit, limit], [place - 0.45, place + 0.45], color="black", linewidth=2)
-    axes.set_yticks(list(places), [bar[0] for bar in bars])
+            ends = [place - 0.45, place + 0.45]
+            axes.plot([limit, limit], ends, color="black", linewidth=2, zorder=0)
+    axes.set_yticks(places, [bar[0] for bar in bars])
     axes.invert_yaxis()
+    axes.margins(y=0.01)
     axes.set_xlabel(
-        "tokens/s, decoding at batch 1 (black: what the machine's "
+        "tokens/s, decoding at batch 1\n(black: what the machine's "
         f"{result['read_bandwidth'] / 1e9:.0f} GB/s of read bandwidth allow)"
     )
     axes.spines[["top", "right"]].set_visible(False)
