@@ -21,6 +21,17 @@ layer = lambda x: kernels.packed_linear(x, weight, scale, None, bits=8, outputs=
 print(kernels.load_kernels(), kernels.load_kernels(), layer(torch.ones(1, 64)).sum().item())
 """
 
+PLAIN = """
+import sys
+from gpt2ml_torch import GPT2ML, GPT2MLConfig
+from gpt2ml_torch.generation import loading
+config = GPT2MLConfig(
+    vocab_size=40, hidden_size=64, num_hidden_layers=1, num_attention_heads=1, intermediate_size=64
+)
+GPT2ML(config).save_pretrained(sys.argv[1])
+print(loading.load_model(sys.argv[1], quantize=None).runs_on_kernels)
+"""
+
 AVX2 = frozenset({"avx2", "fma", "f16c"})
 AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"}
 
@@ -29,9 +40,11 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
-def start(cache: Path, **environment: str) -> subprocess.Popen[str]:
+def start(
+    cache: Path, program: str = PRODUCT, *arguments: str, **environment: str
+) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", PRODUCT],
+        [sys.executable, "-c", program, *arguments],
         env=os.environ | {"GPT2ML_CACHE": str(cache)} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -54,6 +67,13 @@ def test_processes_that_start_together_build_once_for_all_and_agree(tmp_path: Pa
     built = library.stat().st_mtime_ns
     assert finish(start(tmp_path))[0] == runs[0][0]
     assert library.stat().st_mtime_ns == built
+
+
+def test_plain_weights_wait_for_no_kernels(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    output, _ = finish(start(cache, PLAIN, str(tmp_path / "model.safetensors")))
+    assert output == ["False"]
+    assert not cache.exists()
 
 
 @pytest.mark.parametrize("compiler", ["/nonexistent/g++", "false"])

@@ -28,8 +28,9 @@ def load_model(
     bfloat16 by default, but for weights of another floating-point type, and where nothing is packed
     on the CPU.
     """
-    fast = torch.device(device).type != "cpu" or kernels.load_kernels()
     if quantize == AUTO:
+        # Asked here alone, since kernels may have to be built for the answer.
+        fast = torch.device(device).type != "cpu" or kernels.load_kernels()
         quantize = None
         stored = read_metadata(path).quantization is not None
         if fast and not stored and torch.device(device).type == "cpu":
