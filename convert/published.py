@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import mmap
 import threading
 from pathlib import Path
 from typing import Any
+
+_WINDOW = 16 << 20  # bytes of a file mapped at a time: they count as memory while they are
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,13 +80,14 @@ def vocabulary_matches(known: Published, text: str) -> bool:
 
 
 def file_sha256(path: Path, stop: threading.Event) -> str | None:
-    """The SHA-256 of a file, read once, None if stopped; other threads run meanwhile."""
+    """The SHA-256 of a file, None if stopped; other threads run meanwhile."""
     digest = hashlib.sha256()
-    buffer = bytearray(1 << 20)  # stays in the processor's cache
-    view = memoryview(buffer)
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        for start in range(0, size, _WINDOW):
             if stop.is_set():
                 return None
-            digest.update(view[:count])
+            length = min(_WINDOW, size - start)
+            with mmap.mmap(file.fileno(), length, access=mmap.ACCESS_READ, offset=start) as window:
+                digest.update(window)
     return digest.hexdigest()

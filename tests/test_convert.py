@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -392,6 +394,19 @@ def test_a_published_checkpoint_is_recognised_by_its_hash(
         "sha256": known.data_sha256,
         "published": "GPT2_ML, 15G corpus",
     }
+
+
+@pytest.mark.parametrize("size", [0, 1, 65_536, 200_001])
+def test_the_hash_is_that_of_the_whole_file_however_many_windows_it_takes(
+    size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from convert import published
+
+    monkeypatch.setattr(published, "_WINDOW", 65_536)  # a multiple of every system's pages
+    content = np.random.default_rng(0).bytes(size)
+    (tmp_path / "file").write_bytes(content)
+    found = published.file_sha256(tmp_path / "file", threading.Event())
+    assert found == hashlib.sha256(content).hexdigest()
 
 
 def test_killed_at_any_moment_it_leaves_the_old_file_or_the_new_one(
