@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from gpt2ml_torch import GPT2ML, GPT2MLConfig, checkpoint
 from gpt2ml_torch.__main__ import main
@@ -51,6 +52,20 @@ def test_a_dry_run_names_the_kinds_and_suggests_what_would_fit(
         f"{light.total / 2**30:.2f} GiB"
     )
     assert "no setting here would" in suggestion(config, 1000, sizes)
+
+
+def test_a_dry_run_for_a_gpu_needs_none(
+    tuning_files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.safetensors"
+    words = ["finetune", str(tuning_files / "model.safetensors"), str(tuning_files / "text.txt")]
+    words += ["--out", str(out), "--device", "cuda", "--precision", "bfloat16"]
+    assert main([*words, "--dry-run", "--memory", "22GB"]) == 0
+    assert capsys.readouterr().out.endswith("that fits\n")
+    assert main([*words, "--dry-run", "--memory", "1MB"]) == 1
+    if not torch.cuda.is_available():
+        assert main(words) == 2
+        assert "GPU" in capsys.readouterr().err
 
 
 def test_a_suggestion_takes_the_fewest_changes_that_fit() -> None:

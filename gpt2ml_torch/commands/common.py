@@ -87,14 +87,17 @@ def read_lines(path: str) -> list[str]:
     return lines
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str, *, present: bool = True) -> torch.device:
+    """The device of a name, "auto" for the best one; raises `ValueError` unless it is one, and,
+    if `present`, is here.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"--device is {name!r}; expected cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if present and device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device is {name!r}; PyTorch sees {torch.cuda.device_count()} GPUs")
     return device
 

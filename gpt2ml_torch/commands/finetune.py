@@ -162,7 +162,8 @@ def run(arguments: argparse.Namespace) -> int:
         choose_device,
     )  # brings torch, which help can do without
 
-    arguments.device = str(choose_device(arguments.device))
+    # What a GPU would take can be predicted without one.
+    arguments.device = str(choose_device(arguments.device, present=not arguments.dry_run))
     config = to_config(arguments)
     if arguments.memory is not None and not arguments.dry_run:
         raise ValueError("--memory is for --dry-run; add that, or leave it out")

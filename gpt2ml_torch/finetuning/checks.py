@@ -19,6 +19,7 @@ def check_files(config: FinetuneConfig) -> checkpoint.CheckpointMetadata:
     """Look at the model file and at the places to write to; raises what `finetune` would."""
     metadata = checkpoint.read_metadata(config.model)
     check_model(config, metadata)
+    _check_device(config)
     if metadata.vocab is None:
         raise ValueError(
             f"{config.model} holds no vocabulary, so text can't be tokenised; convert it again "
@@ -40,15 +41,16 @@ def check_model(config: FinetuneConfig, metadata: checkpoint.CheckpointMetadata)
 
 
 def check_sizes(config: FinetuneConfig, sizes: GPT2MLConfig) -> None:
-    """Raise `ValueError` for settings that this size of model, number of processes or machine can't
-    have.
-    """
+    """Raise `ValueError` for settings that this size of model or number of processes can't have."""
     if config.length is not None and config.length > sizes.max_position_embeddings:
         raise ValueError(
             f"length is {config.length}; the model has {sizes.max_position_embeddings} positions"
         )
     config.trains_layer(0, sizes.num_hidden_layers)
     _check_processes(config)
+
+
+def _check_device(config: FinetuneConfig) -> None:
     if torch.device(config.device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device is {config.device}; PyTorch finds no CUDA device here, use cpu")
 
