@@ -10,7 +10,8 @@ from gpt2ml_torch import GPT2ML, GPT2MLConfig, kernels
 from gpt2ml_torch.kernels import ops, packing
 
 BITS = packing.BITS
-SIZES = ((16, 32), (17, 33), (100, 200), (33, 7), (48, 640), (1, 1), (515, 160))  # (N, K)
+# (N, K): odd ones, and inputs in several blocks
+SIZES = ((16, 32), (17, 33), (100, 200), (33, 7), (48, 640), (1, 1), (515, 160), (40, 1500))
 
 # Relative error (root mean square) that rounding the inputs may cost: half a bfloat16 step spread
 # evenly is 2**-9 / sqrt(3), and 1/127 of a group's largest value in int8 likewise. Twice that.
@@ -71,24 +72,25 @@ def test_inputs_on_the_quantised_grid_are_multiplied_exactly(precision: str) -> 
 @needs_kernels
 @pytest.mark.parametrize("precision", BITS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("inputs", "count"), [(200, 200), (1100, 600)])  # in one block, in several
 def test_a_row_does_not_depend_on_its_neighbours_or_the_threads(
-    precision: str, dtype: torch.dtype
+    inputs: int, count: int, precision: str, dtype: torch.dtype
 ) -> None:
-    weight, scale = packed(100, 200, precision)
-    x = torch.randn(200, 200, dtype=dtype)
+    weight, scale = packed(100, inputs, precision)
+    x = torch.randn(count, inputs, dtype=dtype)
 
     def product(rows: torch.Tensor) -> torch.Tensor:
         return kernels.packed_linear(rows, weight, scale, None, bits=BITS[precision], outputs=100)
 
     together = product(x)
-    threads = torch.get_num_threads()
+    before = torch.get_num_threads()
     try:
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            for rows in (1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 64, 200):
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            for rows in (1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 23, 64, count):
                 assert torch.equal(product(x[-rows:]), together[-rows:])
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("precision", BITS)

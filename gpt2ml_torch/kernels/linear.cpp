@@ -23,14 +23,17 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <limits>
 #include <memory>
 #include <new>
+#include <vector>
 
 namespace {
 
 constexpr int64_t kSerialWork = 1 << 16;    // elements of x that one thread prepares faster than two
 constexpr int64_t kAhead = 2048;            // bytes of a panel that are fetched in advance: about what a load takes
-constexpr int64_t kChunkBytes = 512 << 10;  // of prepared rows that are multiplied at once: they stay in the cache
+constexpr int64_t kBlockBytes = 16 << 10;   // of a floating-point panel, for many rows: two stay in the first cache
+constexpr int64_t kChunkBytes = 512 << 10;  // of prepared rows, along a block: they stay in the second
 
 // What a vector load of one panel holds: so many inputs of 16 outputs.
 template <Format kFormat> constexpr int64_t kInputs =
@@ -42,6 +45,10 @@ template <Format kFormat> constexpr int64_t kGroup = group_of(kFormat);
 template <Format kFormat> constexpr int32_t kOffset = kFormat == Format::Int4 ? 8 : kTakesUnsigned ? 128 : 0;
 template <Format kFormat> constexpr int64_t kInputBytes =  // of one prepared number
     kInteger<kFormat> ? 1 : kFormat == Format::BFloat16 && kMultipliesBfloat16 ? 2 : 4;
+template <Format kFormat> constexpr int kManyRows = kInteger<kFormat> ? kManyIntegerRows : kManyFloatingRows;
+// Inputs that many rows are multiplied by before the next ones. Rows of integers are short: all at once is faster.
+template <Format kFormat> constexpr int64_t kBlock =
+    kInteger<kFormat> ? std::numeric_limits<int64_t>::max() : kBlockBytes / kStepBytes<kFormat> * kInputs<kFormat>;
 
 // ---- the inputs: floating point, or int8 with a scale and a starting sum for each group
 
@@ -124,6 +131,13 @@ struct Job {
   int64_t panel_bytes;   // of one panel's weights
 };
 
+// The inputs [begin, end) of a product, and each row's sums up to there, (rows, kCols, 16): read unless begin is 0,
+// written unless end is the last.
+struct Block {
+  int64_t begin, end;
+  float* sums;
+};
+
 inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
 
 inline Floats broadcast_float(const uint8_t* p) {
@@ -138,14 +152,15 @@ inline Ints broadcast_4_bytes(const uint8_t* p) {
   return all(four);
 }
 
-// kRows rows of x times kCols panels; the accumulators stay in registers for the whole of K. GCC keeps an array in
+// kRows rows of x times kCols panels; the accumulators stay in registers all along the block. GCC keeps an array in
 // registers only where it unrolls every loop over it early, and that takes the pragma.
 template <Format kFormat, int kRows, int kCols>
-void sums_floating(const Job& job, const uint8_t* x, const uint8_t* w, Floats (&sum)[kRows][kCols]) {
-  for (int64_t k = 0; k < job.padded; k += kInputs<kFormat>, x += kInputs<kFormat> * kInputBytes<kFormat>, w += kStepBytes<kFormat>) {
+void sums_floating(const Job& job, Block block, const uint8_t* x, const uint8_t* w, Floats (&sum)[kRows][kCols]) {
+  x += block.begin * kInputBytes<kFormat>, w += block.begin / kInputs<kFormat> * kStepBytes<kFormat>;
+  for (int64_t k = block.begin; k < block.end; k += kInputs<kFormat>, x += kInputs<kFormat> * kInputBytes<kFormat>, w += kStepBytes<kFormat>) {
     Floats first[kCols], second[kCols];
     Ints pairs[kCols];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int c = 0; c < kCols; ++c) {
       const uint8_t* weight = w + c * job.panel_bytes;
       prefetch(weight + kAhead);
@@ -156,20 +171,20 @@ void sums_floating(const Job& job, const uint8_t* x, const uint8_t* w, Floats (&
         first[c] = first_of_pairs(pairs[c]), second[c] = second_of_pairs(pairs[c]);
       }
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
       const uint8_t* input = x + r * job.in.row_bytes;
       if constexpr (kInputBytes<kFormat> == 2) {
         const Ints pair = broadcast_4_bytes(input);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int c = 0; c < kCols; ++c) sum[r][c] = dot_bfloat16(sum[r][c], pairs[c], pair);
       } else {
         const Floats value = broadcast_float(input);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int c = 0; c < kCols; ++c) sum[r][c] = fma(first[c], value, sum[r][c]);
         if constexpr (kInputs<kFormat> == 2) {
           const Floats next = broadcast_float(input + 4);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
           for (int c = 0; c < kCols; ++c) sum[r][c] = fma(second[c], next, sum[r][c]);
         }
       }
@@ -184,41 +199,41 @@ void sums_integer(const Job& job, int64_t row, const uint8_t* x, const uint8_t* 
   for (int64_t begin = 0, g = 0; begin < job.padded; begin += kGroup<kFormat>, ++g) {
     const int64_t end = std::min(begin + kGroup<kFormat>, job.padded);
     Ints dot[kRows][kCols];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int c = 0; c < kCols; ++c) dot[r][c] = all(start[r * job.in.groups + g]);
     for (int64_t k = begin; k < end; k += kInputs<kFormat>, x += kInputs<kFormat>, w += 64) {
       Ints weight[kCols];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int c = 0; c < kCols; ++c) {
         weight[c] = load_bytes(w + c * job.panel_bytes);
         prefetch(w + c * job.panel_bytes + kAhead);
       }
       if constexpr (kFormat == Format::Int8) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int r = 0; r < kRows; ++r) {
           const Ints four = broadcast_4_bytes(x + r * job.in.row_bytes);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
           for (int c = 0; c < kCols; ++c) dot[r][c] = dot_int8(dot[r][c], weight[c], four);
         }
       } else {
         Ints low[kCols], high[kCols];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int c = 0; c < kCols; ++c) low[c] = low_nibbles(weight[c]), high[c] = high_nibbles(weight[c]);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int r = 0; r < kRows; ++r) {
           const uint8_t* input = x + r * job.in.row_bytes;
           const Ints four = broadcast_4_bytes(input), next = broadcast_4_bytes(input + 4);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
           for (int c = 0; c < kCols; ++c) dot[r][c] = dot_int4(dot_int4(dot[r][c], low[c], four), high[c], next);
         }
       }
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int c = 0; c < kCols; ++c) {
       const Floats weight_scale = from_bfloat16(scale + (c * job.in.groups + g) * kPanel);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
         const Floats both = weight_scale * all(x_scale[r * job.in.groups + g]);
         sum[r][c] = fma(to_floats(dot[r][c]), both, sum[r][c]);
@@ -227,22 +242,29 @@ void sums_integer(const Job& job, int64_t row, const uint8_t* x, const uint8_t* 
   }
 }
 
-template <Format kFormat, int kRows, int kCols> void tile(const Job& job, int64_t row, int64_t panel) {
+template <Format kFormat, int kRows, int kCols> void tile(const Job& job, Block block, int64_t row, int64_t panel) {
   Floats sum[kRows][kCols];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 8
-    for (int c = 0; c < kCols; ++c) sum[r][c] = all(0.0f);
+#pragma GCC unroll 16
+    for (int c = 0; c < kCols; ++c) sum[r][c] = block.begin ? load(block.sums + (r * kCols + c) * kPanel) : all(0.0f);
   const uint8_t* x = job.in.values + row * job.in.row_bytes;
   const uint8_t* w = job.weight + panel * job.panel_bytes;
   if constexpr (kInteger<kFormat>)
     sums_integer<kFormat, kRows, kCols>(job, row, x, w, job.scale + panel * job.in.groups * kPanel, sum);
-  else sums_floating<kFormat, kRows, kCols>(job, x, w, sum);
-#pragma GCC unroll 8
+  else sums_floating<kFormat, kRows, kCols>(job, block, x, w, sum);
+  if (block.end < job.padded) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 16
+      for (int c = 0; c < kCols; ++c) store(block.sums + (r * kCols + c) * kPanel, sum[r][c]);
+    return;
+  }
+#pragma GCC unroll 16
   for (int c = 0; c < kCols; ++c) {
     // Through memory, so that the loop below need not be unrolled: an index that varies would keep `sum` itself there.
     alignas(64) float columns[kRows][kPanel];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) store(columns[r], sum[r][c]);
     const int64_t n = (panel + c) * kPanel, count = job.N - n;
     const Floats bias = job.bias.data ? load_first(job.bias, n, count) : all(0.0f);
@@ -254,23 +276,33 @@ template <Format kFormat, int kRows, int kCols> void tile(const Job& job, int64_
 }
 
 // Rows [row, end) of x for the panels [panel, panel + kCols), in tiles of kRows rows and smaller ones for the rest.
-template <Format kFormat, int kRows, int kCols> void column(const Job& job, int64_t panel, int64_t row, int64_t end) {
-  for (; row + kRows <= end; row += kRows) tile<kFormat, kRows, kCols>(job, row, panel);
+template <Format kFormat, int kRows, int kCols>
+void column(const Job& job, Block block, int64_t panel, int64_t row, int64_t end) {
+  for (; row + kRows <= end; row += kRows, block.sums += kRows * kCols * kPanel)
+    tile<kFormat, kRows, kCols>(job, block, row, panel);
   if constexpr (kRows > 1)
-    if (row < end) column<kFormat, kRows == 6 ? 4 : kRows / 2, kCols>(job, panel, row, end);
+    if (row < end) column<kFormat, kRows == 6 ? 4 : kRows / 2, kCols>(job, block, panel, row, end);
 }
 
 template <Format kFormat> void multiply(const Job& job) {
-  const int64_t panels = (job.N + kPanel - 1) / kPanel;
-  const int64_t chunk = std::max<int64_t>(kChunkBytes / job.in.row_bytes / kManyRows, 1) * kManyRows;
+  const int64_t panels = (job.N + kPanel - 1) / kPanel, block = std::min(kBlock<kFormat>, job.padded);
+  const int64_t chunk = std::max<int64_t>(kChunkBytes / (block * kInputBytes<kFormat>) / kManyRows<kFormat>, 1) * kManyRows<kFormat>;
   for (int64_t row = 0; row < job.M; row += chunk) {
     const int64_t end = std::min(row + chunk, job.M), rows = end - row;
+    const Block whole{0, job.padded, nullptr};
     parallel_for(0, panels, 4, [&](int64_t panel, int64_t last) {
-      if (rows > kFewRows)
-        for (; panel + kManyPanels <= last; panel += kManyPanels) column<kFormat, kManyRows, kManyPanels>(job, panel, row, end);
-      else if (rows > kSingleRows)
-        for (; panel + kFewPanels <= last; panel += kFewPanels) column<kFormat, kFewRows, kFewPanels>(job, panel, row, end);
-      for (; panel < last; ++panel) column<kFormat, kSingleRows, 1>(job, panel, row, end);
+      if (rows > kFewRows) {
+        std::vector<float> sums(block < job.padded ? rows * kManyPanels * kPanel : 0);
+        for (; panel + kManyPanels <= last; panel += kManyPanels)
+          for (int64_t k = 0; k < job.padded; k += block) {
+            const Block part{k, std::min(k + block, job.padded), sums.data()};
+            column<kFormat, kManyRows<kFormat>, kManyPanels>(job, part, panel, row, end);
+          }
+      } else if (rows > kSingleRows) {
+        for (; panel + kFewPanels <= last; panel += kFewPanels)
+          column<kFormat, kFewRows, kFewPanels>(job, whole, panel, row, end);
+      }
+      for (; panel < last; ++panel) column<kFormat, kSingleRows, 1>(job, whole, panel, row, end);
     });
   }
 }

@@ -189,4 +189,4 @@ constexpr bool kMultipliesBfloat16 = false;
 inline Floats dot_bfloat16(Floats to, Ints, Ints) { return to; }
 
 // Rows and panels of a product's tile, by how many rows there are: as many accumulators as fit the registers.
-constexpr int kManyRows = 4, kManyPanels = 1, kFewRows = 4, kFewPanels = 1, kSingleRows = 4;
+constexpr int kManyFloatingRows = 6, kManyIntegerRows = 4, kManyPanels = 1, kFewRows = 4, kFewPanels = 1, kSingleRows = 4;

@@ -123,4 +123,4 @@ inline Floats dot_bfloat16(Floats to, Ints, Ints) { return to; }
 #endif
 
 // Rows and panels of a product's tile, by how many rows there are: as many accumulators as fit the registers.
-constexpr int kManyRows = 6, kManyPanels = 2, kFewRows = 8, kFewPanels = 2, kSingleRows = 4;
+constexpr int kManyFloatingRows = 12, kManyIntegerRows = 6, kManyPanels = 2, kFewRows = 8, kFewPanels = 2, kSingleRows = 4;
