@@ -13,7 +13,7 @@ import torch
 from convert.__main__ import main as convert
 from gpt2ml_torch import GPT2ML, Generator, Tokenizer, checkpoint
 from gpt2ml_torch.__main__ import main
-from gpt2ml_torch.finetuning import Event, FinetuneConfig, Objective, finetune
+from gpt2ml_torch.finetuning import Event, FinetuneConfig, Objective, finetune, upcasting
 from gpt2ml_torch.finetuning.checkpoints import CheckpointFolder
 from gpt2ml_torch.finetuning.data import evaluation_batches
 from gpt2ml_torch.finetuning.preparation import load_data, load_model, make_optimizer
@@ -170,6 +170,19 @@ def test_one_sees_the_model_change_and_the_library_prints_nothing(
     assert list((tmp_path / "out.run" / "tensorboard").glob("events.*"))
     assert (tmp_path / "out.run" / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_cpu_that_is_slow_in_mixed_precision_is_told_of(
+    tuning_files: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for features, told in (({"avx2"}, True), ({"avx2", "amx_bf16"}, False)):
+        monkeypatch.setattr(upcasting, "cpu_features", lambda found=features: frozenset(found))
+        caplog.clear()
+        run(tuning_files, tmp_path / f"{told}.safetensors", precision="mixed", steps=1)
+        assert ("float32 is faster than mixed" in caplog.text) == told
 
 
 def test_compiled_blocks_learn_the_same(tuning_files: Path, tmp_path: Path) -> None:

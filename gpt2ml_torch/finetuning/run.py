@@ -27,6 +27,7 @@ from gpt2ml_torch.finetuning.preparation import (
 from gpt2ml_torch.finetuning.processes import process_count, process_rank, shard
 from gpt2ml_torch.finetuning.reporting import Callback, Event, TensorBoard
 from gpt2ml_torch.finetuning.result import save_adapter, save_model
+from gpt2ml_torch.finetuning.upcasting import cpu_lacks_bfloat16
 from gpt2ml_torch.model import GPT2ML
 from gpt2ml_torch.tokenizer import Tokenizer
 
@@ -100,6 +101,10 @@ def _trainer(
         model, chunk=config.loss_chunk, mixed=config.precision == "mixed", packed=config.pack
     )
     shard(objective, upcast=upcasts(config))
+    if config.precision == "mixed" and config.device == "cpu" and cpu_lacks_bfloat16():
+        logger.warning(
+            "this CPU has no bfloat16 instructions: precision float32 is faster than mixed here"
+        )
     size = config.batch_size // process_count()
     place: dict[str, Any] = {
         "rank": process_rank(),
