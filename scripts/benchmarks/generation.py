@@ -204,10 +204,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--prefill", type=int, nargs="+", default=PREFILL)
-    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
+    parser.add_argument("--prefill", type=int, nargs="*", default=PREFILL)
+    parser.add_argument("--batches", type=int, nargs="*", default=BATCHES)
     parser.add_argument("--folder", type=Path, help="keep the random weights here")
-    parser.add_argument("--add", action="store_true", help="keep the result's other groups")
+    parser.add_argument("--add", action="store_true", help="keep what else RESULT holds")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "generation")
     parser.add_argument("--verbose", action="store_true")
     options = parser.parse_args(arguments)
@@ -218,7 +218,7 @@ def main(arguments: list[str] | None = None) -> None:
         hardware = machine.describe()
         rows, bandwidths = _kept(options, hardware) if options.add else ([], [])
         for group in options.groups:
-            rows += run_group(group, options, folder, bandwidths)
+            rows = merged(rows, run_group(group, options, folder, bandwidths))
             # After each, so that a long run loses nothing.
             table = write(options, hardware, rows, bandwidths)
     print(table)
@@ -227,8 +227,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _kept(
     options: argparse.Namespace, hardware: dict[str, Any]
 ) -> tuple[list[dict[str, Any]], list[float]]:
-    """Rows and bandwidths of an earlier run on this machine, but for the groups of this one; its
-    date is added to the hardware's."""
+    """Rows and bandwidths of an earlier run on this machine; its date joins the hardware's."""
     result = json.loads(options.out.with_suffix(".json").read_text())
     earlier = {**result["machine"], "date": hardware["date"]}
     if (earlier, result["size"]) != (hardware, options.size):
@@ -236,8 +235,27 @@ def _kept(
     began = result["machine"]["date"].split(" to ")[0]
     if began != hardware["date"]:
         hardware["date"] = f"{began} to {hardware['date']}"
-    rows = [row for row in result["rows"] if row["group"] not in options.groups]
-    return rows, result["bandwidths"]
+    return result["rows"], result["bandwidths"]
+
+
+def merged(rows: list[dict[str, Any]], measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What was measured, in place of the same of before; in the order of `GROUPS`."""
+    order = [(group, *contestant) for group in GROUPS for contestant in GROUPS[group]]
+
+    def contestant(row: dict[str, Any]) -> tuple[str, str, str]:
+        return row["group"], row["name"], row["precision"]
+
+    def key(row: dict[str, Any]) -> tuple[Any, ...]:
+        return *contestant(row), row.get("what"), row.get("size")
+
+    started = {contestant(row) for row in measured if "absent" not in row}
+    again = {key(row) for row in measured}
+    kept = [
+        row
+        for row in rows
+        if key(row) not in again and not ("absent" in row and contestant(row) in started)
+    ]
+    return sorted(kept + measured, key=lambda row: order.index(contestant(row)))
 
 
 def write(
