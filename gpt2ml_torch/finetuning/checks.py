@@ -61,8 +61,8 @@ def _check_processes(config: FinetuneConfig) -> None:
         return
     if config.batch_size % count:
         raise ValueError(
-            f"batch_size {config.batch_size} is not divisible by {count} processes; give each as "
-            "many rows"
+            f"batch_size {config.batch_size} is not divisible by {count} processes, which divide "
+            f"the rows; use {-(-config.batch_size // count) * count}"
         )
     for setting, meant in (
         (config.lora_rank > 0, "LoRA"),
