@@ -10,8 +10,10 @@ import errno
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 
@@ -86,6 +88,9 @@ class TensorBoard:
     """A callback that writes the same figures for TensorBoard (the extra `finetune`)."""
 
     def __init__(self, folder: Path) -> None:
+        # TensorBoard's own switch: it writes files by itself, and doesn't load an installed
+        # TensorFlow for that, which takes seconds and memory and prints.
+        sys.modules.setdefault("tensorboard.compat.notf", ModuleType("tensorboard.compat.notf"))
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
