@@ -70,6 +70,20 @@ def test_inputs_on_the_quantised_grid_are_multiplied_exactly(precision: str) -> 
 
 
 @needs_kernels
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_the_largest_integers_do_not_overflow(precision: str) -> None:
+    """Sums of the largest weights, of either sign, times the largest inputs stay exact."""
+    signs = torch.ones(32, 1024)
+    signs[1::2] = -1
+    weight, scale = kernels.pack(signs, precision)
+    plain = kernels.unpack(weight, scale, BITS[precision], 32, 1024).double()
+    x = torch.full((9, 1024), 127.0)
+    x[::2] = -127
+    found = kernels.packed_linear(x, weight, scale, None, bits=BITS[precision], outputs=32)
+    assert relative_error(found, F.linear(x.double(), plain)) < 1e-6
+
+
+@needs_kernels
 @pytest.mark.parametrize("precision", BITS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("inputs", "count"), [(200, 200), (1100, 600)])  # in one block, in several

@@ -31,7 +31,7 @@ void softmax(float* scores, int64_t size) {
 
 // The scores of 16 keys, (kSize, 16), for kCount queries, (kCount, kSize). A score's products are summed as `sum_each` sums
 // a vector: first those 16 apart, then fours, then the rest.
-template <int kCount, int kSize> void score(const float* q, const float* keys, Floats (&scores)[kCount]) {
+template <int kCount, int kSize> [[gnu::noinline]] void score(const float* q, const float* keys, Floats (&scores)[kCount]) {
   Floats quarters[4][kCount];
 #pragma GCC unroll 4
   for (int quarter = 0; quarter < 4; ++quarter) {
@@ -57,7 +57,7 @@ template <int kCount, int kSize> void score(const float* q, const float* keys, F
 
 // Adds `count` values, (count, kSize), times their weights, `stride` apart for each of kCount queries, to the means.
 template <int kCount, int kSize>
-void add_weighted(const float* values, int64_t count, const float* weights, int64_t stride, float* means) {
+[[gnu::noinline]] void add_weighted(const float* values, int64_t count, const float* weights, int64_t stride, float* means) {
   constexpr int kVectors = kSize / kLanes;
   Floats sum[kCount][kVectors];
 #pragma GCC unroll 8

@@ -19,6 +19,7 @@
 
 #include "linear.h"
 
+#include "integer_products.h"
 #include "parallel.h"
 
 #include <algorithm>
@@ -42,9 +43,9 @@ template <Format kFormat> constexpr int64_t kStepBytes = kFormat == Format::Floa
 template <Format kFormat> constexpr bool kInteger = is_integer(kFormat);
 template <Format kFormat> constexpr int64_t kGroup = group_of(kFormat);
 // What is to be taken back of the unsigned weights.
-template <Format kFormat> constexpr int32_t kOffset = kFormat == Format::Int4 ? 8 : kTakesUnsigned ? 128 : 0;
+template <Format kFormat> constexpr int32_t kOffset = kFormat == Format::Int4 ? 8 : 128;
 template <Format kFormat> constexpr int64_t kInputBytes =  // of one prepared number
-    kInteger<kFormat> ? 1 : kFormat == Format::BFloat16 && kMultipliesBfloat16 ? 2 : 4;
+    kFormat == Format::Int8 ? kInt8InputBytes : kFormat == Format::Int4 ? 1 : kFormat == Format::BFloat16 && kMultipliesBfloat16 ? 2 : 4;
 template <Format kFormat> constexpr int kManyRows = kInteger<kFormat> ? kManyIntegerRows : kManyFloatingRows;
 // Inputs that many rows are multiplied by before the next ones. Rows of integers are short: all at once is faster.
 template <Format kFormat> constexpr int64_t kBlock =
@@ -83,7 +84,8 @@ void to_integers(Numbers x, int64_t row, int64_t K, uint8_t* out, float* scales,
     for (int64_t k = begin; k < end; k += kLanes) {
       const Ints rounded = to_ints(load_first(x, row * K + k, K - k) * inverse);
       total = add(total, rounded);
-      to_int8(out + k, rounded);
+      if constexpr (kFormat == Format::Int8) store_int8_inputs(out + k * kInt8InputBytes, rounded);
+      else to_int8(out + k, rounded);
     }
     scales[g] = scale / 127.0f;
     starts[g] = -kOffset<kFormat> * sum(total);
@@ -146,19 +148,13 @@ inline Floats broadcast_float(const uint8_t* p) {
   return all(value);
 }
 
-inline Ints broadcast_4_bytes(const uint8_t* p) {
-  int32_t four;
-  std::memcpy(&four, p, 4);
-  return all(four);
-}
-
 // kRows rows of x times kCols panels; the accumulators stay in registers all along the block. GCC keeps an array in
 // registers only where it unrolls every loop over it early, and that takes the pragma.
 template <Format kFormat, int kRows, int kCols>
 void sums_floating(const Job& job, Block block, const uint8_t* x, const uint8_t* w, Floats (&sum)[kRows][kCols]) {
   x += block.begin * kInputBytes<kFormat>, w += block.begin / kInputs<kFormat> * kStepBytes<kFormat>;
   for (int64_t k = block.begin; k < block.end; k += kInputs<kFormat>, x += kInputs<kFormat> * kInputBytes<kFormat>, w += kStepBytes<kFormat>) {
-    Floats first[kCols], second[kCols];
+    Floats first[kCols];
     Ints pairs[kCols];
 #pragma GCC unroll 16
     for (int c = 0; c < kCols; ++c) {
@@ -166,10 +162,7 @@ void sums_floating(const Job& job, Block block, const uint8_t* x, const uint8_t*
       prefetch(weight + kAhead);
       if constexpr (kFormat == Format::Float32) first[c] = load(reinterpret_cast<const float*>(weight));
       if constexpr (kFormat == Format::Float16) first[c] = from_half(weight);
-      if constexpr (kFormat == Format::BFloat16) {
-        pairs[c] = load_bytes(weight);
-        first[c] = first_of_pairs(pairs[c]), second[c] = second_of_pairs(pairs[c]);
-      }
+      if constexpr (kFormat == Format::BFloat16) pairs[c] = load_bytes(weight), first[c] = first_of_pairs(pairs[c]);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
@@ -182,11 +175,17 @@ void sums_floating(const Job& job, Block block, const uint8_t* x, const uint8_t*
         const Floats value = broadcast_float(input);
 #pragma GCC unroll 16
         for (int c = 0; c < kCols; ++c) sum[r][c] = fma(first[c], value, sum[r][c]);
-        if constexpr (kInputs<kFormat> == 2) {
-          const Floats next = broadcast_float(input + 4);
+      }
+    }
+    if constexpr (kInputBytes<kFormat> == 4 && kInputs<kFormat> == 2) {  // after all rows: half as many weights in registers
+      Floats second[kCols];
 #pragma GCC unroll 16
-          for (int c = 0; c < kCols; ++c) sum[r][c] = fma(second[c], next, sum[r][c]);
-        }
+      for (int c = 0; c < kCols; ++c) second[c] = second_of_pairs(pairs[c]);
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        const Floats value = broadcast_float(x + r * job.in.row_bytes + 4);
+#pragma GCC unroll 16
+        for (int c = 0; c < kCols; ++c) sum[r][c] = fma(second[c], value, sum[r][c]);
       }
     }
   }
@@ -202,8 +201,11 @@ void sums_integer(const Job& job, int64_t row, const uint8_t* x, const uint8_t* 
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 16
-      for (int c = 0; c < kCols; ++c) dot[r][c] = all(start[r * job.in.groups + g]);
-    for (int64_t k = begin; k < end; k += kInputs<kFormat>, x += kInputs<kFormat>, w += 64) {
+      for (int c = 0; c < kCols; ++c) {
+        const int32_t first = start[r * job.in.groups + g];
+        dot[r][c] = kFormat == Format::Int4 ? begin_int4(first) : all(first);
+      }
+    for (int64_t k = begin; k < end; k += kInputs<kFormat>, x += kInputs<kFormat> * kInputBytes<kFormat>, w += 64) {
       Ints weight[kCols];
 #pragma GCC unroll 16
       for (int c = 0; c < kCols; ++c) {
@@ -211,11 +213,14 @@ void sums_integer(const Job& job, int64_t row, const uint8_t* x, const uint8_t* 
         prefetch(w + c * job.panel_bytes + kAhead);
       }
       if constexpr (kFormat == Format::Int8) {
+        Int8Weights form[kCols];
+#pragma GCC unroll 16
+        for (int c = 0; c < kCols; ++c) form[c] = int8_weights(weight[c]);
 #pragma GCC unroll 16
         for (int r = 0; r < kRows; ++r) {
-          const Ints four = broadcast_4_bytes(x + r * job.in.row_bytes);
+          const Int8Inputs four = int8_inputs(x + r * job.in.row_bytes);
 #pragma GCC unroll 16
-          for (int c = 0; c < kCols; ++c) dot[r][c] = dot_int8(dot[r][c], weight[c], four);
+          for (int c = 0; c < kCols; ++c) dot[r][c] = dot_int8(dot[r][c], form[c], four);
         }
       } else {
         Ints low[kCols], high[kCols];
@@ -236,7 +241,8 @@ void sums_integer(const Job& job, int64_t row, const uint8_t* x, const uint8_t* 
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
         const Floats both = weight_scale * all(x_scale[r * job.in.groups + g]);
-        sum[r][c] = fma(to_floats(dot[r][c]), both, sum[r][c]);
+        const Ints whole = kFormat == Format::Int4 ? end_int4(dot[r][c], start[r * job.in.groups + g]) : dot[r][c];
+        sum[r][c] = fma(to_floats(whole), both, sum[r][c]);
       }
     }
   }

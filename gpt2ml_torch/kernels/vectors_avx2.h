@@ -159,29 +159,9 @@ inline Ints low_nibbles(Ints x) {
 }
 inline Ints high_nibbles(Ints x) { return low_nibbles({_mm256_srli_epi16(x.low, 4), _mm256_srli_epi16(x.high, 4)}); }
 
-// In each lane, `to` plus the products of 4 bytes: unsigned weights, inputs of -127..127.
 #ifdef __AVXVNNI__
-constexpr bool kTakesUnsigned = true;
-inline Ints dot_int8(Ints to, Ints weights, Ints inputs) {
+inline Ints dot_bytes(Ints to, Ints weights, Ints inputs) {  // in each lane, `to` plus 4 products: unsigned times signed
   return {_mm256_dpbusd_avx_epi32(to.low, weights.low, inputs.low), _mm256_dpbusd_avx_epi32(to.high, weights.high, inputs.high)};
-}
-inline Ints dot_int4(Ints to, Ints weights, Ints inputs) { return dot_int8(to, weights, inputs); }
-#else
-// Sums of two products are 16 bits wide, too few for 255 * 127: the weights lose their offset here, and their sign goes
-// to the inputs, whose magnitude is the unsigned factor.
-constexpr bool kTakesUnsigned = false;
-inline __m256i dot_int4(__m256i to, __m256i weights, __m256i inputs) {
-  return _mm256_add_epi32(to, _mm256_madd_epi16(_mm256_maddubs_epi16(weights, inputs), _mm256_set1_epi16(1)));
-}
-inline __m256i dot_int8(__m256i to, __m256i weights, __m256i inputs) {
-  const __m256i centred = _mm256_xor_si256(weights, _mm256_set1_epi8(-128));
-  return dot_int4(to, _mm256_abs_epi8(inputs), _mm256_sign_epi8(centred, inputs));
-}
-inline Ints dot_int4(Ints to, Ints weights, Ints inputs) {
-  return {dot_int4(to.low, weights.low, inputs.low), dot_int4(to.high, weights.high, inputs.high)};
-}
-inline Ints dot_int8(Ints to, Ints weights, Ints inputs) {
-  return {dot_int8(to.low, weights.low, inputs.low), dot_int8(to.high, weights.high, inputs.high)};
 }
 #endif
 

@@ -101,14 +101,12 @@ inline void to_int8(void* p, Ints x) { _mm_storeu_si128(static_cast<__m128i*>(p)
 inline Ints low_nibbles(Ints x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
 inline Ints high_nibbles(Ints x) { return low_nibbles(_mm512_srli_epi16(x, 4)); }
 
-// In each lane, `to` plus the products of 4 bytes: unsigned weights, inputs of -127..127. The instruction itself, since
-// around the compiler's intrinsic GCC 12 copies each accumulator twice.
-constexpr bool kTakesUnsigned = true;
-inline Ints dot_int8(Ints to, Ints weights, Ints inputs) {
+// In each lane, `to` plus the products of 4 bytes, unsigned times signed. The instruction itself, since around the
+// compiler's intrinsic GCC 12 copies each accumulator twice.
+inline Ints dot_bytes(Ints to, Ints weights, Ints inputs) {
   asm("vpdpbusd %2, %1, %0" : "+v"(to) : "v"(weights), "v"(inputs));
   return to;
 }
-inline Ints dot_int4(Ints to, Ints weights, Ints inputs) { return dot_int8(to, weights, inputs); }
 
 // In each lane, `to` plus the products of a pair of bfloat16.
 #ifdef __AVX512BF16__
