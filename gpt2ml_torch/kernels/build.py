@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -53,8 +54,24 @@ def build() -> Path:
     library = folder / f"kernels-{_key(compiler, flags)}.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        _compile(compiler, flags, library)
+        with _alone(folder):
+            if not library.exists():  # nor did another process make it meanwhile
+                _compile(compiler, flags, library)
     return library
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time, where the file system can do that: the others wait."""
+    import fcntl  # not on Windows, where no CPU has the features
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def instructions(cpu: frozenset[str], choice: str | None) -> list[str]:
@@ -97,7 +114,7 @@ def _key(compiler: str, flags: tuple[str, ...]) -> str:
 
 
 def _compile(compiler: str, flags: tuple[str, ...], library: Path) -> None:
-    """Compile beside the final name and rename: processes may race, the last one wins."""
+    """Compile beside the final name and rename: nothing half-written is ever found."""
     torch_folder = Path(torch.__file__).parent
     include = ("-I", str(torch_folder / "include"))
     libraries = ("-L", str(torch_folder / "lib"), "-ltorch_cpu", "-lc10")
