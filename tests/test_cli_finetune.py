@@ -107,7 +107,7 @@ def test_a_broken_loss_names_the_last_good_checkpoint(
     )
 
 
-def test_the_command_line_has_every_setting() -> None:
+def test_the_command_line_has_every_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     import argparse
 
     from gpt2ml_torch.commands import finetune as command
@@ -120,6 +120,10 @@ def test_the_command_line_has_every_setting() -> None:
     names = {action.dest for action in parser._actions}
     missing = {field.name for field in dataclasses.fields(FinetuneConfig)} - names
     assert not missing
+    monkeypatch.setenv("WORLD_SIZE", "3")  # as torchrun does
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    assert command.to_config(parser.parse_args(words)).batch_size == 3
 
 
 BAD = {

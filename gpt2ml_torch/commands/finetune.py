@@ -64,7 +64,12 @@ def _add_data(group: Any) -> None:
 def _add_training(group: Any) -> None:
     group.add_argument("--epochs", type=float, default=1.0)
     group.add_argument("--steps", type=int, help="instead of epochs")
-    group.add_argument("--batch-size", type=int, default=1, help="rows a step")
+    group.add_argument(
+        "--batch-size",
+        type=int,
+        default=os.environ.get("WORLD_SIZE", "1"),  # torchrun's
+        help="rows a step (1; under torchrun one for each process)",
+    )
     group.add_argument(
         "--accumulate", type=int, default=1, help="batches a step, with --keep-gradients"
     )
