@@ -1,4 +1,4 @@
-"""Weights of 32 to 4 bits, packed the way `packed_linear.cpp` reads them; both directions.
+"""Weights of 32 to 4 bits, packed the way `linear.cpp` reads them; both directions.
 
 Rows come in panels of 16, so that one vector holds one step of 16 outputs. Integers are symmetric
 with one scale for each row and group of inputs: 128 inputs at 8 bits, 32 at 4. Scales are bfloat16
