@@ -70,12 +70,14 @@ def test_inputs_on_the_quantised_grid_are_multiplied_exactly(precision: str) -> 
 
 
 @needs_kernels
+@pytest.mark.parametrize("byte", [0, 255])
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_the_largest_integers_do_not_overflow(precision: str) -> None:
-    """Sums of the largest weights, of either sign, times the largest inputs stay exact."""
-    signs = torch.ones(32, 1024)
-    signs[1::2] = -1
-    weight, scale = kernels.pack(signs, precision)
+def test_the_largest_integers_do_not_overflow(precision: str, byte: int) -> None:
+    """Sums of the smallest or the largest weights times the largest inputs, of either sign."""
+    weight, scale = packed(32, 1024, precision)
+    assert scale is not None
+    weight.fill_(byte)
+    scale.fill_(1)
     plain = kernels.unpack(weight, scale, BITS[precision], 32, 1024).double()
     x = torch.full((9, 1024), 127.0)
     x[::2] = -127

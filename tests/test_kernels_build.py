@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -61,7 +62,8 @@ def finish(process: subprocess.Popen[str]) -> tuple[list[str], str]:
 @needs_compiler
 def test_processes_that_start_together_build_once_for_all_and_agree(tmp_path: Path) -> None:
     cache, log, compiler = tmp_path / "cache", tmp_path / "log", tmp_path / "g++"
-    compiler.write_text(f'#!/bin/sh\necho "$@" >>{log}\nexec {os.environ.get("CXX", "g++")} "$@"\n')
+    real = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    compiler.write_text(f'#!/bin/sh\necho "$@" >>{log}\nexec {real} "$@"\n')
     compiler.chmod(0o755)
     processes = [start(cache, CXX=str(compiler)) for _ in range(3)]
     runs = [finish(process) for process in processes]

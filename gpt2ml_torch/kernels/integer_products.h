@@ -30,6 +30,7 @@ inline Ints end_int4(Ints sum, int32_t) { return sum; }
 
 // Bytes multiply into sums of two products of 16 bits. For 2 * 255 * 127 those are too few: int8 takes numbers of 16 bits,
 // two of the four, then the others. A whole group of int4's products, 16 * 15 * 127, fits: it is widened at its end.
+// The instructions themselves, since around the intrinsics GCC 12 keeps half of the sums in memory.
 
 struct Int8Weights {
   Ints even, odd;  // of each lane's bytes

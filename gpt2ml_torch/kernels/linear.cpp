@@ -13,6 +13,7 @@
 //     int4       [N/16][K/8][16][4] uint8, value + 8,        [N/16][K/32][16] bfloat16            int8, scaled in groups
 //                inputs 4..7 of 8 in the upper half-byte
 //
+// Without VNNI the int8 that meet int8 weights take 16 bits each: see integer_products.h.
 // K is padded to a multiple of 32 and N to one of 16. The unsigned weights' offset is taken back by starting each sum
 // at -offset * sum(x). An output's sum always runs along K in the same order, whatever M, the tile and the number of
 // threads are, so a row's result never depends on its neighbours: batched and alone agree bit for bit.
