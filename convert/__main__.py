@@ -12,8 +12,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from convert.locate import locate
 from convert.pipeline import Progress, Report, convert
 from convert.plan import Options
@@ -142,12 +140,17 @@ def _summary(report: Report, out: Path, dtype: str, notes: Sequence[str]) -> str
 @contextlib.contextmanager
 def _progress_bar() -> Iterator[Progress]:
     """A bar on a terminal, nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from tqdm import tqdm  # takes a fifth of the start
+
     bar: tqdm[Any] | None = None
 
     def progress(done: int, total: int) -> None:
         nonlocal bar
         if bar is None:
-            bar = tqdm(total=total, unit="B", unit_scale=True, disable=None, leave=False)
+            bar = tqdm(total=total, unit="B", unit_scale=True, leave=False)
         bar.update(done)
 
     try:

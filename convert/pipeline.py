@@ -29,7 +29,7 @@ from gpt2ml_torch.config import GPT2MLConfig
 from gpt2ml_torch.layout import SLOT
 from gpt2ml_torch.safetensors_writer import resolve_target
 
-_WORKERS = 3  # one writes while two prepare; more only wait
+_WORKERS = 2  # more only wait for each other, since the kernel lets one at a time write to a file
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -170,7 +170,7 @@ def _write(
         return
     import torch  # takes seconds to import, and only packing needs it
 
-    writer.write_weight(key, torch.from_numpy(np.concatenate(list(pieces))))
+    writer.write_weight(key, torch.from_numpy(np.concatenate(list(map(np.copy, pieces)))))
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -44,3 +45,18 @@ def storage(dtype: str) -> np.dtype[Any]:
 def widened(bits: Array) -> Array:
     """Bfloat16, by its bits, as float32, whose upper half it is."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def mapped(path: Path, offset: int, size: int) -> memoryview:
+    """Bytes of a file, without a copy; they take memory only as long as they are held.
+
+    Raises `ValueError` where the file has become shorter.
+    """
+    if size == 0:
+        return memoryview(b"")
+    skipped = offset % mmap.ALLOCATIONGRANULARITY
+    with path.open("rb") as file:
+        memory = mmap.mmap(
+            file.fileno(), size + skipped, access=mmap.ACCESS_READ, offset=offset - skipped
+        )
+    return memoryview(memory)[skipped:]

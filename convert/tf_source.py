@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 from collections import defaultdict
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import numpy as np
 from crc32c import crc32c
 
 from convert import bundle, locate, mapping, published
-from convert.sources import Array, Entries, storage, widened
+from convert.sources import Array, Entries, mapped, storage, widened
 from convert.table import mask
 
 _MAX_INDEX = 64 << 20  # bytes; the published ones have 26 KB
@@ -46,7 +45,7 @@ class TFSource:
     def read(self, name: str) -> Array:
         entry = self._entries[name]
         assert entry.dtype is not None
-        data = _map(self.data_files[entry.shard], entry.offset, entry.size)
+        data = mapped(self.data_files[entry.shard], entry.offset, entry.size)
         if mask(crc32c(data)) != entry.crc32c:
             raise ValueError(
                 f"tensor {name!r} of {self._prefix} is damaged: its checksum is wrong; fetch the "
@@ -93,15 +92,3 @@ def _read_index(path: Path) -> tuple[int, dict[str, bundle.Entry]]:
         raise ValueError(
             f"{path} is damaged or no TensorFlow checkpoint: {error}; fetch it again"
         ) from None
-
-
-def _map(path: Path, offset: int, size: int) -> memoryview:
-    """Bytes of a file, without a copy; they take memory only as long as they are held."""
-    if size == 0:
-        return memoryview(b"")
-    skipped = offset % mmap.ALLOCATIONGRANULARITY
-    with path.open("rb") as file:
-        mapped = mmap.mmap(
-            file.fileno(), size + skipped, access=mmap.ACCESS_READ, offset=offset - skipped
-        )
-    return memoryview(mapped)[skipped:]

@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,24 +20,26 @@ from crc32c import crc32c
 
 from convert import bundle
 from convert.locate import Location
-from convert.sources import Array
+from convert.sources import Array, storage
 from convert.table import mask
 from convert.tf_source import TFSource
+from gpt2ml_torch import disk
 
 
 @dataclasses.dataclass(frozen=True)
 class Variable:
-    """One variable: its dtype, its shape, and a function that makes it when it is wanted."""
+    """One variable: its dtype, its shape, and a function that makes its values, piece by piece,
+    when they are wanted."""
 
     dtype: str
     shape: tuple[int, ...]
-    load: Callable[[], Array]
+    pieces: Callable[[], Iterable[Array]]
 
     @classmethod
     def of(cls, value: Any) -> Variable:
         """An array at hand."""
         array = np.asarray(value)
-        return cls(array.dtype.name, array.shape, lambda: np.ascontiguousarray(array))
+        return cls(array.dtype.name, array.shape, lambda: [np.ascontiguousarray(array)])
 
 
 def write_tf_checkpoint(
@@ -53,22 +56,34 @@ def write_tf_checkpoint(
     entries: dict[str, bundle.Entry] = {}
     offset = 0
     with _opened(prefix, ".data-00000-of-00001") as data:
+        disk.allocate(data.fileno(), sum(map(_size, variables.values())))
         for name, variable in sorted(variables.items()):
-            content = variable.load().reshape(-1).view(np.uint8).data
-            data.write(content)
+            size = checksum = 0
+            for piece in variable.pieces():
+                content = piece.reshape(-1).view(np.uint8).data
+                for chunk in disk.chunks(content):
+                    data.write(chunk)
+                checksum = crc32c(content, checksum)
+                size += len(content)
+            disk.start_writeback(data.fileno(), offset, size)
             entries[name] = bundle.Entry(
                 dtype=variable.dtype,
                 shape=variable.shape,
                 offset=offset,
-                size=len(content),
-                crc32c=mask(crc32c(content)),
+                size=size,
+                crc32c=mask(checksum),
             )
-            offset += len(content)
+            offset += size
             if progress:
-                progress(len(content))
+                progress(size)
     with _opened(prefix, ".index") as index:
         index.write(bundle.write_index(entries))
     _read_back(prefix, entries)
+
+
+def _size(variable: Variable) -> int:
+    """Bytes of a variable."""
+    return math.prod(variable.shape) * storage(variable.dtype).itemsize
 
 
 @contextlib.contextmanager

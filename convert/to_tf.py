@@ -17,7 +17,7 @@ import torch
 
 from convert import configs, mapping
 from convert.rounding import round_to
-from convert.sources import Array, storage, widened
+from convert.sources import Array, mapped, storage, widened
 from convert.tf_writer import Variable, write_tf_checkpoint
 from convert.transpose import rows_in_order
 from gpt2ml_torch.checkpoint import CheckpointMetadata, read_metadata
@@ -138,20 +138,16 @@ def _variables(source: Path, metadata: CheckpointMetadata) -> Iterator[tuple[str
         info = flat.get(key) or metadata.tensors[key]
         shape = recipe.source_shape(info.shape)
         for index, name in enumerate(recipe.sources):
-            load = functools.partial(_load, source, info, recipe, index)
-            yield name, Variable("float32", shape, load)
+            pieces = functools.partial(_pieces, source, info, recipe, index)
+            yield name, Variable("float32", shape, pieces)
 
 
-def _load(source: Path, info: TensorInfo, recipe: mapping.Recipe, index: int) -> Array:
-    """One variable's values; read rather than mapped, since mapped pages count as memory too."""
+def _pieces(source: Path, info: TensorInfo, recipe: mapping.Recipe, index: int) -> Iterator[Array]:
+    """One variable's values, some rows at a time."""
     rows = info.shape[0] // len(recipe.sources)
     shape = (rows, *info.shape[1:])
     dtype = storage(dtype_name(info.dtype))
-    numbers = math.prod(shape)
-    offset = info.start + index * numbers * dtype.itemsize
-    values = np.fromfile(source, dtype, numbers, offset=offset)
-    if len(values) != numbers:
-        raise OSError(f"{source} became shorter while it was read")
-    single = widened(values) if info.dtype == torch.bfloat16 else round_to("float32", values)
-    part = single.reshape(shape)
-    return np.concatenate(list(rows_in_order(part.T))) if recipe.transpose else part
+    size = math.prod(shape) * dtype.itemsize
+    values = np.frombuffer(mapped(source, info.start + index * size, size), dtype).reshape(shape)
+    for piece in rows_in_order(values.T if recipe.transpose else values):
+        yield widened(piece) if info.dtype == torch.bfloat16 else round_to("float32", piece)

@@ -16,7 +16,6 @@ import os
 import shutil
 import stat
 import struct
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
@@ -24,6 +23,8 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
+
+from gpt2ml_torch import disk
 
 try:
     import fcntl
@@ -45,10 +46,6 @@ DTYPES: dict[str, tuple[str, int]] = {
 }
 
 ALIGNMENT = 4096  # bytes: a page, so that writing and mapping large tensors costs least
-# Bytes written, then read back while they are still in the processor's cache. Linux makes as large
-# pages of the file as the writes are, and those of 2 MiB can cost a virtual machine four times the
-# time, since its host has to provide them first.
-CHUNK = 256 << 10
 
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)  # where they exist
 
@@ -91,10 +88,10 @@ class SafetensorsWriter:
         self._partial = self.path.with_name(self.path.name + ".partial")
         self._fd = _open_locked(self._partial)
         self._unfinished = True
-        self._writing = threading.Lock()
         try:
             os.ftruncate(self._fd, 0)  # what a killed process left takes room
             self._check_free_space()
+            disk.allocate(self._fd, self.size)
             with self._open() as file:
                 self._write_at(file, 0, memoryview(header))
         except BaseException:
@@ -108,19 +105,19 @@ class SafetensorsWriter:
             raise ValueError(f"tensor {name!r} {state}")
         start = self._offsets[name]
         at, end = start, start + _size(self._specs[name])
-        back = bytearray(min(CHUNK, end - start))
+        back = bytearray(min(disk.CHUNK, end - start))
         with self._open() as file:
             for piece in pieces:
                 data = memoryview(piece).cast("B")
                 if at + len(data) > end:
                     raise ValueError(f"tensor {name!r} takes {end - start} bytes; more were given")
-                for chunk in (data[i : i + CHUNK] for i in range(0, len(data), CHUNK)):
+                for chunk in disk.chunks(data):
                     self._write_at(file, at, chunk)
                     self._compare(file, at, chunk, back, name)
                     at += len(chunk)
         if at != end:
             raise ValueError(f"tensor {name!r} takes {end - start} bytes; {at - start} were given")
-        _start_writeback(self._fd, start, end - start)
+        disk.start_writeback(self._fd, start, end - start)
         self._missing.discard(name)
 
     def replace_metadata(self, metadata: Mapping[str, str]) -> None:
@@ -147,7 +144,7 @@ class SafetensorsWriter:
         self._guard(os.replace, self._partial, self.path)
         self._unfinished = False
         self._close()
-        _sync_directory(self.path.parent)
+        disk.sync_directory(self.path.parent)
 
     def abort(self) -> None:
         """Remove what was written so far."""
@@ -194,9 +191,8 @@ class SafetensorsWriter:
 
     def _write_at(self, file: FileIO, offset: int, data: memoryview) -> None:
         file.seek(offset)
-        with self._writing:  # the kernel lets one thread write to a file, and the others spin
-            while data:
-                data = data[self._guard(file.write, data) :]
+        while data:
+            data = data[self._guard(file.write, data) :]
 
     def _compare(
         self, file: FileIO, offset: int, written: memoryview, back: bytearray, name: str
@@ -341,28 +337,4 @@ def _open_locked(partial: Path) -> int:
             raise
         if same:
             return fd
-        os.close(fd)
-
-
-def _start_writeback(fd: int, offset: int, size: int) -> None:
-    """Let the disk begin with what was written, so that little is left for `fsync` to wait for.
-
-    On Linux that is what giving up interest in the file's pages does; they stay in memory, since
-    they aren't on the disk yet.
-    """
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(fd, offset, size, os.POSIX_FADV_DONTNEED)
-
-
-def _sync_directory(folder: Path) -> None:
-    """Make the new name survive a loss of power, where the file system can."""
-    try:
-        fd = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return  # Windows opens no folder
-    try:
-        os.fsync(fd)
-    except OSError:
-        pass  # the data itself is safe
-    finally:
         os.close(fd)

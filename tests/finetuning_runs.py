@@ -104,7 +104,7 @@ def python(
         text=True,
         timeout=timeout,
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},  # sums depend on it
         check=False,
     )
 

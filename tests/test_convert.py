@@ -296,6 +296,17 @@ def test_the_communitys_file_gives_the_same_data(
     assert_identical(tmp_path / "bin.safetensors", expected_tensors(factory.tf_weights()))
 
 
+def test_the_communitys_tensors_may_lie_scattered_in_memory(folder: Path, out: Path) -> None:
+    def scattered(tensor: Tensor) -> Tensor:
+        return torch.stack([tensor, -tensor], dim=-1)[..., 0]
+
+    state = factory.community_state_dict(factory.tf_weights())
+    path = folder / "pytorch_model.bin"
+    torch.save({name: scattered(tensor) for name, tensor in state.items()}, path)
+    run(path, out)
+    assert_identical(out, expected_tensors(factory.tf_weights()))
+
+
 def test_neither_way_needs_tensorflow(folder: Path, out: Path) -> None:
     torch.save(factory.community_state_dict(factory.tf_weights()), folder / "pytorch_model.bin")
     code = (

@@ -15,7 +15,7 @@ READMES = ("README.md", "README.zh-CN.md")
 
 # Who may import whom, lowest first: a module imports only from rows above its own.
 LAYERS = (
-    {"config"},
+    {"config", "disk"},
     {"kernels", "kv_cache", "safetensors_writer"},
     {"layout", "safetensors_reader"},
     {"checkpoint_writer"},
