@@ -14,6 +14,7 @@ import torch
 
 from gpt2ml_torch import GPT2ML, Tokenizer
 from gpt2ml_torch.__main__ import main
+from gpt2ml_torch.commands.training_bar import TrainingBar
 from gpt2ml_torch.finetuning import FinetuneConfig
 from tests.finetuning_runs import metrics
 
@@ -35,7 +36,6 @@ def test_it_shows_the_data_first_and_then_one_bar_with_all_that_matters(
     assert captured.out == ""
     shown = captured.err
     for part in (
-        "tokenising: 100%",
         "1 file(s), ",
         "tokens a document: ",
         "rows of 32 tokens",
@@ -52,6 +52,17 @@ def test_it_shows_the_data_first_and_then_one_bar_with_all_that_matters(
     bar = [line for line in shown.replace("\r", "\n").split("\n") if "training:" in line][-1]
     for part in ("loss ", " tokens/s", " GiB", "6/6", "<"):  # "elapsed<left"
         assert part in bar, bar
+
+
+def test_what_takes_a_moment_needs_no_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    bar = TrainingBar(quiet=False)
+    for done in (0, 50):
+        bar.tokenizing("tokenising", done, 100)
+    assert capsys.readouterr().err == ""
+    time.sleep(1.1)
+    bar.tokenizing("tokenising", 75, 100)
+    assert "tokenising:  75%" in capsys.readouterr().err
+    bar.close()
 
 
 def test_the_wrong_vocabulary_is_suspected(
@@ -172,6 +183,7 @@ BAD = {
     ],
     "two schedules": ["MODEL", "TEXT", "--out", "OUT", "--cooldown", "5"],
     "nothing long enough": ["MODEL", "TEXT", "--out", "OUT", "--min-tokens", "1000"],
+    "nothing to continue": ["MODEL", "TEXT", "--out", "OUT", "--prompt", " "],
     "all for validation": ["MODEL", "TEXT", "--out", "OUT", "--valid-share", "1"],
 }
 
@@ -190,7 +202,7 @@ def test_bad_input_is_one_line_and_status_2(
     }
     words = [str(places.get(word, word)) for word in arguments]
     try:
-        status = main(["finetune", *words, "--cache", str(tmp_path / "cache"), "--quiet"])
+        status = main(["finetune", *words, "--cache", str(tmp_path / "cache")])
     except SystemExit as error:
         status = int(error.code or 0)
     captured = capsys.readouterr()

@@ -216,7 +216,7 @@ def _finetune(config: FinetuneConfig, *, quiet: bool) -> int:
                 config,
                 callback=show,
                 should_stop=lambda: bool(stopped),
-                on_data=(lambda summary: print(summary, file=sys.stderr)) if first else None,
+                on_data=show.data if first else None,
                 on_tokenizing=show.tokenizing,
             )
         finally:

@@ -21,15 +21,21 @@ class TrainingBar:
             handler(event)
 
     def tokenizing(self, what: str, done: int, total: int) -> None:
-        """Show how far reading the data is."""
+        """Show how far reading the data is, where it takes longer than a moment."""
         if self._quiet:
             return
         if what != self._what:
             self.close()
-            self._bar = _tqdm(total=total, desc=what, unit="B", unit_scale=True)
+            self._bar = _tqdm(
+                total=total, desc=what, unit="B", unit_scale=True, delay=1, leave=False
+            )
             self._what = what
-        self._bar.n = done
-        self._bar.refresh()
+        self._bar.update(done - self._bar.n)
+
+    def data(self, summary: object) -> None:
+        """Say what the data are, below the bars that came before."""
+        self.close()
+        print(summary, file=sys.stderr)
 
     def _on_start(self, event: Any) -> None:
         self.close()
@@ -66,7 +72,7 @@ class TrainingBar:
         """Leave the bar as it stands."""
         if self._bar is not None:
             self._bar.close()
-            self._bar = None
+            self._bar, self._what = None, ""
 
 
 def _tqdm(**options: Any) -> Any:

@@ -13,6 +13,7 @@ from gpt2ml_torch.config import GPT2MLConfig
 from gpt2ml_torch.finetuning.checkpoints import CheckpointFolder
 from gpt2ml_torch.finetuning.config import FinetuneConfig
 from gpt2ml_torch.finetuning.processes import process_count
+from gpt2ml_torch.tokenizer import Tokenizer
 
 
 def check_files(config: FinetuneConfig) -> checkpoint.CheckpointMetadata:
@@ -48,6 +49,13 @@ def check_sizes(config: FinetuneConfig, sizes: GPT2MLConfig) -> None:
         )
     config.trains_layer(0, sizes.num_hidden_layers)
     _check_processes(config)
+
+
+def check_prompts(config: FinetuneConfig, tokenizer: Tokenizer) -> None:
+    """Raise `ValueError` for a prompt that can't be continued, before it would end the run."""
+    for prompt in config.prompts:
+        if not tokenizer.encode(prompt):
+            raise ValueError(f"the prompt {prompt!r} holds no token; give at least one character")
 
 
 def _check_device(config: FinetuneConfig) -> None:

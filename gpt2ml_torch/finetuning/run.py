@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2ml_torch import checkpoint
-from gpt2ml_torch.finetuning.checks import check_files
+from gpt2ml_torch.finetuning.checks import check_files, check_prompts
 from gpt2ml_torch.finetuning.config import FinetuneConfig
 from gpt2ml_torch.finetuning.data import BatchStream, Rows, Summary, evaluation_batches
 from gpt2ml_torch.finetuning.loop import Sampler, Trainer, TrainResult
@@ -61,6 +61,7 @@ def finetune(
     """
     metadata = check_files(config)
     tokenizer = Tokenizer.from_pretrained(config.model)
+    check_prompts(config, tokenizer)
     data = load_data(config, tokenizer, metadata.config, progress=on_tokenizing)
     if on_data is not None:
         on_data(data.summary)
