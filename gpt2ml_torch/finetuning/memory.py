@@ -10,15 +10,17 @@ import torch
 
 _M_MMAP_THRESHOLD = -3
 _M_TRIM_THRESHOLD = -1
-_LARGE = 1 << 20  # bytes
+_LARGE = 2 << 20  # bytes; the temporaries of an optimizer's step are smaller
+_SPARE = 8 << 20  # bytes at the heap's end, for those temporaries
 
 
 def tune_allocator() -> bool:
-    """Give freed blocks of a megabyte and more back to the system at once; True if that can be.
+    """Give freed blocks of 2 MB and more back to the system at once; True if that can be.
 
     By default glibc raises this limit up to 32 MB as blocks are freed, and activations of changing
-    sizes then leave holes in its heap. For the command line and for benchmarks: it concerns the
-    whole process.
+    sizes then leave holes in its heap. Smaller blocks are used again: memory fresh from the system
+    costs an optimizer's step four times the time. For the command line and for benchmarks: it
+    concerns the whole process.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -26,7 +28,7 @@ def tune_allocator() -> bool:
         library = ctypes.CDLL("libc.so.6")
         return bool(
             library.mallopt(_M_MMAP_THRESHOLD, _LARGE)
-            and library.mallopt(_M_TRIM_THRESHOLD, _LARGE)
+            and library.mallopt(_M_TRIM_THRESHOLD, _SPARE)
         )
     except (OSError, AttributeError):
         return False

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from gpt2ml_torch.finetuning.rounding import round_stochastically_
 
-SLICE = 1 << 19  # elements in flight: 2 MB in float32, which a cache holds
+SLICE = 1 << 18  # elements in flight: 1 MB in float32, which a cache holds
 
 
 class SlicedOptimizer(torch.optim.Optimizer):
