@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 # Bytes to write at once: they are still in the processor's cache to be read back. Linux makes as
-# large pages of the file as the writes are, and those of 2 MiB can cost a virtual machine four
-# times the time, since its host has to provide them first.
-CHUNK = 256 << 10
+# large pages of the file as the writes are, and those of 1 MiB and more can cost a virtual machine
+# two to four times the time, since its host has to provide them first.
+CHUNK = 128 << 10
 
 
 def chunks(data: memoryview) -> Iterator[memoryview]:
