@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
 import signal
 from collections.abc import Iterator
@@ -17,6 +19,10 @@ if TYPE_CHECKING:
 # TensorFlow reads this when it is first imported, which TensorBoard's writer may do before the
 # converter, which silences it too, gets to.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+# PyTorch's CUDA builds bring Triton, which crashes the process if TensorFlow was loaded before it.
+with contextlib.suppress(ImportError):
+    importlib.import_module("triton")
 
 # A shell starts what runs in the background with Ctrl-C ignored, and so would be its children.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
