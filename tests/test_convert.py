@@ -23,6 +23,7 @@ from torch import Tensor
 
 from convert.__main__ import main
 from gpt2ml_torch import Tokenizer, checkpoint
+from gpt2ml_torch.__main__ import main as gpt2ml
 from tests import checkpoint_factory as factory
 
 PREFIX = f"model.ckpt-{factory.STEP}"
@@ -305,6 +306,17 @@ def test_the_communitys_tensors_may_lie_scattered_in_memory(folder: Path, out: P
     torch.save({name: scattered(tensor) for name, tensor in state.items()}, path)
     run(path, out)
     assert_identical(out, expected_tensors(factory.tf_weights()))
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_packing_at_once_is_packing_afterwards(
+    precision: str, folder: Path, out: Path, tmp_path: Path
+) -> None:
+    plain, packed = tmp_path / "plain.safetensors", tmp_path / "packed.safetensors"
+    run(folder, plain)
+    assert gpt2ml(["quantize", str(plain), "--out", str(packed), "--to", precision]) == 0
+    run(folder, out, "--dtype", precision)
+    assert_identical(out, checkpoint.load_tensors(packed))
 
 
 def test_neither_way_needs_tensorflow(folder: Path, out: Path) -> None:
