@@ -125,3 +125,34 @@ def community_state_dict(weights: Arrays, *, prefix: str = "transformer.") -> di
         state[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
     state = {prefix + key: value for key, value in state.items()}
     return {**state, "lm_head.weight": state[f"{prefix}wte.weight"]}
+
+
+def expected_tensors(weights: Arrays) -> dict[str, Tensor]:
+    """The file's tensors by the README's table of names, written apart from the converter's."""
+
+    def tensor(name: str) -> Tensor:
+        return torch.from_numpy(np.asarray(weights[f"newslm/{name}"]))
+
+    def put(key: str, *names: str) -> None:
+        result[f"{key}.weight"] = torch.cat([tensor(f"{name}/kernel").T for name in names])
+        result[f"{key}.bias"] = torch.cat([tensor(f"{name}/bias") for name in names])
+
+    def put_norm(key: str, name: str) -> None:
+        result[f"{key}.weight"] = tensor(f"{name}/gamma")
+        result[f"{key}.bias"] = tensor(f"{name}/beta")
+
+    result = {
+        "token_embedding.weight": tensor("embeddings/word_embed"),
+        "position_embedding.weight": tensor("embeddings/pos_embed"),
+    }
+    put_norm("embedding_norm", "embeddings/LayerNorm_embed_norm")
+    for layer in range(LAYERS):
+        scope, key = f"layer{layer:02d}", f"blocks.{layer}"
+        parts = (f"{scope}/{part}_layer" for part in ("query", "key", "value"))
+        put(f"{key}.attention.qkv", *parts)
+        put(f"{key}.attention.output", f"{scope}/context_projection_layer")
+        put(f"{key}.mlp.up", f"{scope}/intermediate")
+        put(f"{key}.mlp.down", f"{scope}/output")
+        put_norm(f"{key}.mlp_norm", f"{scope}/LayerNorm_mlp_ln0")
+        put_norm(f"{key}.output_norm", f"{scope}/LayerNorm_mlp_ln1")
+    return result

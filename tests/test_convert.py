@@ -49,37 +49,6 @@ def run(*arguments: str | Path) -> None:
     assert main([str(argument) for argument in arguments]) == 0
 
 
-def expected_tensors(weights: factory.Arrays) -> dict[str, Tensor]:
-    """The file's tensors by the README's table of names, written apart from the converter's."""
-
-    def tensor(name: str) -> Tensor:
-        return torch.from_numpy(np.asarray(weights[f"newslm/{name}"]))
-
-    def put(key: str, *names: str) -> None:
-        result[f"{key}.weight"] = torch.cat([tensor(f"{name}/kernel").T for name in names])
-        result[f"{key}.bias"] = torch.cat([tensor(f"{name}/bias") for name in names])
-
-    def put_norm(key: str, name: str) -> None:
-        result[f"{key}.weight"] = tensor(f"{name}/gamma")
-        result[f"{key}.bias"] = tensor(f"{name}/beta")
-
-    result = {
-        "token_embedding.weight": tensor("embeddings/word_embed"),
-        "position_embedding.weight": tensor("embeddings/pos_embed"),
-    }
-    put_norm("embedding_norm", "embeddings/LayerNorm_embed_norm")
-    for layer in range(factory.LAYERS):
-        scope, key = f"layer{layer:02d}", f"blocks.{layer}"
-        parts = (f"{scope}/{part}_layer" for part in ("query", "key", "value"))
-        put(f"{key}.attention.qkv", *parts)
-        put(f"{key}.attention.output", f"{scope}/context_projection_layer")
-        put(f"{key}.mlp.up", f"{scope}/intermediate")
-        put(f"{key}.mlp.down", f"{scope}/output")
-        put_norm(f"{key}.mlp_norm", f"{scope}/LayerNorm_mlp_ln0")
-        put_norm(f"{key}.output_norm", f"{scope}/LayerNorm_mlp_ln1")
-    return result
-
-
 def assert_identical(path: Path, expected: Mapping[str, Tensor]) -> None:
     found = checkpoint.load_tensors(path)
     assert found.keys() == expected.keys()
@@ -93,7 +62,7 @@ def test_a_folder_converts_bit_for_bit(
     folder: Path, out: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run(folder, out)
-    assert_identical(out, expected_tensors(factory.tf_weights()))
+    assert_identical(out, factory.expected_tensors(factory.tf_weights()))
     metadata = checkpoint.read_metadata(out)
     assert metadata.vocab == factory.VOCAB
     assert metadata.config.num_attention_heads == factory.HEADS
@@ -110,7 +79,7 @@ def test_a_folder_converts_bit_for_bit(
 def test_any_of_its_names_stands_for_a_checkpoint(name: str, folder: Path, out: Path) -> None:
     (folder / "checkpoint").write_text(f'model_checkpoint_path: "{PREFIX}"\n')
     run(folder / name, out)
-    assert_identical(out, expected_tensors(factory.tf_weights()))
+    assert_identical(out, factory.expected_tensors(factory.tf_weights()))
 
 
 @pytest.mark.parametrize(
@@ -123,7 +92,7 @@ def test_the_state_file_chooses_whatever_folder_it_names(
     factory.write_tf(folder, other, name="model.ckpt-80")
     (folder / "checkpoint").write_text(f'model_checkpoint_path: "{place}model.ckpt-80"\n')
     run(folder, out)
-    assert_identical(out, expected_tensors(factory.tf_weights(seed=1)))
+    assert_identical(out, factory.expected_tensors(factory.tf_weights(seed=1)))
 
 
 def test_a_lone_checkpoint_needs_no_right_state_file(folder: Path, out: Path) -> None:
@@ -154,7 +123,7 @@ def test_several_shards_are_read(folder: Path, out: Path) -> None:
         delete_old_dirs=False,
     )
     run(folder / PREFIX, out)
-    assert_identical(out, expected_tensors(factory.tf_weights()))
+    assert_identical(out, factory.expected_tensors(factory.tf_weights()))
 
 
 @pytest.mark.parametrize("name", ["config.json", "bert_config.json", "mega.json"])
@@ -247,7 +216,7 @@ def test_only_the_published_15g_checkpoint_has_two_reserved_rows(
 def test_16_bits_are_rounded_to_nearest(name: str, folder: Path, out: Path) -> None:
     dtype = getattr(torch, name)
     run(folder, out, "--dtype", name)
-    exact = expected_tensors(factory.tf_weights())
+    exact = factory.expected_tensors(factory.tf_weights())
     assert_identical(out, {key: value.to(dtype) for key, value in exact.items()})
 
 
@@ -273,7 +242,7 @@ def test_variables_of_other_dtypes_are_read(name: str, folder: Path, out: Path) 
     factory.write_tf(folder, cast)
     run(folder, out)
     dtype = getattr(torch, name)
-    exact = expected_tensors(weights)
+    exact = factory.expected_tensors(weights)
     assert_identical(out, {key: value.to(dtype).float() for key, value in exact.items()})
 
 
@@ -294,7 +263,7 @@ def test_the_communitys_file_gives_the_same_data(
         checkpoint.read_metadata(tmp_path / f"{name}.safetensors") for name in ("tf", "bin")
     )
     assert (one.config, one.vocab, one.tensors) == (other.config, other.vocab, other.tensors)
-    assert_identical(tmp_path / "bin.safetensors", expected_tensors(factory.tf_weights()))
+    assert_identical(tmp_path / "bin.safetensors", factory.expected_tensors(factory.tf_weights()))
 
 
 def test_the_communitys_tensors_may_lie_scattered_in_memory(folder: Path, out: Path) -> None:
@@ -305,7 +274,7 @@ def test_the_communitys_tensors_may_lie_scattered_in_memory(folder: Path, out: P
     path = folder / "pytorch_model.bin"
     torch.save({name: scattered(tensor) for name, tensor in state.items()}, path)
     run(path, out)
-    assert_identical(out, expected_tensors(factory.tf_weights()))
+    assert_identical(out, factory.expected_tensors(factory.tf_weights()))
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
