@@ -8,7 +8,7 @@ import numpy as np
 
 from convert.sources import Array
 
-_ROWS, _LINES = 128, 512  # of a block that stays in the processor's caches
+_ROWS, _LINES = 256, 256  # of a block that stays in the processor's caches
 _GAP = 16  # numbers
 _PIECE = 512 << 10  # bytes
 

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-LAYERS, WIDTH, HEADS, MLP, ROWS, POSITIONS, STEP = 3, 64, 4, 160, 45, 16, 70
+LAYERS, WIDTH, HEADS, MLP, ROWS, POSITIONS, STEP = 3, 64, 4, 288, 45, 16, 70
 CONFIG = {
     "vocab_size": ROWS,
     "hidden_size": WIDTH,

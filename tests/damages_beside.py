@@ -45,7 +45,7 @@ def config_contradicts_the_width(folder: Path) -> None:
     configure(folder, hidden_size=65)
 
 
-@case("num_hidden_layers 48 against 3 in the tensors, intermediate_size 7 against 160")
+@case("num_hidden_layers 48 against 3 in the tensors, intermediate_size 7 against 288")
 def config_contradicts_two_sizes(folder: Path) -> None:
     configure(folder, num_hidden_layers=48, intermediate_size=7)
 

@@ -173,7 +173,7 @@ def a_layer_far_out(folder: Path) -> None:
     rewrite(folder, lambda t: t.update({"newslm/layer8999/output/bias": np.zeros(3)}))
 
 
-@case(r"'newslm/layer02/output/kernel' has shape \(64, 160\), expected \(160, 64\)")
+@case(r"'newslm/layer02/output/kernel' has shape \(64, 288\), expected \(288, 64\)")
 def a_transposed_kernel(folder: Path) -> None:
     name = "newslm/layer02/output/kernel"
     rewrite(folder, lambda t: t.update({name: t[name].T}))
@@ -206,14 +206,14 @@ def an_embedding_of_one_dimension(folder: Path) -> None:
 
 @case(
     "unknown tensor 'x'; 'newslm/layer00/output/bias' holds int64, expected floating point; "
-    r"'newslm/layer02/output/kernel' has shape \(160, 65\), expected \(160, 64\); "
+    r"'newslm/layer02/output/kernel' has shape \(288, 65\), expected \(288, 64\); "
     "layer 1 is missing altogether .*; missing tensor 'newslm/layer00/key_layer/bias'"
 )
 def faults_of_every_kind(folder: Path) -> None:
     def change(tensors: dict[str, Any]) -> None:
         tensors["x"] = np.zeros(3)
         tensors["newslm/layer00/output/bias"] = np.zeros(64, "i8")
-        tensors["newslm/layer02/output/kernel"] = np.zeros((160, 65), "f4")
+        tensors["newslm/layer02/output/kernel"] = np.zeros((288, 65), "f4")
         del tensors["newslm/layer00/key_layer/bias"]
         for name in [name for name in tensors if "layer01" in name]:
             del tensors[name]
