@@ -24,9 +24,10 @@ def round_to(dtype: str, exact: Array) -> Array:
     with np.errstate(over="ignore", invalid="ignore"):
         rounded = _bfloat16(exact) if dtype == "bfloat16" else exact.astype(dtype)
     bits = rounded.view(f"u{rounded.itemsize}")
-    sign = 1 << (8 * rounded.itemsize - 1)
-    overflown = (bits & (sign - 1)) == _INFINITY[dtype]
-    if overflown.any() and (overflown & np.isfinite(exact)).any():
+    magnitude = bits & ((1 << (8 * rounded.itemsize - 1)) - 1)
+    if (magnitude >= _INFINITY[dtype]).any() and np.isfinite(
+        exact[magnitude == _INFINITY[dtype]]
+    ).any():
         largest = np.abs(exact[np.isfinite(exact)]).max()
         raise ValueError(
             f"values like {largest:.6g}, beyond the largest of {dtype}, {_LARGEST[dtype]:.6g}"
@@ -36,11 +37,21 @@ def round_to(dtype: str, exact: Array) -> Array:
 
 def _bfloat16(exact: Array) -> Array:
     """The upper half of float32's bits, rounded to nearest, ties to even."""
-    single = _to_odd_float32(exact) if exact.dtype == np.float64 else exact.astype(np.float32)
+    if exact.dtype == np.float64:
+        single = _to_odd_float32(exact)
+    else:
+        single = exact.astype(np.float32, copy=False)
     bits = single.view(np.uint32)
-    nearest = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
-    quiet_nan = (bits >> 16) | 0x40  # rounding could carry a NaN's bits into infinity's
-    return np.where(np.isnan(single), quiet_nan, nearest).astype(np.uint16)
+    nearest = bits >> 16
+    nearest &= 1
+    nearest += 0x7FFF
+    nearest += bits
+    nearest >>= 16
+    rounded = nearest.astype(np.uint16)
+    nan = np.isnan(single)
+    if nan.any():  # rounding could carry their bits into infinity's
+        rounded[nan] = bits[nan] >> 16 | 0x40
+    return rounded
 
 
 def _to_odd_float32(exact: Array) -> Array:

@@ -23,16 +23,20 @@ def rows_in_order(tensor: Array) -> Iterator[Array]:
     if tensor.ndim == 1:
         tensor = np.ascontiguousarray(tensor)
     if tensor.flags.c_contiguous:
-        step = max(1, _PIECE // max(tensor[:1].nbytes, 1))
-        for start in range(0, len(tensor), step):
-            yield tensor[start : start + step]
+        yield from _pieces(tensor)
         return
     result = np.empty((_ROWS, tensor.shape[1]), tensor.dtype)
     block = np.empty((_LINES, _ROWS + _GAP), tensor.dtype)
     for start in range(0, len(tensor), _ROWS):
         rows = tensor[start : start + _ROWS]
         _gather(rows, result, block)
-        yield result[: len(rows)]
+        yield from _pieces(result[: len(rows)])
+
+
+def _pieces(tensor: Array) -> Iterator[Array]:
+    step = max(1, _PIECE // max(tensor[:1].nbytes, 1))
+    for start in range(0, len(tensor), step):
+        yield tensor[start : start + step]
 
 
 def _gather(rows: Array, result: Array, block: Array) -> None:
