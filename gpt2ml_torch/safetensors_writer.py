@@ -93,7 +93,7 @@ class SafetensorsWriter:
             self._check_free_space()
             disk.allocate(self._fd, self.size)
             with self._open() as file:
-                self._write_at(file, 0, memoryview(header))
+                self._write(file, memoryview(header))
         except BaseException:
             self.abort()
             raise
@@ -106,15 +106,16 @@ class SafetensorsWriter:
         start = self._offsets[name]
         at, end = start, start + _size(self._specs[name])
         back = bytearray(min(disk.CHUNK, end - start))
-        with self._open() as file:
+        with self._open() as file, self._open() as same:
+            file.seek(start), same.seek(start)
             for piece in pieces:
                 data = memoryview(piece).cast("B")
                 if at + len(data) > end:
                     raise ValueError(f"tensor {name!r} takes {end - start} bytes; more were given")
                 for chunk in disk.chunks(data):
-                    self._write_at(file, at, chunk)
-                    self._compare(file, at, chunk, back, name)
-                    at += len(chunk)
+                    self._write(file, chunk)
+                    self._compare(same, chunk, back, name)
+                at += len(data)
         if at != end:
             raise ValueError(f"tensor {name!r} takes {end - start} bytes; {at - start} were given")
         disk.start_writeback(self._fd, start, end - start)
@@ -128,7 +129,7 @@ class SafetensorsWriter:
             raise ValueError(f"the metadata take {-spare} bytes more than was reserved for them")
         text = header[8:] + b" " * spare
         with self._open() as file:
-            self._write_at(file, 0, memoryview(struct.pack("<Q", len(text)) + text))
+            self._write(file, memoryview(struct.pack("<Q", len(text)) + text))
         self._metadata = dict(metadata)
 
     def commit(self) -> None:
@@ -186,18 +187,14 @@ class SafetensorsWriter:
             )
 
     def _open(self) -> FileIO:
-        """The unfinished file, with a place of its own in it, so that threads don't meet."""
+        """The unfinished file, with a position of its own in it, so that threads don't meet."""
         return self._guard(open, self._partial, "r+b", buffering=0)
 
-    def _write_at(self, file: FileIO, offset: int, data: memoryview) -> None:
-        file.seek(offset)
+    def _write(self, file: FileIO, data: memoryview) -> None:
         while data:
             data = data[self._guard(file.write, data) :]
 
-    def _compare(
-        self, file: FileIO, offset: int, written: memoryview, back: bytearray, name: str
-    ) -> None:
-        file.seek(offset)
+    def _compare(self, file: FileIO, written: memoryview, back: bytearray, name: str) -> None:
         count = self._guard(file.readinto, memoryview(back)[: len(written)])
         if count != len(written) or not back.startswith(written):
             raise OSError(

@@ -145,13 +145,13 @@ def test_what_a_killed_writer_left_is_no_obstacle(path: Path) -> None:
 
 
 def test_a_disk_that_changes_bytes_is_found(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = checkpoint.CheckpointWriter._write_at
+    real = checkpoint.CheckpointWriter._write
 
-    def bad(writer: Any, file: Any, offset: int, data: memoryview) -> None:
-        real(writer, file, offset, memoryview(bytes(len(data))) if offset > 5000 else data)
+    def bad(writer: Any, file: Any, data: memoryview) -> None:
+        real(writer, file, memoryview(bytes(len(data))) if file.tell() > 5000 else data)
 
     before = path.read_bytes()
-    monkeypatch.setattr(checkpoint.CheckpointWriter, "_write_at", bad)
+    monkeypatch.setattr(checkpoint.CheckpointWriter, "_write", bad)
     with pytest.raises(OSError, match="reads back differently"):
         checkpoint.save(path, weights(), CONFIG)
     assert path.read_bytes() == before
