@@ -67,7 +67,8 @@ inline float from_bfloat16(uint16_t x) {
   return value;
 }
 
-// e^x for x <= 0, within 2 units in the last place: 2^n times a polynomial in the rest.
+// e^x for x <= 0, within 2 units in the last place: 2^n times a polynomial in the rest. For -infinity the polynomial is
+// NaN, and 2^n of it 0.
 inline Floats exp_of_negative(Floats x) {
   const Floats n = nearest(x * all(1.44269504f));
   Floats rest = fnma(n, all(0.693359375f), x);  // ln 2 in two parts

@@ -46,7 +46,7 @@ inline Floats magnitude(Floats x) {
 inline Floats nearest(Floats x) {
   return {_mm256_round_ps(x.low, _MM_FROUND_TO_NEAREST_INT), _mm256_round_ps(x.high, _MM_FROUND_TO_NEAREST_INT)};
 }
-inline __m256 times_power_of_2(__m256 x, __m256 n) {  // n whole; 0 for the powers below those of normal numbers
+inline __m256 times_power_of_2(__m256 x, __m256 n) {  // n whole; 0, of NaN too, below the powers of normal numbers
   const __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
   const __m256 representable = _mm256_cmp_ps(n, _mm256_set1_ps(-127), _CMP_NLE_UQ);  // NaN too, which stays
   return _mm256_and_ps(representable, x * _mm256_castsi256_ps(exponent));

@@ -22,7 +22,7 @@ inline Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }           
 inline Floats min(Floats a, Floats b) { return _mm512_min_ps(a, b); }                   // likewise
 inline Floats magnitude(Floats x) { return _mm512_abs_ps(x); }
 inline Floats nearest(Floats x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT); }
-inline Floats times_power_of_2(Floats x, Floats n) { return _mm512_scalef_ps(x, n); }  // n whole
+inline Floats times_power_of_2(Floats x, Floats n) { return _mm512_scalef_ps(x, n); }  // n whole; 0, of NaN too, for -infinity
 inline Floats where_positive(Floats x, Floats a, Floats b) {                           // a where x >= 0, else b
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GE_OQ), b, a);
 }
