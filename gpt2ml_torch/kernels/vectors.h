@@ -55,9 +55,9 @@ inline void store_first(Numbers target, int64_t index, int64_t count, Floats val
 }
 
 inline uint16_t to_bfloat16(float x) {
-  uint16_t rounded[kLanes];
-  to_bfloat16(rounded, all(x));
-  return rounded[0];
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return x != x ? bits >> 16 | 0x40 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
 inline float from_bfloat16(uint16_t x) {

@@ -22,6 +22,10 @@ inline Ints load_bytes(const void* p) {
   return {_mm256_loadu_si256(halves), _mm256_loadu_si256(halves + 1)};
 }
 inline void store(float* p, Floats x) { _mm256_storeu_ps(p, x.low), _mm256_storeu_ps(p + 8, x.high); }
+inline void store_bytes(void* p, Ints x) {
+  auto* halves = static_cast<__m256i*>(p);
+  _mm256_storeu_si256(halves, x.low), _mm256_storeu_si256(halves + 1, x.high);
+}
 
 inline Floats operator+(Floats a, Floats b) { return {a.low + b.low, a.high + b.high}; }
 inline Floats operator-(Floats a, Floats b) { return {a.low - b.low, a.high - b.high}; }
@@ -140,6 +144,9 @@ inline Floats second_of_pairs(Ints pairs) {
 }
 
 inline Ints add(Ints a, Ints b) { return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)}; }
+inline Ints shift_left(Ints x, int32_t bits) {
+  return {_mm256_sllv_epi32(x.low, all(bits).low), _mm256_sllv_epi32(x.high, all(bits).high)};
+}
 inline int32_t sum(Ints x) {
   const __m256i eight = _mm256_add_epi32(x.low, x.high);
   const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));

@@ -15,6 +15,7 @@ inline Ints all(int32_t x) { return _mm512_set1_epi32(x); }
 inline Floats load(const float* p) { return _mm512_loadu_ps(p); }
 inline Ints load_bytes(const void* p) { return _mm512_loadu_si512(p); }
 inline void store(float* p, Floats x) { _mm512_storeu_ps(p, x); }
+inline void store_bytes(void* p, Ints x) { _mm512_storeu_si512(p, x); }
 
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }    // a * b + c
 inline Floats fnma(Floats a, Floats b, Floats c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a * b
@@ -94,6 +95,7 @@ inline Floats first_of_pairs(Ints pairs) { return _mm512_castsi512_ps(_mm512_sll
 inline Floats second_of_pairs(Ints pairs) { return _mm512_castsi512_ps(_mm512_and_si512(pairs, all(-1 << 16))); }
 
 inline Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+inline Ints shift_left(Ints x, int32_t bits) { return _mm512_sllv_epi32(x, all(bits)); }
 inline int32_t sum(Ints x) { return _mm512_reduce_add_epi32(x); }
 inline Floats to_floats(Ints x) { return _mm512_cvtepi32_ps(x); }
 inline Ints to_ints(Floats x) { return _mm512_cvtps_epi32(x); }  // nearest
