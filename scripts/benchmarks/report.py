@@ -93,7 +93,8 @@ def _ratios(result: Result, columns: list[tuple[str, int]]) -> list[str]:
 
 def _starts(result: Result) -> list[str]:
     lines = [
-        "| start | load, s | first text (compile), s | peak memory with PyTorch's own, GiB | weights, GiB |",
+        "| start | load, s | first text (compile), s | peak memory with PyTorch's own, GiB "
+        "| weights, GiB |",
         "|---|---:|---:|---:|---:|",
     ]
     for row in result["rows"]:
