@@ -178,7 +178,6 @@ template <ScalarType kType, int kSize> class Attender {
   void read_keys(int64_t b, int64_t slot, int64_t end, int64_t h) {
     const char* rows[kLanes];
     for (int64_t j = 0; j < kLanes; ++j) rows[j] = head(job_.keys, b, std::min(slot + j, end - 1), h);
-#pragma GCC unroll 8
     for (int k = 0; k < kSize; k += kLanes) {
       Floats keys[kLanes];
 #pragma GCC unroll 16
@@ -193,7 +192,6 @@ template <ScalarType kType, int kSize> class Attender {
   void read_values(int64_t b, int64_t slot, int64_t end, int64_t h) {
     for (int64_t j = 0; j < std::min(kLanes, end - slot); ++j) {
       const char* row = head(job_.values, b, slot + j, h);
-#pragma GCC unroll 8
       for (int k = 0; k < kSize; k += kLanes) store(&block_[j * kSize + k], part(row, k));
     }
   }
