@@ -24,10 +24,8 @@ def round_to(dtype: str, exact: Array) -> Array:
     with np.errstate(over="ignore", invalid="ignore"):
         rounded = _bfloat16(exact) if dtype == "bfloat16" else exact.astype(dtype)
     bits = rounded.view(f"u{rounded.itemsize}")
-    magnitude = bits & ((1 << (8 * rounded.itemsize - 1)) - 1)
-    if (magnitude >= _INFINITY[dtype]).any() and np.isfinite(
-        exact[magnitude == _INFINITY[dtype]]
-    ).any():
+    infinite = bits & ((1 << (8 * rounded.itemsize - 1)) - 1) == _INFINITY[dtype]
+    if infinite.any() and np.isfinite(exact[infinite]).any():
         largest = np.abs(exact[np.isfinite(exact)]).max()
         raise ValueError(
             f"values like {largest:.6g}, beyond the largest of {dtype}, {_LARGEST[dtype]:.6g}"

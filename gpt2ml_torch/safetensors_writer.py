@@ -107,7 +107,8 @@ class SafetensorsWriter:
         at, end = start, start + _size(self._specs[name])
         back = bytearray(min(disk.CHUNK, end - start))
         with self._open() as file, self._open() as same:
-            file.seek(start), same.seek(start)
+            file.seek(start)
+            same.seek(start)
             for piece in pieces:
                 data = memoryview(piece).cast("B")
                 if at + len(data) > end:

@@ -82,6 +82,7 @@ template <Format kFormat> void store_values(const Floats* group, int64_t size, F
   }
 }
 
+// A chunk of columns as the format stores them, and the scales of its groups, if it has any.
 template <Format kFormat> void store_columns(const Floats* columns, int64_t size, uint8_t* out, uint16_t* scales) {
   if constexpr (is_integer(kFormat)) {
     for (int64_t begin = 0; begin < size; begin += group_of(kFormat), scales += kPanel) {

@@ -54,19 +54,6 @@ inline void store_first(Numbers target, int64_t index, int64_t count, Floats val
   std::memcpy(target.at(index), buffer, count * target.size());
 }
 
-inline uint16_t to_bfloat16(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  return x != x ? bits >> 16 | 0x40 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-}
-
-inline float from_bfloat16(uint16_t x) {
-  const uint32_t bits = static_cast<uint32_t>(x) << 16;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-
 // e^x for x <= 0, within 2 units in the last place: 2^n times a polynomial in the rest. For -infinity the polynomial is
 // NaN, and 2^n of it 0.
 inline Floats exp_of_negative(Floats x) {
