@@ -149,13 +149,20 @@ inline Floats broadcast_float(const uint8_t* p) {
   return all(value);
 }
 
+template <int kCols> inline void add_products(Floats (&sum)[kCols], const Floats (&weights)[kCols], const uint8_t* input) {
+  const Floats value = broadcast_float(input);
+#pragma GCC unroll 16
+  for (int c = 0; c < kCols; ++c) sum[c] = fma(weights[c], value, sum[c]);
+}
+
 // kRows rows of x times kCols panels; the accumulators stay in registers all along the block. GCC keeps an array in
 // registers only where it unrolls every loop over it early, and that takes the pragma.
 template <Format kFormat, int kRows, int kCols>
 void sums_floating(const Job& job, Block block, const uint8_t* x, const uint8_t* w, Floats (&sum)[kRows][kCols]) {
+  constexpr bool kSplits = kInputBytes<kFormat> == 4 && kInputs<kFormat> == 2;  // pairs into their two numbers
   x += block.begin * kInputBytes<kFormat>, w += block.begin / kInputs<kFormat> * kStepBytes<kFormat>;
   for (int64_t k = block.begin; k < block.end; k += kInputs<kFormat>, x += kInputs<kFormat> * kInputBytes<kFormat>, w += kStepBytes<kFormat>) {
-    Floats first[kCols];
+    Floats first[kCols], second[kCols];
     Ints pairs[kCols];
 #pragma GCC unroll 16
     for (int c = 0; c < kCols; ++c) {
@@ -164,6 +171,7 @@ void sums_floating(const Job& job, Block block, const uint8_t* x, const uint8_t*
       if constexpr (kFormat == Format::Float32) first[c] = load(reinterpret_cast<const float*>(weight));
       if constexpr (kFormat == Format::Float16) first[c] = from_half(weight);
       if constexpr (kFormat == Format::BFloat16) pairs[c] = load_bytes(weight), first[c] = first_of_pairs(pairs[c]);
+      if constexpr (kSplits && kHoldsPairs) second[c] = second_of_pairs(pairs[c]);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
@@ -173,21 +181,15 @@ void sums_floating(const Job& job, Block block, const uint8_t* x, const uint8_t*
 #pragma GCC unroll 16
         for (int c = 0; c < kCols; ++c) sum[r][c] = dot_bfloat16(sum[r][c], pairs[c], pair);
       } else {
-        const Floats value = broadcast_float(input);
-#pragma GCC unroll 16
-        for (int c = 0; c < kCols; ++c) sum[r][c] = fma(first[c], value, sum[r][c]);
+        add_products(sum[r], first, input);
+        if constexpr (kSplits && kHoldsPairs) add_products(sum[r], second, input + 4);
       }
     }
-    if constexpr (kInputBytes<kFormat> == 4 && kInputs<kFormat> == 2) {  // after all rows: half as many weights in registers
-      Floats second[kCols];
+    if constexpr (kSplits && !kHoldsPairs) {
 #pragma GCC unroll 16
       for (int c = 0; c < kCols; ++c) second[c] = second_of_pairs(pairs[c]);
 #pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) {
-        const Floats value = broadcast_float(x + r * job.in.row_bytes + 4);
-#pragma GCC unroll 16
-        for (int c = 0; c < kCols; ++c) sum[r][c] = fma(second[c], value, sum[r][c]);
-      }
+      for (int r = 0; r < kRows; ++r) add_products(sum[r], second, x + r * job.in.row_bytes + 4);
     }
   }
 }

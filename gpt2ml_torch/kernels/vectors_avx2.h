@@ -177,3 +177,6 @@ inline Floats dot_bfloat16(Floats to, Ints, Ints) { return to; }
 
 // Rows and panels of a product's tile, by how many rows there are: as many accumulators as fit the registers.
 constexpr int kManyFloatingRows = 6, kManyIntegerRows = 4, kManyPanels = 1, kFewRows = 4, kFewPanels = 1, kSingleRows = 4;
+
+// Whether the registers hold both numbers of the weights' pairs of bfloat16 beside such a tile's accumulators.
+constexpr bool kHoldsPairs = false;
