@@ -83,3 +83,9 @@ class KVCache(nn.Module):
 
     def layer(self, index: int) -> KeysValues:
         return KeysValues(self.keys[index], self.values[index])
+
+    @torch.inference_mode()
+    def copy_row(self, row: int, target: KVCache, to: int, length: int) -> None:
+        """Copy the first `length` slots of a row to a row of a cache, this one or another."""
+        target.keys[:, to, :length] = self.keys[:, row, :length]
+        target.values[:, to, :length] = self.values[:, row, :length]

@@ -103,6 +103,23 @@ def test_stats(model_file: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "%" in err
 
 
+def test_an_assistant_changes_no_text(
+    model_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", model_file, "今天", "--quantize", "float32", *QUICK]) == 0
+    expected = capsys.readouterr().out
+    helped = ["--quantize", "float32", "--assistant", "int4", "--assistant-tokens", "2", "--stats"]
+    assert main(["generate", model_file, "今天", *helped, *QUICK]) == 0
+    out, err = capsys.readouterr()
+    assert out == expected
+    assert "GB/s" in err
+    packed = str(tmp_path / "packed.safetensors")
+    assert main(["quantize", model_file, "--out", packed]) == 0
+    capsys.readouterr()
+    assert main(["generate", packed, "今天", "--assistant", "int4", *QUICK]) == 2
+    assert "int8" in capsys.readouterr().err
+
+
 def test_score_and_info(model_file: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["score", model_file, "今天天气", "--quiet", "--json"]) == 0
     score = json.loads(capsys.readouterr().out)

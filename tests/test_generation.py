@@ -92,17 +92,6 @@ def test_a_row_writes_the_same_alone_in_a_batch_and_streamed(
     assert generator.generate(PROMPTS[:2], **options) == together[:2]
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-def test_speculation_changes_no_text(generator: Generator, options: dict[str, Any]) -> None:
-    options = {"seed": 4, "max_new_tokens": 90, **options}
-    plain = generator.complete(PROMPTS, logprobs=True, **options)
-    guessed = generator.complete(PROMPTS, logprobs=True, prompt_lookup_num_tokens=3, **options)
-    assert [text.token_ids for text in guessed] == [text.token_ids for text in plain]
-    assert [text.text for text in guessed] == [text.text for text in plain]
-    for ours, theirs in zip(guessed, plain, strict=True):
-        assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-5)
-
-
 def test_small_batches_write_what_one_large_batch_writes(
     model: GPT2ML, tokenizer: Tokenizer
 ) -> None:

@@ -81,6 +81,25 @@ def test_compiled_text_is_eager_text_and_nothing_is_compiled_anew(
     assert set(compiled.engine._steps) == sizes
 
 
+@needs_compiler
+def test_an_assistant_compiles_each_size_once(tokenizer: Tokenizer) -> None:
+    model, helper = (tiny_model(tokenizer, positions=400, seed=seed) for seed in (0, 1))
+    eager = Generator(model, tokenizer, compile=False)
+    helped = Generator(model, tokenizer, compile=True, assistant=helper)
+    own = Generator(model, tokenizer, compile=True, assistant=model)
+    for generator in (helped, own):  # wrong guesses, right guesses
+        options: dict[str, Any] = {"max_new_tokens": 24, "top_k": 3}
+        generator.generate("今天天气不错", seed=1, **options)
+        assert generator.assistant is not None
+        engines = generator.engine, generator.assistant
+        sizes = [set(engine._steps) for engine in engines]
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            found = generator.generate("双十一", seed=2, **options)
+        assert found == eager.generate("双十一", seed=2, **options)
+        assert [set(engine._steps) for engine in engines] == sizes
+        assert all(engine.compiled for engine in engines)
+
+
 @pytest.mark.skipif(not kernels.load_kernels(), reason="the kernels could not be built")
 def test_a_model_on_the_kernels_has_nothing_to_compile(tokenizer: Tokenizer) -> None:
     model = kernels.pack_model(tiny_model(tokenizer, positions=400), "int8")

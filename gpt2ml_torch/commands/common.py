@@ -39,7 +39,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, quantize: str) -> No
     parser.add_argument("--quiet", action="store_true", help="no progress lines")
 
 
-def load_generator(arguments: argparse.Namespace) -> Generator:
+def load_generator(arguments: argparse.Namespace, *, assistant: str | None = None) -> Generator:
     show_log(quiet=arguments.quiet)
     if arguments.threads is not None:
         if arguments.threads < 1:
@@ -57,6 +57,7 @@ def load_generator(arguments: argparse.Namespace) -> Generator:
         compile=not arguments.no_compile,
         batch_size=arguments.batch_size,
         tokenizer=load_tokenizer(arguments),
+        assistant=assistant,
     )
     _logger.info(
         "loaded %s (%s) in %.1f s",

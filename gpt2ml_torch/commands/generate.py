@@ -13,6 +13,7 @@ from typing import Any
 from gpt2ml_torch.commands.common import add_model_arguments, load_generator, read_lines
 from gpt2ml_torch.generation import GenerationConfig, Generator
 from gpt2ml_torch.generation.stats import Stats, read_bandwidth
+from gpt2ml_torch.kernels import PRECISIONS
 
 _OPTIONS = {  # flag: (field of GenerationConfig, type, help)
     "--max-new-tokens": ("max_new_tokens", int, "tokens to write at most (default 256)"),
@@ -31,6 +32,7 @@ _OPTIONS = {  # flag: (field of GenerationConfig, type, help)
     "--forced-end": ("forced_end", str, "text at the end where the maximum length is reached"),
     "--window-keep": ("window_keep", int, "tokens kept when the model's window slides on"),
     "--prompt-lookup": ("prompt_lookup_num_tokens", int, "guess N tokens from earlier text"),
+    "--assistant-tokens": ("num_assistant_tokens", int, "tokens guessed at once (default 3)"),
 }
 _LISTS = {
     "--stop": ("stop", str, "end the text after this string (repeatable)"),
@@ -52,6 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(flag, dest=field, type=kind, help=text)
     for flag, (field, kind, text) in _LISTS.items():
         parser.add_argument(flag, dest=field, type=kind, action="append", help=text)
+    parser.add_argument(
+        "--assistant",
+        choices=PRECISIONS,
+        help="also load the weights so, to guess with: a single text comes sooner",
+    )
     parser.add_argument("--greedy", action="store_true", help="always the most probable token")
     parser.add_argument("--top-p-rule", choices=["huggingface", "grover"])
     parser.add_argument("--on-long-prompt", choices=["cut", "error"])
@@ -65,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     options = _given_options(arguments)
     GenerationConfig(**options)  # bad values are reported before the model is loaded
     prompts = _prompts(arguments)
-    generator = load_generator(arguments)
+    generator = load_generator(arguments, assistant=arguments.assistant)
     stats = Stats()
     if prompts:
         _write(generator, prompts, options, arguments, stats)
@@ -163,7 +170,10 @@ def _summary(generator: Generator, stats: Stats) -> str:
     parts = [f"{stats.prompt_tokens} prompt tokens in {stats.prompt_seconds:.2f} s"]
     if stats.steps:
         bandwidth = read_bandwidth(generator.model.device)
-        achieved = generator.weight_bytes * stats.steps / stats.step_seconds
+        read = generator.engine.weight_bytes * stats.steps
+        if generator.assistant is not None:
+            read += generator.assistant.weight_bytes * stats.assistant_steps
+        achieved = read / stats.step_seconds
         parts += [
             f"{stats.step_tokens / stats.step_seconds:.1f} tokens/s",
             f"{achieved / 1e9:.1f} GB/s of weights, {achieved / bandwidth:.0%} of the memory's "

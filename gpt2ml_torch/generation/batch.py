@@ -14,7 +14,6 @@ from gpt2ml_torch.generation.config import GenerationConfig
 from gpt2ml_torch.generation.engine import Engine
 from gpt2ml_torch.generation.stats import Stats
 from gpt2ml_torch.generation.text import Text
-from gpt2ml_torch.kv_cache import KVCache
 
 CUDA_BURST = 8  # tokens decoded between two looks at them, where looking means to wait for the GPU
 
@@ -102,28 +101,14 @@ class Batch:
         for row, text in enumerate(self._texts):
             window = tuple(text.ids[text.start :])
             if window not in read:
-                read[window] = row, self._read(window, row)
+                read[window] = row, self._engine.read_into(self._cache, row, window)
                 self._stats.prompt_tokens += len(window)
             source, logits = read[window]
             if source != row:
-                self._copy_row(self._cache, source, self._cache, row, len(window))
+                self._cache.copy_row(source, self._cache, row, len(window))
             rows.append(logits)
         rows += [rows[0]] * (self._cache.keys.shape[1] - len(rows))
         return torch.cat(rows)
-
-    def _read(self, ids: Sequence[int], row: int) -> Tensor:
-        """Read a text into a row of the cache; logits after it, (1, V)."""
-        if self._engine.on_kernels and self._cache.keys.shape[1] == 1:
-            return self._engine.prefill(ids, self._cache)
-        logits, alone = self._engine.read(ids)
-        self._copy_row(alone, 0, self._cache, row, len(ids))
-        return logits
-
-    @staticmethod
-    @torch.inference_mode()
-    def _copy_row(source: KVCache, row: int, target: KVCache, to: int, length: int) -> None:
-        target.keys[:, to, :length] = source.keys[:, row, :length]
-        target.values[:, to, :length] = source.values[:, row, :length]
 
     @torch.inference_mode()
     def _choose_burst(self, logits: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -184,7 +169,7 @@ class Batch:
             return ids
         smaller = self._engine.new_cache(len(going), self._cache.length)
         for to, row in enumerate(going):
-            self._copy_row(self._cache, row, smaller, to, self._texts[row].position)
+            self._cache.copy_row(row, smaller, to, self._texts[row].position)
         self._cache = smaller
         self._chooser.select(going, padded)
         self._texts = [self._texts[row] for row in going]
@@ -197,7 +182,7 @@ class Batch:
             return
         grown = self._engine.new_cache(len(self._texts), needed)
         for row in range(len(self._texts)):
-            self._copy_row(self._cache, row, grown, row, self._cache.length)
+            self._cache.copy_row(row, grown, row, self._cache.length)
         self._cache = grown
 
     def _slide(self, logits: Tensor) -> Tensor:
@@ -207,7 +192,7 @@ class Batch:
                 continue
             text.start = len(text.ids) - (self._config.window_keep or (self._engine.limit + 1) // 2)
             logits = logits.clone()
-            logits[row] = self._read(text.ids[text.start :], row)[0]
+            logits[row] = self._engine.read_into(self._cache, row, text.ids[text.start :])[0]
         return logits
 
 

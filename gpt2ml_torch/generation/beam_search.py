@@ -180,9 +180,6 @@ class BeamSearch:
         cache = self._engine.new_cache(len(self._beams), self._engine.limit)
         for row, text in enumerate(self._beams):
             text.start = len(text.ids) - keep
-            logits, alone = self._engine.read(text.ids[text.start :])
-            rows.append(logits)
-            for target, source in ((cache.keys, alone.keys), (cache.values, alone.values)):
-                self._copy(target[:, row : row + 1], source, [0], keep)
+            rows.append(self._engine.read_into(cache, row, text.ids[text.start :]))
         self._cache = cache
         return torch.cat(rows)

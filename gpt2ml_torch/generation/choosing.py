@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -48,6 +49,12 @@ class Chooser:
         self._seen: Tensor | None = None
         if self.knobs.repetition_penalty is not None:
             self._seen = _seen(texts, rows, banned)
+
+    def copy(self) -> Chooser:
+        """One that goes its own way from here."""
+        other = copy.copy(self)
+        other._seen = None if self._seen is None else self._seen.clone()
+        return other
 
     def choose(self, logits: Tensor, *, blocked: Tensor | None = None) -> Tensor:
         """(B, V) -> (B,); `blocked`, (B, V), is not chosen this once. Changes no state."""

@@ -19,6 +19,7 @@ _INTEGERS = {  # name: smallest, largest
     "num_beams": (1, 1024),
     "num_return_sequences": (1, 2**20),
     "prompt_lookup_num_tokens": (0, 64),
+    "num_assistant_tokens": (0, 64),
 }
 _NUMBERS = {  # name: smallest, largest, whether the smallest is allowed
     "temperature": (0.0, math.inf, True),
@@ -61,6 +62,8 @@ class GenerationConfig:
         on_long_prompt: "cut" (from the left, with a warning) or "error".
         prompt_lookup_num_tokens: above 0, speculative decoding: this many tokens are guessed from
             earlier text and checked at once; the text is the same, only sooner.
+        num_assistant_tokens: the same with guesses of the generator's assistant, where it has one
+            and decodes a text by itself; 0 does without.
     """
 
     max_new_tokens: int = 256
@@ -89,6 +92,7 @@ class GenerationConfig:
     window_keep: int | None = None
     on_long_prompt: Literal["cut", "error"] = "cut"
     prompt_lookup_num_tokens: int = 0
+    num_assistant_tokens: int = 3
 
     def __post_init__(self) -> None:
         for name in _STRINGS:

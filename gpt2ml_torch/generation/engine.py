@@ -79,6 +79,13 @@ class Engine:
         """Tokens that the model can see at once."""
         return self.model.config.max_position_embeddings
 
+    @property
+    def weight_bytes(self) -> int:
+        """What one decoding step reads: all weights but the position embedding."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        unread = self.model.position_embedding.weight.nbytes
+        return sum(tensor.nbytes for tensor in tensors) - unread
+
     @torch.inference_mode()
     def new_cache(self, rows: int, length: int) -> KVCache:
         """An empty cache of at least so many rows and slots (but no more than the positions)."""
@@ -117,6 +124,14 @@ class Engine:
         """Logits after a text, (1, V), and a cache of its own that holds it."""
         cache = self.new_cache(1, self.padded_tokens(len(token_ids)))
         return self.prefill(token_ids, cache), cache
+
+    def read_into(self, cache: KVCache, row: int, token_ids: Sequence[int]) -> Tensor:
+        """Read a text into a row of a cache; logits after it, (1, V)."""
+        if self.on_kernels and cache.keys.shape[1] == 1:
+            return self.prefill(token_ids, cache)
+        logits, alone = self.read(token_ids)  # a graph of one row, for each length a cache
+        alone.copy_row(0, cache, row, len(token_ids))
+        return logits
 
     def warm_up(self, *, rows: int = 1, tokens: int | None = None) -> None:
         """Compile all sizes for texts of up to so many tokens (all that the model sees, if None)

@@ -15,6 +15,7 @@ from gpt2ml_torch.generation.batch import Batch
 from gpt2ml_torch.generation.beam_search import BeamSearch
 from gpt2ml_torch.generation.config import GenerationConfig
 from gpt2ml_torch.generation.engine import Engine
+from gpt2ml_torch.generation.guessing import Assistant, Guesser, PromptLookup
 from gpt2ml_torch.generation.loading import AUTO, load_model
 from gpt2ml_torch.generation.scoring import Score, token_logprobs
 from gpt2ml_torch.generation.speculative import SpeculativeBatch
@@ -34,6 +35,10 @@ class Generator:
     memory of the key-value cache. With `compile`, the first call of each size compiles, except for
     weights packed on a CPU with kernels, which are compiled already. Each row has a random stream
     of its own, made of the seed and its number, so what it draws depends on nothing else.
+
+    An `assistant` is a cheaper model with the same vocabulary, such as this one in int4. Where one
+    text is decoded, it guesses tokens that `model` then checks several at a time: the text is that
+    of `model`, only sooner (see `num_assistant_tokens`).
     """
 
     def __init__(
@@ -44,6 +49,7 @@ class Generator:
         compile: bool = True,
         defaults: GenerationConfig | Mapping[str, Any] | None = None,
         batch_size: int | None = None,
+        assistant: GPT2ML | None = None,
     ) -> None:
         if tokenizer.num_embeddings > model.config.vocab_size:
             raise ValueError(
@@ -60,6 +66,10 @@ class Generator:
             defaults = GenerationConfig.from_dict(defaults)
         self.defaults = defaults
         self.engine = Engine(model, compile=compile)
+        self.assistant: Engine | None = None
+        if assistant is not None:
+            _check_assistant(assistant, model)
+            self.assistant = Engine(assistant.eval(), compile=compile)
         self.batch_size = batch_size or (32 if self.engine.on_cuda else 8)
 
     @classmethod
@@ -73,23 +83,21 @@ class Generator:
         compile: bool = True,
         batch_size: int | None = None,
         tokenizer: Tokenizer | None = None,
+        assistant: str | None = None,
     ) -> Generator:
         """Model, vocabulary and defaults of one converted file.
 
         `quantize` and `dtype` are those of `GPT2ML.from_pretrained`; "auto" takes the fastest safe
-        precision of the device. `tokenizer` is for files that hold no vocabulary.
+        precision of the device. `tokenizer` is for files that hold no vocabulary. `assistant`, a
+        precision such as "int4", loads the file a second time to guess with.
         """
         if tokenizer is None:
             tokenizer = Tokenizer.from_pretrained(path)
         model = load_model(path, device=device, dtype=dtype, quantize=quantize)
-        return cls(model, tokenizer, compile=compile, batch_size=batch_size)
-
-    @property
-    def weight_bytes(self) -> int:
-        """What one decoding step reads: all weights but the position embedding."""
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        unread = self.model.position_embedding.weight.nbytes
-        return sum(tensor.nbytes for tensor in tensors) - unread
+        helper = None
+        if assistant is not None:
+            helper = load_model(path, device=device, quantize=assistant)
+        return cls(model, tokenizer, compile=compile, batch_size=batch_size, assistant=helper)
 
     # -- the public ways to write -----------------------------------------------------------------
 
@@ -310,19 +318,24 @@ class Generator:
                 raise ValueError("log-probabilities of beams are not kept; see Completion.score")
             yield from self._search_all(texts, config, rules)
             return
-        speculative = config.prompt_lookup_num_tokens > 0
-        batch_class = SpeculativeBatch if speculative else Batch
-        size = 1 if speculative else self.batch_size
+        rules |= {"logprobs": logprobs, "stats": Stats() if stats is None else stats}
+        size = 1 if config.prompt_lookup_num_tokens else self.batch_size
         for first in range(0, len(texts), size):
-            batch = batch_class(
-                self.engine,
-                texts[first : first + size],
-                config,
-                logprobs=logprobs,
-                stats=Stats() if stats is None else stats,
-                **rules,
-            )
-            yield from batch.write()
+            yield from self._batch(texts[first : first + size], config, rules).write()
+
+    def _batch(self, texts: list[Text], config: GenerationConfig, rules: dict[str, Any]) -> Batch:
+        """The fastest way to decode these texts."""
+        guesses = config.prompt_lookup_num_tokens
+        guesser: Guesser = PromptLookup()
+        if not guesses and self.assistant is not None and len(texts) == 1:
+            guesses = config.num_assistant_tokens
+            length = len(texts[0].ids) - texts[0].start + config.max_new_tokens
+            guesser = Assistant(self.assistant, min(length, self.engine.limit))
+        if not guesses:
+            return Batch(self.engine, texts, config, **rules)
+        return SpeculativeBatch(
+            self.engine, texts, config, guesser=guesser, guesses=guesses, **rules
+        )
 
     def _search_all(
         self, texts: list[Text], config: GenerationConfig, rules: dict[str, Any]
@@ -333,3 +346,17 @@ class Generator:
             for text, result in zip(texts[first:], found, strict=False):
                 text.become(result)
                 yield text, text.written
+
+
+def _check_assistant(assistant: GPT2ML, model: GPT2ML) -> None:
+    for what in ("vocab_size", "max_position_embeddings"):
+        found, expected = getattr(assistant.config, what), getattr(model.config, what)
+        if found != expected:
+            raise ValueError(
+                f"the assistant's {what} is {found}, the model's {expected}; take a model of the "
+                "same vocabulary and length"
+            )
+    if assistant.device != model.device:
+        raise ValueError(
+            f"the assistant is on {assistant.device}, the model on {model.device}; move one"
+        )

@@ -22,6 +22,7 @@ class Stats:
     steps: int = 0
     step_tokens: int = 0
     step_seconds: float = 0.0
+    assistant_steps: int = 0  # of the model that guesses, in the same seconds
 
 
 def read_bandwidth(device: torch.device) -> float:

@@ -41,7 +41,7 @@ class GPT2MLGenerator:
         started = time.perf_counter()
         self._generate(1, PROMPT, 2)
         self.first_seconds = time.perf_counter() - started
-        self.weight_bytes = self.generator.weight_bytes
+        self.weight_bytes = self.generator.engine.weight_bytes
 
     def _generate(self, batch: int, tokens: int, new_tokens: int) -> Stats:
         stats = Stats()

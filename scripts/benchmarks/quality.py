@@ -1,4 +1,4 @@
-"""What a precision costs in quality, and how often a cheaper model would draft the right token.
+"""What a precision costs in quality.
 
     scripts/bench quality                           # about five minutes on two cores
 
@@ -10,12 +10,11 @@ is the error of the logits. Writes RESULT.json and RESULT.md.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import logging
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,6 @@ PRECISIONS: list[tuple[str | None, str]] = [
     ("int8", "bfloat16"),
     ("int4", "bfloat16"),
 ]
-TOP_K = 5  # of the sampling for which drafts are judged
 
 logger = logging.getLogger("bench")
 
@@ -59,7 +57,6 @@ def main() -> None:
         "characters": sum(len(article) - 1 for article in shipped.tang.held_out),
         "tokens": options.tokens,
         "rows": measure(shipped.model, shipped.tang.held_out, random, options.tokens),
-        "drafts": drafts(shipped.model, shipped.tang.held_out),
     }
     options.out.parent.mkdir(exist_ok=True)
     options.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
@@ -115,35 +112,6 @@ def mean_loss(model: GPT2ML, articles: Sequence[Sequence[int]]) -> float:
     return total / count
 
 
-def drafts(shipped: Path, articles: Sequence[str]) -> dict[str, float]:
-    """How often speculative sampling would take a draft's token: the mean of Σ min(p, q)."""
-    tokenizer = Tokenizer.from_pretrained(shipped)
-    model = load(shipped, "int8", "bfloat16")
-    others = {"int4": load(shipped, "int4", "bfloat16"), **dict(_first_layers(shipped))}
-    totals, count = dict.fromkeys(others, 0.0), 0
-    for article in articles[:: max(1, len(articles) // 20)]:
-        ids = tokenizer.encode(article)
-        wanted = _top_k(logits(model, ids))
-        count += len(wanted)
-        for name, other in others.items():
-            totals[name] += float(torch.minimum(wanted, _top_k(logits(other, ids))).sum())
-    return {name: round(total / count, 4) for name, total in totals.items()}
-
-
-def _first_layers(shipped: Path) -> Iterator[tuple[str, GPT2ML]]:
-    layers = len(load(shipped, None, "float32").blocks)
-    for kept in (layers // 2, layers - 1):
-        model = load(shipped, "int8", "bfloat16")
-        del model.blocks[kept:]
-        model.config = dataclasses.replace(model.config, num_hidden_layers=kept)
-        yield f"first {kept} of {layers} layers", model
-
-
-def _top_k(scores: Tensor) -> Tensor:
-    best, ids = scores.topk(TOP_K)
-    return torch.zeros_like(scores).scatter(-1, ids, best.softmax(-1))
-
-
 def markdown(result: dict[str, Any]) -> str:
     about = result["machine"]
     lines = [
@@ -161,13 +129,7 @@ def markdown(result: dict[str, Any]) -> str:
             f"{'the kernels' if row['kernels'] else 'PyTorch'} | {row['loss']:.4f} | "
             f"{row['perplexity_change']:+.2%} | {row['logits_error']:.2g} |"
         )
-    shares = "; ".join(f"{name}: {share:.1%}" for name, share in result["drafts"].items())
-    lines += [
-        "",
-        f"Drafts for int8 that speculative sampling would take, top-k {TOP_K}, the shipped model: "
-        f"{shares}.",
-        "",
-    ]
+    lines.append("")
     return "\n".join(lines)
 
 

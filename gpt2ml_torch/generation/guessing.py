@@ -1,0 +1,94 @@
+"""What speculative decoding guesses with: the text itself, or a cheaper model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from gpt2ml_torch.generation.choosing import Chooser
+from gpt2ml_torch.generation.engine import Engine
+
+LONGEST_MATCH = 4
+
+
+class Guesser(Protocol):
+    steps: int  # that a model took for the guesses so far
+
+    def guess(self, ids: Sequence[int], size: int, chooser: Chooser) -> list[int]:
+        """At most `size` tokens that may follow `ids`, the model's window, as `chooser` chooses."""
+
+
+class PromptLookup:
+    """Guesses that what was written before is written again."""
+
+    steps = 0
+
+    def guess(self, ids: Sequence[int], size: int, chooser: Chooser) -> list[int]:
+        return look_up(ids, size)
+
+
+class Assistant:
+    """Guesses what another model of the same vocabulary would write, with the same random numbers.
+
+    It remembers the text that it read last, so that one more token costs one step.
+    """
+
+    def __init__(self, engine: Engine, length: int) -> None:
+        """`length`: tokens that it can read; it guesses nothing beyond."""
+        self._engine = engine
+        self._cache = engine.new_cache(1, length)
+        self._read: list[int] = []  # what the cache holds
+        self.steps = 0
+
+    def guess(self, ids: Sequence[int], size: int, chooser: Chooser) -> list[int]:
+        if len(ids) + size - 1 > self._cache.length:
+            return []
+        chooser = chooser.copy()
+        logits = self._after(list(ids))
+        guesses: list[int] = []
+        while True:
+            with torch.inference_mode():
+                chosen = chooser.choose(logits)
+            guesses.append(int(chosen[0]))
+            if len(guesses) == size:
+                return guesses
+            chooser.advance(chosen)
+            logits = self._decode(guesses[-1:])
+
+    def _after(self, ids: list[int]) -> Tensor:
+        """Logits after a text, (1, V), most of which was read before."""
+        known = 0
+        while known < min(len(ids) - 1, len(self._read)) and ids[known] == self._read[known]:
+            known += 1
+        # Where all guesses were right, two tokens are new. Other numbers would have to be compiled.
+        if known and len(ids) - known <= 2:
+            del self._read[known:]
+            return self._decode(ids[known:])
+        self._read = ids
+        return self._engine.read_into(self._cache, 0, ids)
+
+    def _decode(self, ids: Sequence[int]) -> Tensor:
+        """Logits after some more tokens, (1, V)."""
+        device = self._cache.keys.device
+        positions = len(self._read) + torch.arange(len(ids), device=device)[None]
+        self._read += ids
+        self.steps += 1
+        return self._engine.decode(torch.tensor([ids], device=device), positions, self._cache)[
+            :, -1
+        ]
+
+
+def look_up(ids: Sequence[int], size: int) -> list[int]:
+    """What followed the last time that the end of `ids` occurred before, at most `size` tokens.
+
+    The longest match counts, of equally long ones the latest.
+    """
+    for length in range(min(LONGEST_MATCH, len(ids) - 1), 0, -1):
+        ending = list(ids[-length:])
+        for start in range(len(ids) - length - 1, -1, -1):
+            if list(ids[start : start + length]) == ending:
+                return list(ids[start + length : start + length + size])
+    return []
