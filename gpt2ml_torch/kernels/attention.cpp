@@ -79,7 +79,7 @@ template <int kCount, int kSize>
 
 // One thread's work: some tokens of some heads. Both run inside slots: tokens then share what was read of a head, and heads
 // read the cache as it lies in memory. A token's sums have the same order in any company.
-template <ScalarType kType, int kSize> class Attender {
+template <Type kType, int kSize> class Attender {
  public:
   Attender(const Attention& job, int64_t items)
       : job_(job), lengths_(items), scores_(items * (job.slots + kLanes)), q_(items * kSize), means_(items * kSize) {}
@@ -203,7 +203,7 @@ template <ScalarType kType, int kSize> class Attender {
       for (int byte = 0; byte < kSize * kBytes; byte += 64) _mm_prefetch(head(cache, b, j, h + i) + byte, _MM_HINT_T0);
   }
 
-  static constexpr int kBytes = kType == ScalarType::Float ? 4 : 2;
+  static constexpr int kBytes = kType == Type::Float32 ? 4 : 2;
   static const char* head(const Heads& cache, int64_t b, int64_t slot, int64_t h) {
     return static_cast<const char*>(cache.numbers.data) + (b * cache.row + slot * cache.token + h * kSize) * kBytes;
   }
@@ -216,7 +216,7 @@ template <ScalarType kType, int kSize> class Attender {
   alignas(64) float block_[kLanes * kSize];
 };
 
-template <ScalarType kType, int kSize> void attend_all(const Attention& job) {
+template <Type kType, int kSize> void attend_all(const Attention& job) {
   // A single token's heads go together, several tokens head by head.
   const bool single = job.tokens == 1;
   const int64_t heads = single ? std::clamp<int64_t>(job.rows * job.heads / get_num_threads(), 1, job.heads) : 1;
@@ -233,7 +233,7 @@ template <ScalarType kType, int kSize> void attend_all(const Attention& job) {
   });
 }
 
-template <ScalarType kType> void dispatch(const Attention& job) {
+template <Type kType> void dispatch(const Attention& job) {
   switch (job.head_size) {
     case 16: return attend_all<kType, 16>(job);
     case 32: return attend_all<kType, 32>(job);
@@ -248,8 +248,8 @@ bool supports_head_size(int64_t size) { return size == 16 || size == 32 || size 
 
 void attend(const Attention& job) {
   switch (job.keys.numbers.type) {
-    case ScalarType::BFloat16: return dispatch<ScalarType::BFloat16>(job);
-    case ScalarType::Half: return dispatch<ScalarType::Half>(job);
-    default: return dispatch<ScalarType::Float>(job);
+    case Type::BFloat16: return dispatch<Type::BFloat16>(job);
+    case Type::Float16: return dispatch<Type::Float16>(job);
+    default: return dispatch<Type::Float32>(job);
   }
 }

@@ -14,7 +14,7 @@ constexpr int64_t kSerialRows = 8;  // that one thread handles faster than two
 struct Buffer {  // (tokens, size) of float32
   Buffer(int64_t tokens, int64_t size) : size(size), data(new float[tokens * size]) {}
 
-  Numbers numbers() const { return {data.get(), ScalarType::Float}; }
+  Numbers numbers() const { return {data.get(), Type::Float32}; }
   float* row(int64_t token) const { return data.get() + token * size; }
 
   int64_t size;
@@ -31,7 +31,7 @@ template <typename Function> void for_rows(int64_t count, const Function& functi
 
 void normalize(const float* x, int64_t size, const Norm& norm, Numbers out, int64_t start) {
   Floats total = all(0.0f), squares = all(0.0f);
-  const Numbers source{const_cast<float*>(x), ScalarType::Float};
+  const Numbers source{const_cast<float*>(x), Type::Float32};
   for (int64_t k = 0; k < size; k += kLanes) total = total + load_first(source, k, size - k);
   const Floats mean = all(sum(total) / size);
   for (int64_t k = 0; k < size; k += kLanes) {
@@ -57,7 +57,7 @@ void run(const Block& block, Numbers h, Numbers out, Heads keys, Heads values, c
     apply(block.qkv, h, count, qkv.numbers());
     for_rows(count, [&](int64_t i) {
       const int64_t b = i / tokens, slot = positions[i];
-      const Numbers fresh{qkv.row(i), ScalarType::Float};
+      const Numbers fresh{qkv.row(i), Type::Float32};
       for (int64_t k = 0; k < width; k += kLanes) {
         store_first(keys.at(b, slot, 0, 0), k, width - k, load_first(fresh, width + k, width - k));
         store_first(values.at(b, slot, 0, 0), k, width - k, load_first(fresh, 2 * width + k, width - k));
@@ -68,7 +68,7 @@ void run(const Block& block, Numbers h, Numbers out, Heads keys, Heads values, c
   }
   apply(block.output, normed.numbers(), count, x.numbers());
   for_rows(count, [&](int64_t i) {  // x = h + attention(h)
-    const Numbers row{x.row(i), ScalarType::Float};
+    const Numbers row{x.row(i), Type::Float32};
     for (int64_t k = 0; k < width; k += kLanes)
       store_first(row, k, width - k, load_first(row, k, width - k) + load_first(h, i * width + k, width - k));
     normalize(x.row(i), width, block.mlp_norm, normed.numbers(), i * width);
@@ -77,7 +77,7 @@ void run(const Block& block, Numbers h, Numbers out, Heads keys, Heads values, c
   apply(block.up, normed.numbers(), count, inner.numbers(), true);
   apply(block.down, inner.numbers(), count, normed.numbers());
   for_rows(count, [&](int64_t i) {  // LayerNorm(x + mlp(LayerNorm(x)))
-    const Numbers sum{normed.row(i), ScalarType::Float}, row{x.row(i), ScalarType::Float};
+    const Numbers sum{normed.row(i), Type::Float32}, row{x.row(i), Type::Float32};
     for (int64_t k = 0; k < width; k += kLanes)
       store_first(sum, k, width - k, load_first(sum, k, width - k) + load_first(row, k, width - k));
     normalize(normed.row(i), width, block.output_norm, out, i * width);

@@ -10,12 +10,13 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 FOLDER = Path(__file__).parent
-SOURCES = tuple(sorted(FOLDER.glob("*.cpp")))
+SOURCES = tuple(sorted(FOLDER.glob("*.cpp"), key=lambda path: -path.stat().st_size))
 HEADERS = tuple(sorted(FOLDER.glob("*.h")))
 TIMEOUT_SECONDS = 300
 # No contraction: a * b + c would otherwise round differently in differently unrolled loops.
@@ -130,23 +131,20 @@ def _compile(compiler: str, flags: tuple[str, ...], library: Path) -> None:
 
 
 def _run_all(commands: Iterable[tuple[str, ...]]) -> None:
-    """Run commands side by side to their end; raises `RuntimeError` where one fails."""
-    running = [
-        (
-            command[0],
-            subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True),
-        )
-        for command in commands
-    ]
+    """Run commands, as many at once as there are cores, the first ones first."""
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        for _ in pool.map(_run, commands):
+            pass
+
+
+def _run(command: tuple[str, ...]) -> None:
+    """Raises `RuntimeError` where the command fails."""
     try:
-        for compiler, process in running:
-            _, messages = process.communicate(timeout=TIMEOUT_SECONDS)
-            if process.returncode:
-                errors = [line for line in messages.splitlines() if "error" in line]
-                raise RuntimeError(f"{compiler} failed: {(errors or ['without a word'])[0]}")
+        result = subprocess.run(
+            command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False
+        )
     except subprocess.TimeoutExpired:
         raise RuntimeError(f"the compiler took more than {TIMEOUT_SECONDS} s") from None
-    finally:
-        for _, process in running:
-            process.kill()
-            process.wait()
+    if result.returncode:
+        errors = [line for line in result.stderr.splitlines() if "error" in line]
+        raise RuntimeError(f"{command[0]} failed: {(errors or ['without a word'])[0]}")

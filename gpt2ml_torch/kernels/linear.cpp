@@ -63,7 +63,7 @@ struct Inputs {
 };
 
 template <Format kFormat> void to_floating(Numbers x, int64_t row, int64_t K, uint8_t* out) {
-  const Numbers target{out, kInputBytes<kFormat> == 2 ? ScalarType::BFloat16 : ScalarType::Float};
+  const Numbers target{out, kInputBytes<kFormat> == 2 ? Type::BFloat16 : Type::Float32};
   for (int64_t k = 0; k < round_up(K, kMultiple); k += kLanes) store(target, k, load_first(x, row * K + k, K - k));
 }
 
@@ -97,7 +97,7 @@ template <Format kFormat> Inputs prepare(Numbers x, int64_t M, int64_t K) {
   Inputs in;
   const int64_t padded = round_up(K, kMultiple);
   in.row_bytes = round_up(kInputBytes<kFormat> * padded, 64);
-  if (kInputBytes<kFormat> == 4 && x.type == ScalarType::Float && in.row_bytes == 4 * K) {
+  if (kInputBytes<kFormat> == 4 && x.type == Type::Float32 && in.row_bytes == 4 * K) {
     in.values = static_cast<const uint8_t*>(x.data);
     return in;
   }

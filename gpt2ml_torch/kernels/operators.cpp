@@ -2,6 +2,7 @@
 
 #include "block.h"
 #include "pack.h"
+#include "parallel.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -13,17 +14,20 @@
 
 namespace {
 
+using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Maybe = std::optional<Tensor>;
 
-bool is_floating(const Tensor& t) {
+Type type_of(const Tensor& t) {
   const ScalarType type = t.scalar_type();
-  return type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half;
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
+                  "expected float32, bfloat16 or float16");
+  return type == ScalarType::Float ? Type::Float32 : type == ScalarType::Half ? Type::Float16 : Type::BFloat16;
 }
 
 Numbers numbers(const Tensor& t) {
-  STD_TORCH_CHECK(is_floating(t) && t.is_contiguous(), "expected contiguous float32, bfloat16 or float16");
-  return {t.mutable_data_ptr(), t.scalar_type()};
+  STD_TORCH_CHECK(t.is_contiguous(), "expected a contiguous tensor");
+  return {t.mutable_data_ptr(), type_of(t)};
 }
 
 Format format_of(const Tensor& weight, int64_t bits) {
@@ -54,7 +58,7 @@ Linear linear(const Tensor& weight, const Maybe& scale, const Maybe& bias, int64
   STD_TORCH_CHECK(!bias || bias->numel() == outputs, "the bias needs ", outputs, " values");
   return {format, inputs, outputs, static_cast<const uint8_t*>(weight.const_data_ptr()),
           is_integer(format) ? static_cast<const uint16_t*>(scale->const_data_ptr()) : nullptr,
-          bias ? numbers(*bias) : Numbers{nullptr, ScalarType::Float}};
+          bias ? numbers(*bias) : Numbers{nullptr, Type::Float32}};
 }
 
 Tensor packed_linear(const Tensor& x, const Tensor& weight, const Maybe& scale, const Maybe& bias, int64_t bits, int64_t outputs) {
@@ -70,7 +74,7 @@ Tensor packed_linear(const Tensor& x, const Tensor& weight, const Maybe& scale, 
 
 // One layer's part of a cache, (layers, rows, slots, heads, head size).
 Heads heads_of(const Tensor& cache, int64_t layer) {
-  const Numbers all{cache.mutable_data_ptr(), cache.scalar_type()};
+  const Numbers all{cache.mutable_data_ptr(), type_of(cache)};
   return {{all.at(layer * cache.stride(0)), all.type}, cache.stride(1), cache.stride(2)};
 }
 
@@ -121,6 +125,12 @@ void pack(const Tensor& rows, Tensor weight, Maybe scale, int64_t bits) {
 }
 
 }  // namespace
+
+int64_t get_num_threads() { return torch::stable::get_num_threads(); }
+
+void parallel_for(int64_t begin, int64_t end, int64_t grain, const void* work, Part part) {
+  torch::stable::parallel_for(begin, end, grain, [=](int64_t from, int64_t to) { part(work, from, to); });
+}
 
 STABLE_TORCH_LIBRARY_IMPL(gpt2ml, CPU, m) {
   m.impl("packed_linear", TORCH_BOX(&packed_linear));

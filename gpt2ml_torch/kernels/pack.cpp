@@ -99,7 +99,7 @@ template <Format kFormat> void store_columns(const Floats* columns, int64_t size
       std::memcpy(out + k * kPanel * 2, steps, sizeof steps);
     }
   } else {
-    const Numbers target{out, kFormat == Format::Float32 ? ScalarType::Float : ScalarType::Half};
+    const Numbers target{out, kFormat == Format::Float32 ? Type::Float32 : Type::Float16};
     for (int64_t k = 0; k < size; ++k) store(target, k * kPanel, columns[k]);
   }
 }

@@ -2,8 +2,6 @@
 
 #pragma once
 
-#include <torch/headeronly/core/ScalarType.h>
-
 #include <cstdint>
 #include <cstring>
 
@@ -13,29 +11,29 @@
 #include "vectors_avx2.h"
 #endif
 
-using torch::headeronly::ScalarType;
-
 constexpr int64_t kLanes = 16;
+
+enum class Type { Float32, BFloat16, Float16 };
 
 // An array of one of the three floating types.
 struct Numbers {
   void* data;
-  ScalarType type;
+  Type type;
 
-  int64_t size() const { return type == ScalarType::Float ? 4 : 2; }  // of one number, in bytes
+  int64_t size() const { return type == Type::Float32 ? 4 : 2; }  // of one number, in bytes
   void* at(int64_t index) const { return static_cast<char*>(data) + index * size(); }
 };
 
 inline Floats load(Numbers source, int64_t index) {
   const void* p = source.at(index);
-  return source.type == ScalarType::Float ? load(static_cast<const float*>(p))
-         : source.type == ScalarType::Half ? from_half(p) : from_bfloat16(p);
+  return source.type == Type::Float32 ? load(static_cast<const float*>(p))
+         : source.type == Type::Float16 ? from_half(p) : from_bfloat16(p);
 }
 
 inline void store(Numbers target, int64_t index, Floats value) {
   void* p = target.at(index);
-  if (target.type == ScalarType::Float) store(static_cast<float*>(p), value);
-  else if (target.type == ScalarType::Half) to_half(p, value);
+  if (target.type == Type::Float32) store(static_cast<float*>(p), value);
+  else if (target.type == Type::Float16) to_half(p, value);
   else to_bfloat16(p, value);
 }
 
