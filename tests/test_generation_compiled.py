@@ -177,3 +177,5 @@ def test_cuda_writes_what_the_cpu_writes(
     expected = Generator(model, tokenizer, compile=False).generate(prompts, **options)
     on_cuda = tiny_model(tokenizer, positions=400).cuda()
     assert Generator(on_cuda, tokenizer, compile=compile).generate(prompts, **options) == expected
+    helped = Generator(on_cuda, tokenizer, compile=compile, assistant=on_cuda)
+    assert helped.generate(prompts[0], **options) == expected[:1]

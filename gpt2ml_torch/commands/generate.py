@@ -174,6 +174,8 @@ def _summary(generator: Generator, stats: Stats) -> str:
         if generator.assistant is not None:
             read += generator.assistant.weight_bytes * stats.assistant_steps
         achieved = read / stats.step_seconds
+        if stats.assistant_steps:
+            parts.append(f"{stats.step_tokens / stats.steps:.1f} tokens a step")
         parts += [
             f"{stats.step_tokens / stats.step_seconds:.1f} tokens/s",
             f"{achieved / 1e9:.1f} GB/s of weights, {achieved / bandwidth:.0%} of the memory's "
