@@ -74,11 +74,10 @@ class Assistant:
         """Logits after some more tokens, (1, V)."""
         device = self._cache.keys.device
         positions = len(self._read) + torch.arange(len(ids), device=device)[None]
+        logits = self._engine.decode(torch.tensor([ids], device=device), positions, self._cache)
         self._read += ids
         self.steps += 1
-        return self._engine.decode(torch.tensor([ids], device=device), positions, self._cache)[
-            :, -1
-        ]
+        return logits[:, -1]
 
 
 def look_up(ids: Sequence[int], size: int) -> list[int]:
