@@ -15,7 +15,7 @@ from typing import Any
 from convert.locate import locate
 from convert.pipeline import Progress, Report, convert
 from convert.plan import Options
-from gpt2ml_torch.layout import QUANTIZATIONS
+from gpt2ml_torch.modelfile.format import QUANTIZATIONS
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _EXAMPLE_PROMPT = "今天天气不错"

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, TypeVar
 
-from gpt2ml_torch.layout import WEIGHT_DTYPES
+from gpt2ml_torch.modelfile.format import WEIGHT_DTYPES
 
 Format = Literal["tf", "bin"]
 TF_SCOPE = "newslm/"

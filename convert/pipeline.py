@@ -24,10 +24,10 @@ from convert.rounding import round_to
 from convert.sources import Array, Source, storage
 from convert.transpose import rows_in_order
 from convert.vocabulary import Vocabulary
-from gpt2ml_torch.checkpoint_writer import CheckpointWriter
 from gpt2ml_torch.config import GPT2MLConfig
-from gpt2ml_torch.layout import SLOT
-from gpt2ml_torch.safetensors_writer import resolve_target
+from gpt2ml_torch.modelfile.format import SLOT
+from gpt2ml_torch.modelfile.safetensors_writer import resolve_target
+from gpt2ml_torch.modelfile.writer import CheckpointWriter
 
 _WORKERS = 2  # more only wait for each other, since the kernel lets one at a time write to a file
 

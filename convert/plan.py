@@ -11,7 +11,7 @@ from convert import configs, mapping
 from convert.sources import Source
 from convert.vocabulary import Vocabulary, find_vocabulary
 from gpt2ml_torch.config import MAX_LAYERS, GPT2MLConfig
-from gpt2ml_torch.layout import expected_shapes, slot_shapes
+from gpt2ml_torch.modelfile.format import expected_shapes, slot_shapes
 
 _MAX_FAULTS = 200  # named in one error; a hostile file may have millions
 

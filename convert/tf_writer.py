@@ -23,7 +23,7 @@ from convert.locate import Location
 from convert.sources import Array, storage
 from convert.table import mask
 from convert.tf_source import TFSource
-from gpt2ml_torch import disk
+from gpt2ml_torch.modelfile import disk
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,9 +20,9 @@ from convert.rounding import round_to
 from convert.sources import Array, mapped, storage, widened
 from convert.tf_writer import Variable, write_tf_checkpoint
 from convert.transpose import rows_in_order
-from gpt2ml_torch.checkpoint import CheckpointMetadata, read_metadata
-from gpt2ml_torch.safetensors_reader import TensorInfo
-from gpt2ml_torch.safetensors_writer import dtype_name
+from gpt2ml_torch.modelfile.reader import CheckpointMetadata, read_metadata
+from gpt2ml_torch.modelfile.safetensors_reader import TensorInfo
+from gpt2ml_torch.modelfile.safetensors_writer import dtype_name
 
 _STATE = 'model_checkpoint_path: "{0}"\nall_model_checkpoint_paths: "{0}"\n'
 

@@ -23,9 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
-from gpt2ml_torch import checkpoint, kernels
+from gpt2ml_torch import kernels
 from gpt2ml_torch.config import GPT2MLConfig
 from gpt2ml_torch.kv_cache import CacheTensors, KeysValues, KVCache
+from gpt2ml_torch.modelfile import reader as checkpoint
 
 if TYPE_CHECKING:
     from gpt2ml_torch.tokenizer import Tokenizer
@@ -112,7 +113,7 @@ class Block(nn.Module):
 class GPT2ML(nn.Module):
     """The language model: `model(token_ids)` gives next-token logits, (B, T) int64 -> (B, T, V).
 
-    Its parameters are those of the file (`gpt2ml_torch.checkpoint`), under the same names; the
+    Its parameters are those of the file (`gpt2ml_torch.modelfile`), under the same names; the
     output layer is the token embedding. `gradient_checkpointing` may be set to recompute each block
     in the backward pass while training.
     Source: imcaspar/gpt2-ml, train/modeling.py, GroverModel.

@@ -64,7 +64,7 @@ def shipped_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tuning_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny model.safetensors and a text.txt to tune it on; don't write into it."""
-    from tests.finetuning_runs import make_files
+    from tests.helpers.finetuning_runs import make_files
 
     return make_files(tmp_path_factory.mktemp("finetuning"))
 

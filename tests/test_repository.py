@@ -15,12 +15,10 @@ READMES = ("README.md", "README.zh-CN.md")
 
 # Who may import whom, lowest first: a module imports only from rows above its own.
 LAYERS = (
-    {"config", "disk"},
-    {"kernels", "kv_cache", "safetensors_writer"},
-    {"layout", "safetensors_reader"},
-    {"checkpoint_writer"},
-    {"checkpoint"},
-    {"model", "words"},
+    {"config"},
+    {"kernels", "kv_cache"},
+    {"modelfile"},
+    {"model"},
     {"tokenizer", "sampling"},
     {"generation"},
     {"finetuning"},

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from gpt2ml_torch import GPT2ML, Generator, Tokenizer
-from gpt2ml_torch.checkpoint import read_metadata
 from gpt2ml_torch.kernels import PRECISIONS
+from gpt2ml_torch.modelfile.reader import read_metadata
 
 _logger = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gpt2ml_torch.checkpoint import read_metadata
-from gpt2ml_torch.checkpoint_writer import count_lines
+from gpt2ml_torch.modelfile.reader import read_metadata
+from gpt2ml_torch.modelfile.writer import count_lines
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from gpt2ml_torch.checkpoint import CheckpointWriter, read_metadata, read_tensor
-from gpt2ml_torch.layout import QUANTIZATIONS
+from gpt2ml_torch.modelfile.format import QUANTIZATIONS
+from gpt2ml_torch.modelfile.reader import CheckpointWriter, read_metadata, read_tensor
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from gpt2ml_torch import checkpoint
 from gpt2ml_torch.config import GPT2MLConfig
 from gpt2ml_torch.finetuning.checkpoints import CheckpointFolder
 from gpt2ml_torch.finetuning.config import FinetuneConfig
 from gpt2ml_torch.finetuning.processes import process_count
+from gpt2ml_torch.modelfile import reader as checkpoint
 from gpt2ml_torch.tokenizer import Tokenizer
 
 

@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gpt2ml_torch import checkpoint
 from gpt2ml_torch.finetuning.config import LORA_TARGETS
 from gpt2ml_torch.finetuning.quiet import quiet
 from gpt2ml_torch.model import GPT2ML
+from gpt2ml_torch.modelfile import reader as checkpoint
 
 
 def add_adapter(

@@ -19,7 +19,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gpt2ml_torch import checkpoint
 from gpt2ml_torch.config import GPT2MLConfig
 from gpt2ml_torch.finetuning.checks import check_model
 from gpt2ml_torch.finetuning.config import FinetuneConfig
@@ -33,6 +32,7 @@ from gpt2ml_torch.finetuning.preparation import (
     weight_dtype,
 )
 from gpt2ml_torch.model import GPT2ML
+from gpt2ml_torch.modelfile import reader as checkpoint
 
 GIB = 2**30
 # What a process takes beside tensors, measured: Python, PyTorch and peft; on CUDA the context.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gpt2ml_torch import checkpoint, kernels
+from gpt2ml_torch import kernels
 from gpt2ml_torch.config import GPT2MLConfig
 from gpt2ml_torch.finetuning.config import FinetuneConfig, TrainConfig
 from gpt2ml_torch.finetuning.data import Corpus, RowDataset, Summary, summarize, tokenize_files
@@ -19,6 +19,7 @@ from gpt2ml_torch.finetuning.optimizers import Adafactor, AdamW, SlicedOptimizer
 from gpt2ml_torch.finetuning.processes import process_count, process_rank
 from gpt2ml_torch.finetuning.upcasting import cpu_lacks_bfloat16, upcast_products
 from gpt2ml_torch.model import GPT2ML
+from gpt2ml_torch.modelfile import reader as checkpoint
 from gpt2ml_torch.tokenizer import Tokenizer
 
 

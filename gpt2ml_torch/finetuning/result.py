@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from gpt2ml_torch import checkpoint
 from gpt2ml_torch.finetuning import lora
 from gpt2ml_torch.finetuning.config import FinetuneConfig
 from gpt2ml_torch.finetuning.loop import TrainResult
@@ -13,6 +12,7 @@ from gpt2ml_torch.finetuning.optimizers.sliced import whole
 from gpt2ml_torch.finetuning.preparation import weight_dtype
 from gpt2ml_torch.finetuning.processes import process_rank
 from gpt2ml_torch.model import GPT2ML
+from gpt2ml_torch.modelfile import reader as checkpoint
 from gpt2ml_torch.tokenizer import Tokenizer
 
 

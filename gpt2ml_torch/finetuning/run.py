@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from gpt2ml_torch import checkpoint
 from gpt2ml_torch.finetuning.checks import check_files, check_prompts
 from gpt2ml_torch.finetuning.config import FinetuneConfig
 from gpt2ml_torch.finetuning.data import BatchStream, Rows, Summary, evaluation_batches
@@ -29,6 +28,7 @@ from gpt2ml_torch.finetuning.reporting import Callback, Event, TensorBoard
 from gpt2ml_torch.finetuning.result import save_adapter, save_model
 from gpt2ml_torch.finetuning.upcasting import cpu_lacks_bfloat16
 from gpt2ml_torch.model import GPT2ML
+from gpt2ml_torch.modelfile import reader as checkpoint
 from gpt2ml_torch.tokenizer import Tokenizer
 
 _LENGTH_STEP = 32  # rows are cut to the longest of their batch, in steps of so many tokens

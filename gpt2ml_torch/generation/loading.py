@@ -7,8 +7,8 @@ from os import PathLike
 import torch
 
 from gpt2ml_torch import kernels
-from gpt2ml_torch.checkpoint import read_metadata
 from gpt2ml_torch.model import GPT2ML
+from gpt2ml_torch.modelfile.reader import read_metadata
 
 AUTO = "auto"
 SAFE = "int8"  # costs no measurable perplexity (benchmarks/quality.md), and half of bfloat16's time

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from gpt2ml_torch.checkpoint import CheckpointWriter
 from gpt2ml_torch.config import GPT2MLConfig
-from gpt2ml_torch.layout import expected_shapes
+from gpt2ml_torch.modelfile.format import expected_shapes
+from gpt2ml_torch.modelfile.reader import CheckpointWriter
 
 SIZES = {"base": GPT2MLConfig.base, "large": GPT2MLConfig.large, "mega": GPT2MLConfig.mega}
 

@@ -1,0 +1,1 @@
+"""The one file: its format, its reader and its writer."""
