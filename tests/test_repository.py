@@ -1,4 +1,4 @@
-"""What holds of the whole repository: lint, one way of imports, READMEs that are true."""
+"""What holds of the whole repository: lint, one way of imports, documentation that is true."""
 
 from __future__ import annotations
 
@@ -6,12 +6,22 @@ import ast
 import re
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-READMES = ("README.md", "README.zh-CN.md")
+DOCS = ROOT / "docs"
+PAIRS = [
+    (ROOT / "README.md", ROOT / "README.zh-CN.md"),
+    *((page, DOCS / "zh-CN" / page.name) for page in sorted(DOCS.glob("*.md"))),
+]
+PAGES = [
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    *(page for pair in PAIRS for page in pair if page.exists()),
+]
 
 # Who may import whom, lowest first: a module imports only from rows above its own.
 LAYERS = (
@@ -75,21 +85,20 @@ def test_importing_the_package_needs_neither_tensorflow_nor_transformers() -> No
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("readme", READMES)
-def test_the_tree_in_the_readme_is_the_tree(readme: str) -> None:
-    text = (ROOT / readme).read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", [DOCS / "design.md", DOCS / "zh-CN" / "design.md"], ids=str)
+def test_the_tree_in_the_design_is_the_tree(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
     tree = next(
         block for block in re.findall(r"```text\n(.*?)```", text, re.S) if "convert/" in block
     )
     named = _paths_of(tree)
     for path in named:
-        assert (ROOT / path).exists(), f"{readme} names {path}, which does not exist"
+        assert (ROOT / path).exists(), f"{page} names {path}, which does not exist"
     shown = {str(path) for path in named}
-    for folder in ("gpt2ml_torch", "convert", "scripts"):
-        for file in (ROOT / folder).iterdir():
-            if file.name.startswith(("__pycache__", "__init__", "py.typed", ".")):
-                continue
-            assert str(file.relative_to(ROOT)) in shown, f"{readme} does not show {file.name}"
+    for file in (ROOT / "gpt2ml_torch").iterdir():
+        if file.name.startswith(("__pycache__", "__init__", "py.typed", ".")):
+            continue
+        assert str(file.relative_to(ROOT)) in shown, f"{page} does not show {file.name}"
 
 
 def _paths_of(tree: str) -> list[Path]:
@@ -110,30 +119,57 @@ def _paths_of(tree: str) -> list[Path]:
     return paths
 
 
-@pytest.mark.parametrize("readme", READMES)
-def test_links_in_the_readme_lead_somewhere(readme: str) -> None:
-    text = (ROOT / readme).read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)#]+)", text):
-        if not target.startswith(("http:", "https:")):
-            assert (ROOT / target).exists(), f"{readme} links to {target}"
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+        if target.startswith(("http:", "https:")):
+            continue
+        path, _, heading = target.partition("#")
+        linked = (page.parent / path).resolve() if path else page
+        assert linked.exists(), f"{page} links to {target}"
+        if heading:
+            headings = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), re.M)
+            assert heading in map(_anchor, headings), f"{page} links to {target}"
 
 
-def test_both_readmes_hold_the_same_commands_and_numbers() -> None:
-    blocks = [
-        [
-            _without_comments(block)
-            for block in re.findall(
-                r"```(?:bash|python)\n(.*?)```", (ROOT / name).read_text("utf-8"), re.S
-            )
+def _anchor(heading: str) -> str:
+    """The fragment that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_no_line_is_wider_than_120_columns(page: Path) -> None:
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+        columns = sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in line)
+        assert columns <= 120, f"{page}:{number} takes {columns} columns"
+
+
+def test_readmes_are_short() -> None:
+    for page in (ROOT / "README.md", ROOT / "README.zh-CN.md"):
+        assert len(page.read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_every_page_stands_in_both_languages() -> None:
+    english = {page.name for page in DOCS.glob("*.md")}
+    assert english == {page.name for page in (DOCS / "zh-CN").glob("*.md")}
+
+
+@pytest.mark.parametrize(("english", "chinese"), PAIRS, ids=str)
+def test_both_languages_hold_the_same_commands_and_figures(english: Path, chinese: Path) -> None:
+    texts = [page.read_text("utf-8") for page in (english, chinese)]
+    code, sums, figures = r"```(?:bash|python|json)\n(.*?)```", r"\b[0-9a-f]{64}\b", r"\d[\d.,]*"
+    tables = ["\n".join(re.findall(r"^\|.*$", text, re.M)) for text in texts]
+    for pattern, (first, second) in ((code, texts), (sums, texts), (figures, tables)):
+        found = [
+            sorted(_without_comments(match) for match in re.findall(pattern, text, re.S))
+            for text in (first, second)
         ]
-        for name in READMES
-    ]
-    assert blocks[0] == blocks[1]
-    sums = [
-        set(re.findall(r"\b[0-9a-f]{64}\b", (ROOT / name).read_text("utf-8"))) for name in READMES
-    ]
-    assert sums[0] == sums[1]
-    assert len(sums[0]) == 6
+        assert found[0] == found[1]
+
+
+def test_the_checksums_of_the_published_files_are_documented() -> None:
+    text = (DOCS / "converting.md").read_text("utf-8")
+    assert len(set(re.findall(r"\b[0-9a-f]{64}\b", text))) == 6
 
 
 def _without_comments(code: str) -> str:
