@@ -10,7 +10,9 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+
+from gpt2ml_torch.commands.parsing import Parser, flags_of, parse
+from gpt2ml_torch.options import OptionError, OptionFileExistsError
 
 COMMANDS = {  # name: module with add_arguments and run, help
     "generate": ("gpt2ml_torch.commands.generate", "continue texts"),
@@ -20,13 +22,6 @@ COMMANDS = {  # name: module with add_arguments and run, help
     "finetune": ("gpt2ml_torch.commands.finetune", "train a model on your own texts"),
     "merge": ("gpt2ml_torch.commands.merge", "add a LoRA adapter to a model's weights"),
 }
-
-
-class _Parser(argparse.ArgumentParser):
-    """Reports what it can't parse in one line, as every other error."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (see {self.prog} --help)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,18 +46,18 @@ def _run(arguments: list[str]) -> int:
         raise ValueError("no command was given (see gpt2ml --help)")
     path, summary = COMMANDS[command]
     module = importlib.import_module(path)
-    parser = _Parser(prog=f"gpt2ml {command}", description=summary)
+    parser = Parser(prog=f"gpt2ml {command}", description=summary)
     module.add_arguments(parser)
-    # Intermixed: `MODEL --seed 1 PROMPT` would otherwise leave PROMPT over.
-    status: int = module.run(parser.parse_intermixed_args(arguments[1:]))
+    try:
+        status: int = module.run(parse(parser, arguments[1:]))
+    except (OptionError, OptionFileExistsError) as error:
+        raise ValueError(error.render(flags_of(parser))) from error
     sys.stdout.flush()
     return status
 
 
 def _overview() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="gpt2ml", description="GPT2_ML: Chinese text with a converted checkpoint."
-    )
+    parser = Parser(prog="gpt2ml", description="GPT2_ML: Chinese text with a converted checkpoint.")
     subparsers = parser.add_subparsers(metavar="COMMAND")
     for name, (_, summary) in COMMANDS.items():
         subparsers.add_parser(name, help=summary)

@@ -28,7 +28,6 @@ SEPARATORS = ("blank-line", "file", "line")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Every field of `FinetuneConfig`, under the names of the command line."""
-    parser.error = _raise  # type: ignore[method-assign]  # one line, without the usage
     parser.add_argument("model", metavar="MODEL", help="a converted model, .safetensors")
     parser.add_argument(
         "data", nargs="+", metavar="DATA", help="text or JSON Lines: files, folders"
@@ -40,10 +39,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_training(parser.add_argument_group("training"))
     _add_memory(parser.add_argument_group("memory"))
     _add_run(parser.add_argument_group("the run"))
-
-
-def _raise(message: str) -> Any:
-    raise ValueError(message)
 
 
 def _add_data(group: Any) -> None:

@@ -176,7 +176,7 @@ def test_the_precision_is_chosen_by_the_device_unless_asked_for(model_file: str)
         (["今", "--ban-id", "100000"], "out of range"),
         (["今", "--vocab", "no-vocab.txt"], "no-vocab.txt"),
         (["今", "--top-k", "many"], "invalid int value"),
-        (["今", "--no-such-flag"], "unrecognized arguments"),
+        (["今", "--no-such-flag"], "unknown option --no-such-flag"),
     ],
 )
 def test_errors_are_one_line(

@@ -1,0 +1,163 @@
+"""Command-line parsers made from the fields of dataclasses (`gpt2ml_torch.options`).
+
+    parser = Parser(prog="tool")
+    add_options(parser, Settings)
+    arguments = parse(parser, ["--steps", "3"])        # "unknown option --stpes; did you mean ..."
+    settings = Settings(**given(arguments, Settings))  # only what was given: {"steps": 3}
+
+An `OptionError` that the library raises is shown with flags: `error.render(flags_of(parser))`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
+
+from gpt2ml_torch.options import Namer, OptionField, option_fields, python_name, suggestion
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are `ValueError`s of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (see {self.prog} --help)")
+
+
+def add_options(parser: argparse.ArgumentParser, cls: type, *, without: Iterable[str] = ()) -> None:
+    """Add the options of a dataclass to a parser, in their groups.
+
+    What isn't given on the command line is absent from the result of parsing; see `given`.
+    """
+    groups: dict[str, Any] = {"options": parser}
+    for field in option_fields(cls):
+        if field.option.hidden or field.name in without:
+            continue
+        title = "options" if field.option.positional else field.option.group
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        names, settings = _argument(field)
+        groups[title].add_argument(*names, **settings)
+
+
+def given(arguments: argparse.Namespace, cls: type) -> dict[str, Any]:
+    """The values of a dataclass's options that stood on the command line."""
+    values = {}
+    for field in option_fields(cls):
+        if hasattr(arguments, field.name):
+            value = getattr(arguments, field.name)
+            values[field.name] = tuple(value) if field.many else value
+    return values
+
+
+def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
+    """Parse, options and arguments in any order; raises `ValueError` for what isn't known."""
+    # Intermixed: `MODEL --seed 1 PROMPT` would otherwise leave PROMPT over.
+    arguments, unknown = parser.parse_known_intermixed_args(words)
+    for word in unknown:
+        if not word.startswith("-"):
+            continue
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        hint = suggestion(word.split("=")[0], flags) or f"see {parser.prog} --help"
+        takes_text = any(action.nargs in ("*", "+") for action in _positionals(parser))
+        text = "; text that begins with - goes behind --" if takes_text else ""
+        raise ValueError(f"unknown option {word}; {hint}{text}")
+    if unknown:
+        raise ValueError(f"unexpected argument {unknown[0]!r} (see {parser.prog} --help)")
+    return arguments
+
+
+def flags_of(parser: argparse.ArgumentParser) -> Namer:
+    """What the options of a parser are called on its command line."""
+    actions = {action.dest: action for action in parser._actions}  # argparse has no public list
+
+    def namer(name: str, value: str | None) -> str:
+        action = actions.get(name)
+        if action is None:
+            return python_name(name, value)
+        if not action.option_strings:
+            return str(action.metavar or name)
+        flags = action.option_strings
+        if value is None or value == str(action.const):
+            return flags[0]
+        if value in ("True", "False"):
+            negative = [flag for flag in flags if flag.startswith("--no-")]
+            positive = [flag for flag in flags if flag not in negative]
+            return next(iter(positive if value == "True" else negative), f"no {flags[0]}")
+        return f"{flags[0]} {value}"
+
+    return namer
+
+
+def _positionals(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    return [action for action in parser._actions if not action.option_strings]
+
+
+def _argument(field: OptionField) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """The arguments of `add_argument` for an option."""
+    required = field.default is dataclasses.MISSING
+    settings: dict[str, Any] = {"help": _help(field), "default": argparse.SUPPRESS}
+    if field.option.metavar is not None or field.option.positional:
+        settings["metavar"] = field.option.metavar or field.name.upper()
+    if field.option.positional:
+        settings["nargs"] = ("+" if required else "*") if field.many else None if required else "?"
+        return (field.name,), settings | _conversion(field)
+    settings["dest"] = field.name
+    if required:
+        settings["required"] = True
+    if field.kind is bool:
+        return field.flags, settings | _switch(field)
+    if field.many and field.option.split is None:
+        settings["action"] = "append"
+    elif field.choices and not field.many:
+        settings["choices"] = field.choices
+    return field.flags, settings | _conversion(field)
+
+
+def _switch(field: OptionField) -> dict[str, Any]:
+    if field.option.inverted:
+        return {"action": "store_false"}
+    if field.option.flags:
+        return {"action": "store_true"}
+    return {"action": argparse.BooleanOptionalAction}
+
+
+def _conversion(field: OptionField) -> dict[str, Any]:
+    convert = {int: _whole_number, float: _number}.get(field.kind or str)
+    separator = field.option.split
+    if separator is not None:
+        return {
+            "type": lambda text: tuple(map(convert or str, filter(None, text.split(separator))))
+        }
+    return {} if convert is None else {"type": convert}
+
+
+def _whole_number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+
+
+def _help(field: OptionField) -> str:
+    notes = []
+    if field.many and not field.option.positional and field.option.split is None:
+        notes.append("repeatable")
+    default = field.option.default_text
+    if default is None and not (
+        field.default in (None, dataclasses.MISSING, (), "") or isinstance(field.default, bool)
+    ):
+        joint = field.option.split or ", "
+        default = joint.join(field.default) if field.many else str(field.default)
+    if default:
+        notes.append(f"default: {default}")
+    text = field.option.help + (f" ({'; '.join(notes)})" if notes else "")
+    return text.replace("%", "%%")
