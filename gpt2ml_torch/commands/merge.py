@@ -21,7 +21,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise FileExistsError(
             errno.EEXIST, f"{arguments.out} exists already; give another name, or --force"
         )
-    from gpt2ml_torch.finetuning.lora import merge_adapter
+    from gpt2ml_torch.finetuning.adapters import merge_adapter
 
     merge_adapter(arguments.model, arguments.adapter, arguments.out, overwrite=arguments.force)
     print(f"wrote {arguments.out}")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2ml_torch.finetuning import lora
+from gpt2ml_torch.finetuning.adapters import merge_adapter
 from gpt2ml_torch.finetuning.config import FinetuneConfig
 from gpt2ml_torch.finetuning.loop import TrainResult
 from gpt2ml_torch.finetuning.optimizers.sliced import whole
@@ -57,7 +58,7 @@ def save_adapter(
         return None, out
     folder = config.run_folder / "adapter"
     lora.save_adapter(adapted, folder, base=config.model)
-    lora.merge_adapter(
+    merge_adapter(
         config.model,
         folder,
         out,
