@@ -22,8 +22,7 @@ from gpt2ml_torch.finetuning.config import (
     SCHEDULES,
     FinetuneConfig,
 )
-
-SEPARATORS = ("blank-line", "file", "line")
+from gpt2ml_torch.finetuning.data.documents import SEPARATORS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,13 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gpt2ml_torch.finetuning.config import FinetuneConfig, TrainConfig
-    from gpt2ml_torch.finetuning.data import (
-        BatchStream,
-        RowDataset,
-        Rows,
-        next_token_rows,
-        tokenize_files,
-    )
+    from gpt2ml_torch.finetuning.data.batches import BatchStream
+    from gpt2ml_torch.finetuning.data.cache import tokenize_files
+    from gpt2ml_torch.finetuning.data.rows import RowDataset, Rows, next_token_rows
     from gpt2ml_torch.finetuning.loop import Trainer, TrainResult
     from gpt2ml_torch.finetuning.objective import Objective
     from gpt2ml_torch.finetuning.optimizers import (
@@ -39,24 +35,24 @@ if TYPE_CHECKING:
 _PLACES = {
     "Adafactor": "optimizers",
     "AdamW": "optimizers",
-    "BatchStream": "data",
+    "BatchStream": "data.batches",
     "Event": "reporting",
     "FinetuneConfig": "config",
     "FinetuneResult": "run",
     "Objective": "objective",
     "Prediction": "prediction",
-    "RowDataset": "data",
-    "Rows": "data",
+    "RowDataset": "data.rows",
+    "Rows": "data.rows",
     "StepInBackward": "optimizers",
     "TrainConfig": "config",
     "TrainResult": "loop",
     "Trainer": "loop",
     "finetune": "run",
-    "next_token_rows": "data",
+    "next_token_rows": "data.rows",
     "parameter_groups": "optimizers",
     "predict": "prediction",
     "round_stochastically_": "rounding",
-    "tokenize_files": "data",
+    "tokenize_files": "data.cache",
 }
 
 __all__ = [

@@ -18,7 +18,7 @@ import torch
 
 from gpt2ml_torch.finetuning.checkpoints import CheckpointFolder
 from gpt2ml_torch.finetuning.config import TrainConfig
-from gpt2ml_torch.finetuning.data import Rows
+from gpt2ml_torch.finetuning.data.rows import Rows
 from gpt2ml_torch.finetuning.memory import used_gib
 from gpt2ml_torch.finetuning.objective import Objective
 from gpt2ml_torch.finetuning.optimizers import SlicedOptimizer

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
-from gpt2ml_torch.finetuning.data import Rows
+from gpt2ml_torch.finetuning.data.rows import Rows
 from gpt2ml_torch.model import GPT2ML
 
 

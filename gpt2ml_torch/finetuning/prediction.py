@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from gpt2ml_torch.config import GPT2MLConfig
 from gpt2ml_torch.finetuning.checks import check_model
 from gpt2ml_torch.finetuning.config import FinetuneConfig
-from gpt2ml_torch.finetuning.data import Rows
+from gpt2ml_torch.finetuning.data.rows import Rows
 from gpt2ml_torch.finetuning.objective import Objective
 from gpt2ml_torch.finetuning.optimizers.sliced import SLICE
 from gpt2ml_torch.finetuning.preparation import (

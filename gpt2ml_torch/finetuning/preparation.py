@@ -12,7 +12,10 @@ from torch import nn
 from gpt2ml_torch import kernels
 from gpt2ml_torch.config import GPT2MLConfig
 from gpt2ml_torch.finetuning.config import FinetuneConfig, TrainConfig
-from gpt2ml_torch.finetuning.data import Corpus, RowDataset, Summary, summarize, tokenize_files
+from gpt2ml_torch.finetuning.data.cache import tokenize_files
+from gpt2ml_torch.finetuning.data.corpus import Corpus
+from gpt2ml_torch.finetuning.data.rows import RowDataset
+from gpt2ml_torch.finetuning.data.summary import Summary, summarize
 from gpt2ml_torch.finetuning.lora import add_adapter
 from gpt2ml_torch.finetuning.objective import Objective
 from gpt2ml_torch.finetuning.optimizers import Adafactor, AdamW, SlicedOptimizer, parameter_groups

@@ -12,7 +12,9 @@ from typing import Any
 
 from gpt2ml_torch.finetuning.checks import check_files, check_prompts
 from gpt2ml_torch.finetuning.config import FinetuneConfig
-from gpt2ml_torch.finetuning.data import BatchStream, Rows, Summary, evaluation_batches
+from gpt2ml_torch.finetuning.data.batches import BatchStream, evaluation_batches
+from gpt2ml_torch.finetuning.data.rows import Rows
+from gpt2ml_torch.finetuning.data.summary import Summary
 from gpt2ml_torch.finetuning.loop import Sampler, Trainer, TrainResult
 from gpt2ml_torch.finetuning.objective import Objective
 from gpt2ml_torch.finetuning.optimizers import Adafactor, SlicedOptimizer, start_from

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 
 from gpt2ml_torch.finetuning.config import TrainConfig
-from gpt2ml_torch.finetuning.data import Rows
+from gpt2ml_torch.finetuning.data.rows import Rows
 from gpt2ml_torch.finetuning.objective import Objective
 from gpt2ml_torch.finetuning.optimizers import SlicedOptimizer, StepInBackward, gradient_norm
 from gpt2ml_torch.finetuning.processes import process_count, total

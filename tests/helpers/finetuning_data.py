@@ -6,7 +6,8 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from gpt2ml_torch.finetuning.data import Corpus, tokenize_files
+from gpt2ml_torch.finetuning.data.cache import tokenize_files
+from gpt2ml_torch.finetuning.data.corpus import Corpus
 from gpt2ml_torch.tokenizer import Tokenizer
 
 VOCAB = [

@@ -30,14 +30,14 @@ from gpt2ml_torch.finetuning.data.corpus import (
     META_FILE,
     Corpus,
 )
+from gpt2ml_torch.finetuning.data.documents import SEPARATORS, Piece, Separator, read_pieces
 from gpt2ml_torch.finetuning.data.encoding import (
     EncodedPieces,
     TextTokenizer,
     encode_all,
     id_dtype,
 )
-from gpt2ml_torch.finetuning.data.reading import SEPARATORS, Piece, Separator, read_pieces
-from gpt2ml_torch.finetuning.data.sources import Source, find_sources, regular_stat, shown
+from gpt2ml_torch.finetuning.data.files import Source, find_sources, regular_stat, shown
 
 try:
     import fcntl

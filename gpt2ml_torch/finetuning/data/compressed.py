@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO, cast
 
-from gpt2ml_torch.finetuning.data.sources import Source, shown
+from gpt2ml_torch.finetuning.data.files import Source, shown
 
 _READ_BYTES = 1 << 18
 

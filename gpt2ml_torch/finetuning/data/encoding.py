@@ -24,13 +24,12 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from gpt2ml_torch.finetuning.data.reading import Piece
+from gpt2ml_torch.finetuning.data.documents import Piece
 
 BATCH_CHARACTERS = 1 << 18
 _BATCH_PIECES = 1 << 14
 _SAMPLED_CHARACTERS = 1 << 13  # of each batch, searched for characters outside the vocabulary
 _WORKER = Path(__file__).with_name("worker.py")
-_PACKAGES = ("gpt2ml_torch", "gpt2ml_torch.finetuning", "gpt2ml_torch.finetuning.data")
 
 
 class TextTokenizer(Protocol):
@@ -194,8 +193,7 @@ class _Worker:
         assert self._process.stdout is not None
         self._input, self._output = self._process.stdin, self._process.stdout
         with contextlib.suppress(BrokenPipeError):  # `encode` says it
-            packages = {name: list(sys.modules[name].__path__) for name in _PACKAGES}
-            pickle.dump((sys.path, packages, packed, end_id), self._input)
+            pickle.dump((sys.path, packed, end_id), self._input)
             self._input.flush()
 
     def encode(self, batch: list[Piece]) -> EncodedPieces:

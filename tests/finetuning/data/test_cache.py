@@ -19,10 +19,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gpt2ml_torch.finetuning.data import Corpus, Piece, default_cache_dir, tokenize_files
 from gpt2ml_torch.finetuning.data import cache as cache_module
+from gpt2ml_torch.finetuning.data import documents as documents_module
 from gpt2ml_torch.finetuning.data import encoding as encoding_module
-from gpt2ml_torch.finetuning.data import reading as reading_module
+from gpt2ml_torch.finetuning.data.cache import default_cache_dir, tokenize_files
+from gpt2ml_torch.finetuning.data.corpus import Corpus
+from gpt2ml_torch.finetuning.data.documents import Piece
 from gpt2ml_torch.tokenizer import Tokenizer
 from tests.helpers.finetuning_data import (
     NumberTokenizer,
@@ -153,7 +155,7 @@ def test_a_worker_that_dies_or_a_tokenizer_that_cannot_travel_is_one_line(
 KILLED = """
 import os, signal, sys
 from tests.helpers.finetuning_data import small_tokenizer
-from gpt2ml_torch.finetuning.data import tokenize_files
+from gpt2ml_torch.finetuning.data.cache import tokenize_files
 def progress(what, done, total):
     if what == "tokenising" and done > total // 2:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -255,7 +257,7 @@ def test_memory_does_not_grow_with_the_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, separator: Any
 ) -> None:
     monkeypatch.setattr(encoding_module, "BATCH_CHARACTERS", 1 << 15)
-    monkeypatch.setattr(reading_module, "PIECE_CHARACTERS", 1 << 15)
+    monkeypatch.setattr(documents_module, "PIECE_CHARACTERS", 1 << 15)
     peaks = []
     for megabytes in (1, 8):
         file = tmp_path / f"{megabytes}.txt"

@@ -15,16 +15,11 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from gpt2ml_torch.config import GPT2MLConfig
-from gpt2ml_torch.finetuning.data import (
-    BatchStream,
-    Corpus,
-    RowDataset,
-    Rows,
-    collate,
-    evaluation_batches,
-    summarize,
-    tokenize_files,
-)
+from gpt2ml_torch.finetuning.data.batches import BatchStream, evaluation_batches
+from gpt2ml_torch.finetuning.data.cache import tokenize_files
+from gpt2ml_torch.finetuning.data.corpus import Corpus
+from gpt2ml_torch.finetuning.data.rows import RowDataset, Rows, collate
+from gpt2ml_torch.finetuning.data.summary import summarize
 from gpt2ml_torch.model import GPT2ML
 from tests.helpers.finetuning_data import (
     NumberTokenizer,

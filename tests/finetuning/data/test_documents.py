@@ -14,8 +14,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from gpt2ml_torch.finetuning.data import find_sources, read_pieces, tokenize_files
-from gpt2ml_torch.finetuning.data import reading as reading_module
+from gpt2ml_torch.finetuning.data import documents as documents_module
+from gpt2ml_torch.finetuning.data.cache import tokenize_files
+from gpt2ml_torch.finetuning.data.documents import read_pieces
+from gpt2ml_torch.finetuning.data.files import find_sources
 from tests.helpers.finetuning_data import small_tokenizer, write_jsonl
 
 POEM = "春眠不觉晓\n处处闻啼鸟\n\n夜来风雨声\n \n\n花落知多少"
@@ -107,8 +109,8 @@ TEXTS = st.text(alphabet="春眠,。 abΣsσ\u0301\u3000\t\x0c\x1f\u200bé\U0001
 def test_the_tokens_of_the_pieces_are_those_of_the_whole(text: str, size: int) -> None:
     tokenizer = small_tokenizer()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reading_module, "PIECE_CHARACTERS", size)
-        pieces = list(reading_module._portions(text))
+        patch.setattr(documents_module, "PIECE_CHARACTERS", size)
+        pieces = list(documents_module._portions(text))
     assert "".join(piece.text for piece in pieces) == text
     assert [piece.ends for piece in pieces] == [False] * (len(pieces) - 1) + [True]
     tokens = [id_ for piece in pieces for id_ in tokenizer.encode(piece.text)]
@@ -120,8 +122,8 @@ def test_a_long_document_comes_in_pieces_with_the_same_tokens(lines: list[str], 
     tokenizer = small_tokenizer()
     numbered = [(number, f"{line}\n") for number, line in enumerate(lines, 1)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reading_module, "PIECE_CHARACTERS", size)
-        pieces = list(reading_module._text_pieces(numbered, "file"))
+        patch.setattr(documents_module, "PIECE_CHARACTERS", size)
+        pieces = list(documents_module._text_pieces(numbered, "file"))
     assert [piece.ends for piece in pieces][-1:] == [True] * bool(pieces)
     assert sum(piece.ends for piece in pieces) <= 1
     tokens = [id_ for piece in pieces for id_ in tokenizer.encode(piece.text)]
@@ -236,7 +238,7 @@ def test_an_empty_file_met_in_a_folder_is_counted_and_named_in_the_log(
 def test_a_line_without_end_is_an_error_before_it_fills_the_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reading_module, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(documents_module, "MAX_LINE_BYTES", 1000)
     file = tmp_path / "a.txt"
     file.write_bytes(b"ab\n" + b"c" * 2000)
     with pytest.raises(ValueError, match=r"a\.txt, line 2: the line is longer than 1,000 bytes"):

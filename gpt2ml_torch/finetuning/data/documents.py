@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import BinaryIO, Literal, NamedTuple
 
 from gpt2ml_torch.finetuning.data.compressed import DamagedFile, open_source
-from gpt2ml_torch.finetuning.data.sources import Source, shown
+from gpt2ml_torch.finetuning.data.files import Source, shown
 
 Separator = Literal["blank-line", "file", "line"]
 SEPARATORS: tuple[Separator, ...] = ("blank-line", "file", "line")
