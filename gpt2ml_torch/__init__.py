@@ -21,6 +21,8 @@ __all__ = [
     "Tokenizer",
 ]
 
+__version__ = "0.1.0"  # setup.cfg takes it from here
+
 _MODULES = {
     "Completion": "generation",
     "GPT2ML": "model",

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 
+import gpt2ml_torch
 from gpt2ml_torch.commands.parsing import Parser, flags_of, parse
-from gpt2ml_torch.options import OptionError, OptionFileExistsError
+from gpt2ml_torch.commands.program import run_program
+from gpt2ml_torch.options import OptionError, OptionFileExistsError, suggestion
 
-COMMANDS = {  # name: module with add_arguments and run, help
+COMMANDS = {  # name: module with EXAMPLES, add_arguments and run, help
     "generate": ("gpt2ml_torch.commands.generate", "continue texts"),
     "score": ("gpt2ml_torch.commands.score", "log-likelihood and perplexity of given texts"),
     "info": ("gpt2ml_torch.commands.info", "what a model file holds"),
@@ -25,57 +26,44 @@ COMMANDS = {  # name: module with add_arguments and run, help
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; errors that the user can cure are one line on stderr and exit status 2."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    try:
-        return _run(arguments)
-    except BrokenPipeError:
-        _silence_stdout()
-        return 128 + 13
-    except KeyboardInterrupt:
-        return 128 + 2
-    except (ValueError, OSError) as error:
-        print(f"gpt2ml: error: {_one_line(error)}", file=sys.stderr)
-        return 2
+    """Run a command and give its exit status; an error that the user can cure is one line."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    return run_program("gpt2ml", lambda: _run(words))
 
 
-def _run(arguments: list[str]) -> int:
-    command = arguments[0] if arguments else None
+def _run(words: list[str]) -> int:
+    command = words[0] if words else ""
     if command not in COMMANDS:
-        _overview().parse_args(arguments)  # prints the help and exits, or raises
-        raise ValueError("no command was given (see gpt2ml --help)")
+        parse(_overview(), words if command.startswith("-") else [])  # --help ends here
+        known = f"expected one of {', '.join(COMMANDS)}"
+        hint = suggestion(command, COMMANDS) or known
+        problem = f"unknown command {command!r}" if command else "no command was given"
+        raise ValueError(f"{problem}; {hint if command else known} (see gpt2ml --help)")
     path, summary = COMMANDS[command]
     module = importlib.import_module(path)
-    parser = Parser(prog=f"gpt2ml {command}", description=summary)
+    parser = Parser(prog=f"gpt2ml {command}", description=summary, examples=module.EXAMPLES)
     module.add_arguments(parser)
     try:
-        status: int = module.run(parse(parser, arguments[1:]))
+        status: int = module.run(parse(parser, words[1:]))
     except (OptionError, OptionFileExistsError) as error:
         raise ValueError(error.render(flags_of(parser))) from error
-    sys.stdout.flush()
     return status
 
 
 def _overview() -> argparse.ArgumentParser:
-    parser = Parser(prog="gpt2ml", description="GPT2_ML: Chinese text with a converted checkpoint.")
-    subparsers = parser.add_subparsers(metavar="COMMAND")
-    for name, (_, summary) in COMMANDS.items():
-        subparsers.add_parser(name, help=summary)
+    commands = "".join(f"  {name:10} {summary}\n" for name, (_, summary) in COMMANDS.items())
+    parser = Parser(
+        prog="gpt2ml",
+        usage="gpt2ml COMMAND ...",
+        description="GPT2_ML: Chinese text with a converted checkpoint.\n\ncommands:\n" + commands,
+        examples=(
+            "python -m convert checkpoints/ out.safetensors",
+            "gpt2ml generate out.safetensors 今天天气不错",
+        ),
+    )
+    version = f"gpt2ml {gpt2ml_torch.__version__}"
+    parser.add_argument("--version", action="version", version=version)
     return parser
-
-
-def _silence_stdout() -> None:
-    """Keep Python from flushing into the closed pipe when it exits."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    if isinstance(error, OSError) and error.strerror:
-        return str(error.strerror)
-    return text
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ PAGES = [
 
 # Who may import whom, lowest first: a module imports only from rows above its own.
 LAYERS = (
-    {"config"},
+    {"options", "cache"},
+    {"config", "devices"},
     {"kernels", "kv_cache"},
     {"modelfile"},
     {"model"},

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from gpt2ml_torch import GPT2ML, Generator, Tokenizer
+from gpt2ml_torch.devices import choose_device
 from gpt2ml_torch.kernels import PRECISIONS
 from gpt2ml_torch.modelfile.reader import read_metadata
 
@@ -86,21 +87,6 @@ def read_lines(path: str) -> list[str]:
     if not lines:
         raise ValueError(f"{path} holds no text; expected one a line")
     return lines
-
-
-def choose_device(name: str, *, present: bool = True) -> torch.device:
-    """The device of a name, "auto" for the best one; raises `ValueError` unless it is one, and,
-    if `present`, is here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device is {name!r}; expected cpu, cuda or cuda:N") from None
-    if present and device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device is {name!r}; PyTorch sees {torch.cuda.device_count()} GPUs")
-    return device
 
 
 def show_log(*, quiet: bool) -> None:

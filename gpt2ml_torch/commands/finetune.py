@@ -24,6 +24,11 @@ from gpt2ml_torch.finetuning.config import (
 )
 from gpt2ml_torch.finetuning.data.documents import SEPARATORS
 
+EXAMPLES = (
+    "gpt2ml finetune out.safetensors texts/ --out mine.safetensors --epochs 2",
+    "gpt2ml finetune out.safetensors texts/ --out adapter --lora-rank 16",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Every field of `FinetuneConfig`, under the names of the command line."""

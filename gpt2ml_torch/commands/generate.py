@@ -43,6 +43,12 @@ _LISTS = {
 }
 
 
+EXAMPLES = (
+    "gpt2ml generate out.safetensors 今天天气不错 --top-k 5 --stop 。 --seed 1",
+    "gpt2ml generate out.safetensors --file prompts.txt -n 3 --json > texts.jsonl",
+)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser, quantize="auto")
     parser.add_argument(

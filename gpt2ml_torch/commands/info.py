@@ -10,6 +10,11 @@ from typing import Any
 from gpt2ml_torch.modelfile.reader import read_metadata
 from gpt2ml_torch.modelfile.writer import count_lines
 
+EXAMPLES = (
+    "gpt2ml info out.safetensors",
+    "gpt2ml info out.safetensors --json",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a .safetensors file made by the converter")

@@ -6,6 +6,11 @@ import argparse
 import errno
 from pathlib import Path
 
+EXAMPLES = (
+    "gpt2ml merge out.safetensors adapter --out merged.safetensors",
+    "gpt2ml merge out.safetensors adapter --out merged.safetensors --force",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The model, the adapter, and where to."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
@@ -19,7 +20,16 @@ from gpt2ml_torch.options import Namer, OptionField, option_fields, python_name,
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are `ValueError`s of one line."""
+    """An argument parser whose help ends with examples and whose errors are `ValueError`s."""
+
+    def __init__(self, *, examples: Sequence[str] = (), **settings: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+        if examples:
+            self.epilog = "examples:\n" + "\n".join(f"  {example}" for example in examples)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        # argparse's own hides that help and version could not be written.
+        (file or sys.stdout).write(message)
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message} (see {self.prog} --help)")

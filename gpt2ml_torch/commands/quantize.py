@@ -7,6 +7,11 @@ import argparse
 from gpt2ml_torch.modelfile.format import QUANTIZATIONS
 from gpt2ml_torch.modelfile.reader import CheckpointWriter, read_metadata, read_tensor
 
+EXAMPLES = (
+    "gpt2ml quantize out.safetensors --out out-int8.safetensors",
+    "gpt2ml quantize out.safetensors --to int4 --out out-int4.safetensors",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a .safetensors file made by the converter")

@@ -9,6 +9,11 @@ import sys
 
 from gpt2ml_torch.commands.common import add_model_arguments, load_generator, read_lines
 
+EXAMPLES = (
+    "gpt2ml score out.safetensors 今天天气不错",
+    "gpt2ml score out.safetensors --file lines.txt --json",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser, quantize="none")

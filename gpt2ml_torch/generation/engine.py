@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt2ml_torch.kernels.build import cache_folder
+from gpt2ml_torch.cache import cache_root
 from gpt2ml_torch.kv_cache import CacheTensors, KVCache
 from gpt2ml_torch.model import GPT2ML
 
@@ -236,8 +236,8 @@ def keep_compiled_code() -> None:
     variable = "TORCHINDUCTOR_CACHE_DIR"
     if os.environ.get(variable, default_cache_dir()) != default_cache_dir():
         return
-    folder = cache_folder() / "inductor"
     try:
+        folder = cache_root() / "inductor"
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
         return  # PyTorch then takes the folder for temporary files

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from gpt2ml_torch.cache import cache_root
+
 FOLDER = Path(__file__).parent
 SOURCES = tuple(sorted(FOLDER.glob("*.cpp"), key=lambda path: -path.stat().st_size))
 HEADERS = tuple(sorted(FOLDER.glob("*.h")))
@@ -31,15 +33,6 @@ LEVELS = {
 _CHOICE = "GPT2ML_KERNELS"  # a level, or "off"
 
 
-def cache_folder() -> Path:
-    """Where compiled kernels are kept: $GPT2ML_CACHE, or gpt2ml in the user's cache folder."""
-    configured = os.environ.get("GPT2ML_CACHE")
-    if configured:
-        return Path(configured)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "gpt2ml"
-
-
 def build() -> Path:
     """The compiled library; compiles it unless an earlier process did.
 
@@ -51,7 +44,7 @@ def build() -> Path:
     if compiler is None:
         raise OSError("no C++ compiler was found; install g++ or set CXX")
     flags = (*FLAGS, *(f"-m{name.replace('_', '')}" for name in features))
-    folder = cache_folder()
+    folder = cache_root()
     library = folder / f"kernels-{_key(compiler, flags)}.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)

@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from gpt2ml_torch.cache import cache_root
 from gpt2ml_torch.finetuning.data.corpus import (
     DOCUMENT,
     DOCUMENTS_FILE,
@@ -91,9 +92,8 @@ def tokenize_files(
 
 
 def default_cache_dir() -> Path:
-    """`gpt2ml/tokens` in `$XDG_CACHE_HOME`, else in `~/.cache`."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base, "gpt2ml", "tokens")
+    """Where tokenised texts are kept unless the caller names a folder."""
+    return cache_root() / "tokens"
 
 
 # -- the key --------------------------------------------------------------------------------------

@@ -335,8 +335,8 @@ def test_what_cannot_be_split_is_one_line(tmp_path: Path) -> None:
 
 
 def test_the_default_cache_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_cache_dir() == tmp_path / "gpt2ml" / "tokens"
+    monkeypatch.setenv("GPT2ML_CACHE", str(tmp_path))
+    assert default_cache_dir() == tmp_path / "tokens"
 
 
 def test_a_worker_loads_no_torch_but_may_be_given_a_class_that_needs_the_package(

@@ -1,0 +1,25 @@
+"""Where the project keeps what can be made again: compiled code and tokenised texts."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+VARIABLE = "GPT2ML_CACHE"
+
+
+def cache_root() -> Path:
+    """The folder of all caches: $GPT2ML_CACHE, or gpt2ml in the user's cache folder.
+
+    The folder may not exist yet. Raises `OSError` where the user has no home folder.
+    """
+    configured = os.environ.get(VARIABLE)
+    base = os.environ.get("XDG_CACHE_HOME")
+    try:
+        if configured:
+            return Path(configured).expanduser()
+        if base and Path(base).is_absolute():  # XDG's specification: ignore a relative one
+            return Path(base) / "gpt2ml"
+        return Path.home() / ".cache" / "gpt2ml"
+    except RuntimeError as error:  # what `pathlib` raises where there is no home
+        raise OSError(f"no place for a cache: {error} Set {VARIABLE} to a folder") from None
