@@ -15,7 +15,7 @@ from typing import Any
 from convert.locate import locate
 from convert.pipeline import Progress, Report, convert
 from convert.plan import Options
-from gpt2ml_torch.modelfile.format import QUANTIZATIONS
+from gpt2ml_torch.precision import INTEGER
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _EXAMPLE_PROMPT = "今天天气不错"
@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--no-vocab", action="store_true", help="store no vocabulary")
     parser.add_argument(
         "--dtype",
-        choices=[*_DTYPES, *QUANTIZATIONS],
+        choices=[*_DTYPES, *INTEGER],
         default="float32",
         help="default: %(default)s",
     )
@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """End with an error for options that exclude each other."""
-    if options.keep_optimizer and options.dtype in QUANTIZATIONS:
+    if options.keep_optimizer and options.dtype in INTEGER:
         parser.error(f"--keep-optimizer excludes --dtype {options.dtype}, which can't be tuned")
     if options.to_tf:
         one_way = ("config", "vocab", "no_vocab", "keep_optimizer", "no_verify", "dtype")
@@ -100,7 +100,7 @@ def _run(arguments: argparse.Namespace, progress: Progress) -> str:
     location = locate(arguments.source)
     options = Options(
         dtype=arguments.dtype if arguments.dtype in _DTYPES else "float32",
-        quantization=arguments.dtype if arguments.dtype in QUANTIZATIONS else None,
+        quantization=arguments.dtype if arguments.dtype in INTEGER else None,
         config=arguments.config,
         vocab=arguments.vocab,
         with_vocab=not arguments.no_vocab,
@@ -130,7 +130,7 @@ def _summary(report: Report, out: Path, dtype: str, notes: Sequence[str]) -> str
         f"{kept}dropped: {dropped}",
         f"  vocabulary  {words}",
         *(f"  note        {note}" for note in (*notes, *report.notes)),
-        f"  written     {report.size:,} bytes in {report.seconds:.1f} s, read back and compared",
+        f"  written     {report.size:,} bytes in {report.seconds:.1f} s, each tensor checksummed",
         "next:",
         f"  python -m gpt2ml_torch generate {shlex.quote(str(out))} {_EXAMPLE_PROMPT}",
     ]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from convert import mapping
 from convert.sources import Array, Entries
-from gpt2ml_torch.modelfile.safetensors_writer import dtype_name
+from gpt2ml_torch.modelfile.format import dtype_name
 
 # Bytes of the mapped file that may be resident: pages that were read stay until it is unmapped.
 _RELEASE_EVERY = 96 << 20

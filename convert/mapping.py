@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, TypeVar
 
-from gpt2ml_torch.modelfile.format import WEIGHT_DTYPES
+from gpt2ml_torch.precision import FLOATING
 
 Format = Literal["tf", "bin"]
 TF_SCOPE = "newslm/"
@@ -196,7 +196,7 @@ def find_faults(
                 missing.append(name)
                 continue
             dtype, shape = entries[name]
-            if dtype not in WEIGHT_DTYPES:
+            if dtype not in FLOATING:
                 faults.append(f"{name!r} holds {dtype or 'no numbers'}, expected floating point")
             if shape != expected:
                 faults.append(f"{name!r} has shape {shape}, expected {expected}")

@@ -25,9 +25,9 @@ from convert.sources import Array, Source, storage
 from convert.transpose import rows_in_order
 from convert.vocabulary import Vocabulary
 from gpt2ml_torch.config import GPT2MLConfig
+from gpt2ml_torch.modelfile.disk import resolve_target
 from gpt2ml_torch.modelfile.format import SLOT
-from gpt2ml_torch.modelfile.safetensors_writer import resolve_target
-from gpt2ml_torch.modelfile.writer import CheckpointWriter
+from gpt2ml_torch.modelfile.writer import ModelWriter
 
 _WORKERS = 2  # more only wait for each other, since the kernel lets one at a time write to a file
 
@@ -63,11 +63,11 @@ def convert(
         source = open_source(location)
         plan = make_plan(source, location.folder, options)
         check_target(out, plan.inputs, overwrite=options.overwrite)
-        with CheckpointWriter(
+        with ModelWriter(
             out,
             plan.config,
             dtype=options.dtype,
-            quantization=options.quantization,
+            packed=options.quantization,
             vocab=plan.vocabulary.text if plan.vocabulary else None,
             slots=options.keep_optimizer,
             overwrite=options.overwrite,
@@ -113,7 +113,7 @@ def check_target(out: Path, inputs: Iterable[Path], *, overwrite: bool) -> None:
 def _copy(
     source: Source,
     plan: Plan,
-    writer: CheckpointWriter,
+    writer: ModelWriter,
     options: Options,
     progress: Progress | None,
 ) -> None:
@@ -163,7 +163,7 @@ def _pieces(source: Source, key: str, recipe: Recipe, dtype: str) -> Iterator[Ar
 
 
 def _write(
-    writer: CheckpointWriter, key: str, pieces: Iterator[Array], quantization: str | None
+    writer: ModelWriter, key: str, pieces: Iterator[Array], quantization: str | None
 ) -> None:
     if quantization is None:
         writer.write_pieces(key, pieces)

@@ -13,16 +13,15 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from convert import configs, mapping
 from convert.rounding import round_to
-from convert.sources import Array, mapped, storage, widened
+from convert.sources import Array, storage, widened
 from convert.tf_writer import Variable, write_tf_checkpoint
 from convert.transpose import rows_in_order
-from gpt2ml_torch.modelfile.reader import CheckpointMetadata, read_metadata
-from gpt2ml_torch.modelfile.safetensors_reader import TensorInfo
-from gpt2ml_torch.modelfile.safetensors_writer import dtype_name
+from gpt2ml_torch.modelfile.format import SLOT
+from gpt2ml_torch.modelfile.header import TensorInfo
+from gpt2ml_torch.modelfile.reader import ModelFile
 
 _STATE = 'model_checkpoint_path: "{0}"\nall_model_checkpoint_paths: "{0}"\n'
 
@@ -38,14 +37,14 @@ def to_tf(
     summary.
 
     The weights are float32, whatever the file's dtype; the optimizer's statistics go along where
-    the file kept them. Raises as `read_metadata` does, and
-    `FileExistsError`.
+    the file kept them. Raises as `ModelFile.open` does, `ValueError` for a tensor that
+    is damaged, and `FileExistsError`.
     """
     started = time.monotonic()
-    metadata = read_metadata(source)
-    if metadata.quantization is not None:
+    metadata = ModelFile.open(source)
+    if metadata.packed is not None:
         raise ValueError(
-            f"{source} is quantised ({metadata.quantization}), which TensorFlow's checkpoints "
+            f"{source} is quantised ({metadata.packed}), which TensorFlow's checkpoints "
             "don't know; give the file that it was made from"
         )
     step = metadata.source.get("step", 0)
@@ -61,7 +60,7 @@ def to_tf(
     shutil.rmtree(scratch, ignore_errors=True)
     try:
         scratch.mkdir()
-        _write_all(scratch, prefix, source, metadata, step, progress)
+        _write_all(scratch, prefix, metadata, step, progress)
         for name in names:
             (scratch / name).replace(folder / name)
     except BaseException:
@@ -96,7 +95,7 @@ def _check_folder(folder: Path, names: Sequence[str], overwrite: bool) -> None:
         raise FileExistsError(f"{folder} has {', '.join(existing)} already")
 
 
-def _file_names(prefix: str, metadata: CheckpointMetadata) -> list[str]:
+def _file_names(prefix: str, metadata: ModelFile) -> list[str]:
     """All files, in the order in which they get their names."""
     vocabulary = ["vocab.txt"] if metadata.vocab is not None else []
     files = (f"{prefix}.data-00000-of-00001", f"{prefix}.index", "config.json")
@@ -106,12 +105,11 @@ def _file_names(prefix: str, metadata: CheckpointMetadata) -> list[str]:
 def _write_all(
     folder: Path,
     prefix: str,
-    source: Path,
-    metadata: CheckpointMetadata,
+    file: ModelFile,
     step: int,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    variables = dict(_variables(source, metadata))
+    variables = dict(_variables(file))
     variables[mapping.TF_STEP] = Variable.of(np.array(step, np.int64))
     total = sum(math.prod(variable.shape) * 4 for variable in variables.values())
     write_tf_checkpoint(
@@ -119,35 +117,40 @@ def _write_all(
         variables,
         progress=(lambda done: progress(done, total)) if progress else None,
     )
-    config = json.dumps(configs.original_dialect(metadata.config), indent=2)
+    config = json.dumps(configs.original_dialect(file.config), indent=2)
     (folder / "config.json").write_text(config + "\n")
-    if metadata.vocab is not None:
-        (folder / "vocab.txt").write_bytes(metadata.vocab.encode())
+    if file.vocab is not None:
+        (folder / "vocab.txt").write_bytes(file.vocab.encode())
     (folder / "checkpoint").write_text(_STATE.format(prefix))
 
 
-def _variables(source: Path, metadata: CheckpointMetadata) -> Iterator[tuple[str, Variable]]:
+def _variables(file: ModelFile) -> Iterator[tuple[str, Variable]]:
     """The variables by their TensorFlow names, each read from the file when it is wanted."""
-    recipes = mapping.recipes(metadata.config.num_hidden_layers, "tf")
-    slots = mapping.slot_recipes(recipes, metadata.slots)
+    recipes = mapping.recipes(file.config.num_hidden_layers, "tf")
+    slots = mapping.slot_recipes(recipes, file.slots)
     flat = {
         name: dataclasses.replace(info, shape=(math.prod(info.shape),))
-        for name, info in metadata.slots.items()
+        for name, info in file.slots.items()
     }
     for key, recipe in {**recipes, **slots}.items():
-        info = flat.get(key) or metadata.tensors[key]
+        info = flat.get(key) or file.tensors[key]
+        stored = SLOT + key if key in flat else key
         shape = recipe.source_shape(info.shape)
         for index, name in enumerate(recipe.sources):
-            pieces = functools.partial(_pieces, source, info, recipe, index)
+            pieces = functools.partial(_pieces, file, stored, info, recipe, index)
             yield name, Variable("float32", shape, pieces)
 
 
-def _pieces(source: Path, info: TensorInfo, recipe: mapping.Recipe, index: int) -> Iterator[Array]:
+def _pieces(
+    file: ModelFile, name: str, info: TensorInfo, recipe: mapping.Recipe, index: int
+) -> Iterator[Array]:
     """One variable's values, some rows at a time."""
+    if index == 0:
+        file.verify_tensor(name)
     rows = info.shape[0] // len(recipe.sources)
     shape = (rows, *info.shape[1:])
-    dtype = storage(dtype_name(info.dtype))
+    dtype = storage(info.dtype)
     size = math.prod(shape) * dtype.itemsize
-    values = np.frombuffer(mapped(source, info.start + index * size, size), dtype).reshape(shape)
+    values = np.frombuffer(file.read_bytes(name, index * size, size), dtype).reshape(shape)
     for piece in rows_in_order(values.T if recipe.transpose else values):
-        yield widened(piece) if info.dtype == torch.bfloat16 else round_to("float32", piece)
+        yield widened(piece) if info.dtype == "bfloat16" else round_to("float32", piece)

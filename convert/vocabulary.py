@@ -7,7 +7,7 @@ import dataclasses
 import errno
 from pathlib import Path
 
-from gpt2ml_torch.modelfile.writer import count_lines
+from gpt2ml_torch.modelfile.format import count_lines
 
 # Rows of the published checkpoint of the 15G corpus, and lines of its vocabulary: two rows are
 # reserved.

@@ -14,9 +14,7 @@ Shapes:
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,10 +24,7 @@ from torch.utils.checkpoint import checkpoint as recompute_in_backward
 from gpt2ml_torch import kernels
 from gpt2ml_torch.config import GPT2MLConfig
 from gpt2ml_torch.kv_cache import CacheTensors, KeysValues, KVCache
-from gpt2ml_torch.modelfile import reader as checkpoint
-
-if TYPE_CHECKING:
-    from gpt2ml_torch.tokenizer import Tokenizer
+from gpt2ml_torch.modelfile.pretrained import Pretrained
 
 
 class TokenEmbedding(nn.Embedding):
@@ -110,7 +105,7 @@ class Block(nn.Module):
         return self.output_norm(x + self.dropout(self.mlp(self.mlp_norm(x))))
 
 
-class GPT2ML(nn.Module):
+class GPT2ML(Pretrained):
     """The language model: `model(token_ids)` gives next-token logits, (B, T) int64 -> (B, T, V).
 
     Its parameters are those of the file (`gpt2ml_torch.modelfile`), under the same names; the
@@ -120,11 +115,8 @@ class GPT2ML(nn.Module):
     """
 
     def __init__(self, config: GPT2MLConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.gradient_checkpointing = False
-        self.generation_defaults: dict[str, Any] = {}  # for `Generator`; kept in the file
-        self.quantization: str | None = None  # of the large matrices, where they are packed
         # From empty tensors, since `nn.Embedding` draws numbers of its own, and on `meta` imports
         # the whole compiler for it.
         width, positions = config.hidden_size, config.max_position_embeddings
@@ -305,71 +297,6 @@ class GPT2ML(nn.Module):
                 f"the cache is {cache.keys.dtype} and the model {self.dtype}; make the cache with "
                 "dtype=model.dtype"
             )
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        path: str | os.PathLike[str],
-        *,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype | None = None,
-        quantize: str | None = None,
-    ) -> GPT2ML:
-        """Load a converted file, memory-mapped, in evaluation mode; `dtype` defaults to the file's.
-
-        `quantize` packs the large matrices on the way, "bfloat16", "int8" or "int4", for fast
-        decoding on the CPU (`gpt2ml_torch.kernels`); `dtype` is then that of the activations.
-        Raises `OSError` where there is no file to read, and `ValueError` where it is not one of
-        ours or is damaged, or is packed otherwise.
-        """
-        metadata = checkpoint.read_metadata(path)
-        stored = metadata.quantization
-        if stored is not None and quantize not in (None, stored):
-            raise ValueError(
-                f"{path} holds {stored} weights, which can't become {quantize}; convert the "
-                "original again, or load it without quantize"
-            )
-        with torch.device("meta"):
-            model = cls(metadata.config).to(dtype or metadata.dtype)
-        model.generation_defaults = metadata.generation
-        model.quantization = stored or quantize
-        if model.quantization is not None:
-            kernels.pack_model(model, model.quantization)
-        if model.quantization == stored:
-            tensors = checkpoint.load_tensors(path, device=device, dtype=dtype)
-            model.load_state_dict(tensors, strict=True, assign=True)
-        else:
-            for name, first, rows in checkpoint.stream_rows(path, metadata):
-                kernels.fill_rows(model, name, rows, first, dtype or metadata.dtype)
-            model.to(device)
-        return model.eval()
-
-    def save_pretrained(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        tokenizer: Tokenizer | None = None,
-        source: Mapping[str, Any] | None = None,
-        generation: Mapping[str, Any] | None = None,
-        overwrite: bool = True,
-    ) -> None:
-        """Write the one file: weights, configuration, and the tokenizer's vocabulary if given.
-
-        `source` says where the weights come from, `generation` holds defaults for `Generator`
-        (the model's own, if None). A
-        file that stood there is replaced only when the new one is complete. Raises `OSError` where
-        it can't be written.
-        """
-        checkpoint.save(
-            path,
-            self.state_dict(),
-            self.config,
-            vocab=None if tokenizer is None else tokenizer.vocab_text,
-            source=source,
-            generation=self.generation_defaults if generation is None else generation,
-            quantization=self.quantization,
-            overwrite=overwrite,
-        )
 
 
 def _run_block(

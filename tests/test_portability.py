@@ -54,7 +54,7 @@ model = GPT2ML.from_pretrained(out + "2")
 text, = Generator(model, tokenizer, compile=False).generate("春", max_new_tokens=5)
 assert main(["--to-tf", out, out + "-back"]) == 0
 try:
-    with __import__("gpt2ml_torch.modelfile.writer", fromlist=["x"]).CheckpointWriter(
+    with __import__("gpt2ml_torch.modelfile.writer", fromlist=["x"]).ModelWriter(
         out, model.config, dtype="float32", overwrite=True
     ):
         raise KeyError

@@ -12,8 +12,8 @@ import torch
 
 from gpt2ml_torch import GPT2ML, Generator, Tokenizer
 from gpt2ml_torch.devices import choose_device
-from gpt2ml_torch.kernels import PRECISIONS
-from gpt2ml_torch.modelfile.reader import read_metadata
+from gpt2ml_torch.modelfile import ModelFile
+from gpt2ml_torch.precision import PACKABLE
 
 _logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, quantize: str) -> No
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: auto)")
     parser.add_argument(
         "--quantize",
-        choices=["auto", "none", *PRECISIONS],
+        choices=["auto", "none", *(precision.value for precision in PACKABLE)],
         default=quantize,
         help="precision of the weights (default: %(default)s; auto: the fastest safe one)",
     )
@@ -49,17 +49,17 @@ def load_generator(arguments: argparse.Namespace, *, assistant: str | None = Non
     began = time.perf_counter()
     device = choose_device(arguments.device)
     dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
-    read_metadata(arguments.model)  # a file that is no model should not be told so as a vocabulary
-    generator = Generator.from_pretrained(
-        arguments.model,
-        device=device,
-        dtype=dtype,
-        quantize=None if arguments.quantize == "none" else arguments.quantize,
-        compile=not arguments.no_compile,
-        batch_size=arguments.batch_size,
-        tokenizer=load_tokenizer(arguments),
-        assistant=assistant,
-    )
+    with ModelFile.open(arguments.model) as file:
+        generator = Generator.from_file(
+            file,
+            device=device,
+            dtype=dtype,
+            precision=None if arguments.quantize == "none" else arguments.quantize,
+            compile=not arguments.no_compile,
+            batch_size=arguments.batch_size,
+            tokenizer=Tokenizer.from_pretrained(arguments.vocab) if arguments.vocab else None,
+            assistant=assistant,
+        )
     _logger.info(
         "loaded %s (%s) in %.1f s",
         *(arguments.model, precision_of(generator.model), time.perf_counter() - began),
@@ -70,11 +70,7 @@ def load_generator(arguments: argparse.Namespace, *, assistant: str | None = Non
 def precision_of(model: GPT2ML) -> str:
     """The precision of the weights, in words."""
     dtype = str(model.dtype).removeprefix("torch.")
-    return dtype if model.quantization is None else f"{model.quantization}, activations {dtype}"
-
-
-def load_tokenizer(arguments: argparse.Namespace) -> Tokenizer:
-    return Tokenizer.from_pretrained(arguments.vocab or arguments.model)
+    return dtype if model.packed is None else f"{model.packed}, activations {dtype}"
 
 
 def read_lines(path: str) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 from gpt2ml_torch.commands.common import add_model_arguments, load_generator, read_lines
 from gpt2ml_torch.generation import GenerationConfig, Generator
 from gpt2ml_torch.generation.stats import Stats, read_bandwidth
-from gpt2ml_torch.kernels import PRECISIONS
+from gpt2ml_torch.precision import PACKABLE
 
 _OPTIONS = {  # flag: (field of GenerationConfig, type, help)
     "--max-new-tokens": ("max_new_tokens", int, "tokens to write at most (default 256)"),
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(flag, dest=field, type=kind, action="append", help=text)
     parser.add_argument(
         "--assistant",
-        choices=PRECISIONS,
+        choices=[precision.value for precision in PACKABLE],
         help="also load the weights so, to guess with: a single text comes sooner",
     )
     parser.add_argument("--greedy", action="store_true", help="always the most probable token")

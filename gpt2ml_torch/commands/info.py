@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gpt2ml_torch.modelfile.reader import read_metadata
-from gpt2ml_torch.modelfile.writer import count_lines
+from gpt2ml_torch.modelfile import ModelFile
+from gpt2ml_torch.modelfile.format import count_lines
 
 EXAMPLES = (
     "gpt2ml info out.safetensors",
@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _describe(path: str) -> dict[str, Any]:
-    metadata = read_metadata(path)
+    metadata = ModelFile.open(path)
     config = metadata.config
     return {
         "layers": config.num_hidden_layers,
@@ -44,8 +44,8 @@ def _describe(path: str) -> dict[str, Any]:
         "vocabulary": config.vocab_size,
         "tokens": None if metadata.vocab is None else count_lines(metadata.vocab),
         "parameters": config.num_parameters,
-        "dtype": str(metadata.dtype).removeprefix("torch."),
-        "quantization": metadata.quantization,
+        "dtype": metadata.dtype,
+        "quantization": metadata.packed,
         "bytes": Path(path).stat().st_size,
         "source": metadata.source,
         "generation": metadata.generation,

@@ -27,7 +27,7 @@ from gpt2ml_torch.finetuning.adapter_config import (
     listed,
     plain_name,
 )
-from gpt2ml_torch.modelfile import reader as checkpoint
+from gpt2ml_torch.modelfile import ModelFile, ModelWriter
 from gpt2ml_torch.modelfile.format import expected_shapes
 
 _CONFIG = "adapter_config.json"
@@ -332,30 +332,30 @@ def merge_adapter(
     the model's own). Raises `OSError` and `ValueError` for files that are missing, damaged or don't
     belong together; nothing is written then.
     """
-    metadata = checkpoint.read_metadata(model_path)
-    if metadata.quantization is not None:
+    file = ModelFile.open(model_path)
+    if file.packed is not None:
         raise ValueError(
-            f"{model_path} holds {metadata.quantization} weights, to which nothing can be added; "
+            f"{model_path} holds {file.packed} weights, to which nothing can be added; "
             "give the file it was made from"
         )
     found = read_adapter(adapter)
     try:
-        changes = weight_changes(found, own_places(metadata.config))
+        changes = weight_changes(found, own_places(file.config))
     except ValueError as error:
         raise ValueError(f"the adapter {adapter} does not fit {model_path}: {error}") from None
     if not any(change.has_effect for each in changes.values() for change in each):
         logger.warning("the adapter %s adds nothing: all its products are zero", adapter)
-    with checkpoint.CheckpointWriter(
+    with ModelWriter(
         out,
-        metadata.config,
-        dtype=metadata.dtype,
-        vocab=metadata.vocab,
-        source=source or {**metadata.source, "merged_adapter": Path(adapter).name},
-        generation=metadata.generation if generation is None else generation,
+        file.config,
+        dtype=file.dtype,
+        vocab=file.vocab,
+        source=source or {**file.source, "merged_adapter": Path(adapter).name},
+        generation=file.generation if generation is None else generation,
         overwrite=overwrite,
     ) as writer:
-        for name, info in metadata.tensors.items():
-            weight = checkpoint.read_tensor(model_path, info)
+        for name in file.tensors:
+            weight = file.tensor(name)
             for change in changes.get(name, ()):
                 change.apply(weight)
             if name in changes and not weight.isfinite().all():

@@ -12,33 +12,33 @@ from gpt2ml_torch.config import GPT2MLConfig
 from gpt2ml_torch.finetuning.checkpoints import CheckpointFolder
 from gpt2ml_torch.finetuning.config import FinetuneConfig
 from gpt2ml_torch.finetuning.processes import process_count
-from gpt2ml_torch.modelfile import reader as checkpoint
+from gpt2ml_torch.modelfile import ModelFile
 from gpt2ml_torch.tokenizer import Tokenizer
 
 
-def check_files(config: FinetuneConfig) -> checkpoint.CheckpointMetadata:
+def check_files(config: FinetuneConfig) -> ModelFile:
     """Look at the model file and at the places to write to; raises what `finetune` would."""
-    metadata = checkpoint.read_metadata(config.model)
-    check_model(config, metadata)
+    file = ModelFile.open(config.model)
+    check_model(config, file)
     _check_device(config)
-    if metadata.vocab is None:
+    if file.vocab is None:
         raise ValueError(
             f"{config.model} holds no vocabulary, so text can't be tokenised; convert it again "
             "with --vocab"
         )
     _check_out(config)
     _check_run_folder(config)
-    return metadata
+    return file
 
 
-def check_model(config: FinetuneConfig, metadata: checkpoint.CheckpointMetadata) -> None:
+def check_model(config: FinetuneConfig, file: ModelFile) -> None:
     """Raise `ValueError` for a model that can't be trained, or not with these settings."""
-    if metadata.quantization is not None:
+    if file.packed is not None:
         raise ValueError(
-            f"{config.model} holds {metadata.quantization} weights, which can't be trained; take "
+            f"{config.model} holds {file.packed} weights, which can't be trained; take "
             "the file it was made from (--lora-rank with --lora-base int8 needs as little memory)"
         )
-    check_sizes(config, metadata.config)
+    check_sizes(config, file.config)
 
 
 def check_sizes(config: FinetuneConfig, sizes: GPT2MLConfig) -> None:

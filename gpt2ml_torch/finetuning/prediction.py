@@ -32,7 +32,7 @@ from gpt2ml_torch.finetuning.preparation import (
     weight_dtype,
 )
 from gpt2ml_torch.model import GPT2ML
-from gpt2ml_torch.modelfile import reader as checkpoint
+from gpt2ml_torch.modelfile import ModelFile
 
 GIB = 2**30
 # What a process takes beside tensors, measured: Python, PyTorch and peft; on CUDA the context.
@@ -67,9 +67,9 @@ def predict(config: FinetuneConfig, sizes: GPT2MLConfig | None = None) -> Predic
     have.
     """
     if sizes is None:
-        metadata = checkpoint.read_metadata(config.model)
-        check_model(config, metadata)
-        sizes = metadata.config
+        with ModelFile.open(config.model) as file:
+            check_model(config, file)
+            sizes = file.config
     with torch.device("meta"):
         model = GPT2ML(sizes).to(weight_dtype(config))
     if config.lora_base != "weights":
@@ -189,7 +189,8 @@ def _changes(
 ) -> list[tuple[str, dict[str, Any]]]:
     """Settings that save memory, those that cost least first."""
     if sizes is None:
-        sizes = checkpoint.read_metadata(config.model).config
+        with ModelFile.open(config.model) as file:
+            sizes = file.config
     half = (config.length or sizes.max_position_embeddings) // 2
     kept = {"train_layers": None, "layer_decay": 1.0, "freeze_embeddings": False}
     kept_gradients = {"step_in_backward": True, "accumulate": 1, "clip_norm": None}

@@ -22,7 +22,7 @@ from gpt2ml_torch.finetuning.optimizers import Adafactor, AdamW, SlicedOptimizer
 from gpt2ml_torch.finetuning.processes import process_count, process_rank
 from gpt2ml_torch.finetuning.upcasting import cpu_lacks_bfloat16, upcast_products
 from gpt2ml_torch.model import GPT2ML
-from gpt2ml_torch.modelfile import reader as checkpoint
+from gpt2ml_torch.modelfile import ModelFile
 from gpt2ml_torch.tokenizer import Tokenizer
 
 
@@ -95,12 +95,12 @@ def weight_dtype(config: TrainConfig) -> torch.dtype:
 
 def _load_packed(config: FinetuneConfig, dtype: torch.dtype) -> GPT2ML:
     """The model with its blocks' matrices packed one by one, never all of them unpacked."""
-    metadata = checkpoint.read_metadata(config.model)
-    with torch.device("meta"):
-        model = GPT2ML(metadata.config).to(dtype)
-    pack_blocks(model, config.lora_base)
-    for name, first, rows in checkpoint.stream_rows(config.model, metadata):
-        kernels.fill_rows(model, name, rows, first, dtype)
+    with ModelFile.open(config.model) as file:
+        with torch.device("meta"):
+            model = GPT2ML(file.config).to(dtype)
+        pack_blocks(model, config.lora_base)
+        for name, first, rows in file.rows():
+            kernels.fill_rows(model, name, rows, first, dtype)
     return model.to(config.device)
 
 

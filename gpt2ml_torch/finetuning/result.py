@@ -13,13 +13,13 @@ from gpt2ml_torch.finetuning.optimizers.sliced import whole
 from gpt2ml_torch.finetuning.preparation import weight_dtype
 from gpt2ml_torch.finetuning.processes import process_rank
 from gpt2ml_torch.model import GPT2ML
-from gpt2ml_torch.modelfile import reader as checkpoint
+from gpt2ml_torch.modelfile import ModelFile, ModelWriter
 from gpt2ml_torch.tokenizer import Tokenizer
 
 
 def save_model(
     config: FinetuneConfig,
-    metadata: checkpoint.CheckpointMetadata,
+    metadata: ModelFile,
     tokenizer: Tokenizer,
     model: GPT2ML,
     result: TrainResult,
@@ -30,7 +30,7 @@ def save_model(
         for tensor in tensors.values():
             whole(tensor)
         return out
-    with checkpoint.CheckpointWriter(
+    with ModelWriter(
         out,
         metadata.config,
         dtype=weight_dtype(config),
@@ -46,7 +46,7 @@ def save_model(
 
 def save_adapter(
     config: FinetuneConfig,
-    metadata: checkpoint.CheckpointMetadata,
+    metadata: ModelFile,
     tokenizer: Tokenizer,
     adapted: Any,
     result: TrainResult,
@@ -70,7 +70,7 @@ def save_adapter(
 
 
 def _generation(
-    config: FinetuneConfig, metadata: checkpoint.CheckpointMetadata, tokenizer: Tokenizer
+    config: FinetuneConfig, metadata: ModelFile, tokenizer: Tokenizer
 ) -> dict[str, Any]:
     """The model's defaults for generation, which stops at the end token if one was learned."""
     if config.end_token is None:
@@ -78,9 +78,7 @@ def _generation(
     return {**metadata.generation, "eos_token_id": [tokenizer.token_to_id(config.end_token)]}
 
 
-def _source(
-    config: FinetuneConfig, metadata: checkpoint.CheckpointMetadata, result: TrainResult
-) -> dict[str, Any]:
+def _source(config: FinetuneConfig, metadata: ModelFile, result: TrainResult) -> dict[str, Any]:
     """Where the weights come from: the model's own source, and this run after those before it."""
     run: dict[str, Any] = {
         "from": Path(config.model).name,

@@ -30,7 +30,7 @@ from gpt2ml_torch.finetuning.reporting import Callback, Event, TensorBoard
 from gpt2ml_torch.finetuning.result import save_adapter, save_model
 from gpt2ml_torch.finetuning.upcasting import cpu_lacks_bfloat16
 from gpt2ml_torch.model import GPT2ML
-from gpt2ml_torch.modelfile import reader as checkpoint
+from gpt2ml_torch.modelfile import ModelFile
 from gpt2ml_torch.tokenizer import Tokenizer
 
 _LENGTH_STEP = 32  # rows are cut to the longest of their batch, in steps of so many tokens
@@ -93,7 +93,7 @@ def finetune(
 
 def _trainer(
     config: FinetuneConfig,
-    metadata: checkpoint.CheckpointMetadata,
+    metadata: ModelFile,
     model: GPT2ML,
     tokenizer: Tokenizer,
     data: Data,
@@ -121,7 +121,7 @@ def _trainer(
 
     return Trainer(
         objective,
-        _optimizer(config, objective),
+        _optimizer(config, objective, metadata),
         BatchStream(data.train, batch_size=size, seed=config.seed, **place),
         config,
         valid_batches=valid_batches if data.valid is not None else None,
@@ -134,18 +134,20 @@ def _trainer(
     )
 
 
-def _optimizer(config: FinetuneConfig, objective: Objective) -> SlicedOptimizer:
+def _optimizer(
+    config: FinetuneConfig, objective: Objective, metadata: ModelFile
+) -> SlicedOptimizer:
     """As the settings say, going on from the statistics in the model's file if it has any."""
     optimizer = make_optimizer(objective, config)
     if isinstance(optimizer, Adafactor) and not (config.lora_rank or config.fresh_optimizer):
-        slots = checkpoint.load_optimizer_slots(config.model)
+        slots = metadata.optimizer_state()
         if slots:
             start_from(optimizer, objective.model, slots)
             logger.info("the optimizer goes on from the statistics in %s", config.model)
     return optimizer
 
 
-def _data_key(metadata: checkpoint.CheckpointMetadata, data: Data) -> str:
+def _data_key(metadata: ModelFile, data: Data) -> str:
     """Names the rows and the model that is tuned, the latter by what its file says of itself."""
     model = json.dumps([metadata.config.to_dict(), metadata.source], sort_keys=True)
     digest = hashlib.blake2b(model.encode(), digest_size=16)

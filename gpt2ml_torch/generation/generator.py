@@ -16,12 +16,14 @@ from gpt2ml_torch.generation.beam_search import BeamSearch
 from gpt2ml_torch.generation.config import GenerationConfig
 from gpt2ml_torch.generation.engine import Engine
 from gpt2ml_torch.generation.guessing import Assistant, Guesser, PromptLookup
-from gpt2ml_torch.generation.loading import AUTO, load_model
 from gpt2ml_torch.generation.scoring import Score, token_logprobs
 from gpt2ml_torch.generation.speculative import SpeculativeBatch
 from gpt2ml_torch.generation.stats import Stats
 from gpt2ml_torch.generation.text import Completion, Text
 from gpt2ml_torch.model import GPT2ML
+from gpt2ml_torch.modelfile.pretrained import AUTO, activation_dtype
+from gpt2ml_torch.modelfile.reader import ModelFile
+from gpt2ml_torch.precision import Precision
 from gpt2ml_torch.tokenizer import Tokenizer
 
 _logger = logging.getLogger(__name__)
@@ -79,25 +81,55 @@ class Generator:
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
-        quantize: str | None = AUTO,
+        quantize: Precision | str | None = AUTO,
         compile: bool = True,
         batch_size: int | None = None,
         tokenizer: Tokenizer | None = None,
-        assistant: str | None = None,
+        assistant: Precision | str | None = None,
     ) -> Generator:
-        """Model, vocabulary and defaults of one converted file.
+        """Model, vocabulary and defaults of one model file.
 
         `quantize` and `dtype` are those of `GPT2ML.from_pretrained`; "auto" takes the fastest safe
         precision of the device. `tokenizer` is for files that hold no vocabulary. `assistant`, a
-        precision such as "int4", loads the file a second time to guess with.
+        precision such as "int4", also loads the weights in this precision as a draft model.
         """
+        with ModelFile.open(path) as file:
+            return cls.from_file(
+                file,
+                device=device,
+                dtype=dtype,
+                precision=quantize,
+                compile=compile,
+                batch_size=batch_size,
+                tokenizer=tokenizer,
+                assistant=assistant,
+            )
+
+    @classmethod
+    def from_file(
+        cls,
+        file: ModelFile,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        precision: Precision | str | None = AUTO,
+        compile: bool = True,
+        batch_size: int | None = None,
+        tokenizer: Tokenizer | None = None,
+        assistant: Precision | str | None = None,
+    ) -> Generator:
+        """As `from_pretrained`, from a file that is open already."""
+
+        def load(precision: Precision | str | None, dtype: torch.dtype | None) -> GPT2ML:
+            if dtype is None and precision not in (None, AUTO):
+                dtype = activation_dtype(precision)
+            return GPT2ML.from_file(file, device=device, dtype=dtype, precision=precision)
+
         if tokenizer is None:
-            tokenizer = Tokenizer.from_pretrained(path)
-        model = load_model(path, device=device, dtype=dtype, quantize=quantize)
-        helper = None
-        if assistant is not None:
-            helper = load_model(path, device=device, quantize=assistant)
-        return cls(model, tokenizer, compile=compile, batch_size=batch_size, assistant=helper)
+            tokenizer = file.tokenizer()
+        model = load(precision, dtype)
+        draft = None if assistant is None else load(assistant, None)
+        return cls(model, tokenizer, compile=compile, batch_size=batch_size, assistant=draft)
 
     # -- the public ways to write -----------------------------------------------------------------
 

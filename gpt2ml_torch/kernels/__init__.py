@@ -8,10 +8,9 @@ from gpt2ml_torch.kernels.ops import (
     packed_linear,
     supports_layers,
 )
-from gpt2ml_torch.kernels.packing import PRECISIONS, unpack
+from gpt2ml_torch.kernels.packing import unpack
 
 __all__ = [
-    "PRECISIONS",
     "PackedEmbedding",
     "PackedLinear",
     "fill_rows",

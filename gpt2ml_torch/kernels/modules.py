@@ -20,6 +20,7 @@ from gpt2ml_torch.kernels.ops import (
     packed_linear,
     unpacked_linear,
 )
+from gpt2ml_torch.precision import PACKABLE, PANEL, Precision
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -30,10 +31,11 @@ class _Packed(nn.Module):
     weight: Tensor
     weight_scale: Tensor | None
 
-    def _allocate(self, outputs: int, inputs: int, precision: str) -> None:
+    def _allocate(self, outputs: int, inputs: int, precision: Precision | str) -> None:
+        precision = Precision.of(precision)
         self.outputs, self.inputs, self.precision = outputs, inputs, precision
-        self.bits = packing.BITS[precision]
-        shapes = packing.packed_shapes(outputs, inputs, precision)
+        self.bits = precision.bits
+        shapes = precision.packed_shapes(outputs, inputs)
         dtype = packing.storage_dtype(precision)
         scale = None
         if shapes.scale is not None:
@@ -83,7 +85,9 @@ class PackedLinear(_Packed, nn.Linear):
 
     weight: Tensor  # a buffer, where nn.Linear has a parameter
 
-    def __init__(self, in_features: int, out_features: int, *, precision: str, bias: bool) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, *, precision: Precision | str, bias: bool
+    ) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
         self._allocate(out_features, in_features, precision)
@@ -91,7 +95,7 @@ class PackedLinear(_Packed, nn.Linear):
         self.register_parameter("bias", None if values is None else nn.Parameter(values, False))
 
     @classmethod
-    def pack(cls, linear: nn.Linear, precision: str) -> PackedLinear:
+    def pack(cls, linear: nn.Linear, precision: Precision | str) -> PackedLinear:
         """A packed copy of `linear`; the bias is shared, and frozen."""
         packed = cls(linear.in_features, linear.out_features, precision=precision, bias=False)
         packed._fill(linear.weight)
@@ -112,7 +116,12 @@ class PackedEmbedding(_Packed, nn.Embedding):
     weight: Tensor  # a buffer, where nn.Embedding has a parameter
 
     def __init__(
-        self, num_embeddings: int, embedding_dim: int, *, precision: str, dtype: torch.dtype
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        *,
+        precision: Precision | str,
+        dtype: torch.dtype,
     ) -> None:
         nn.Module.__init__(self)
         self.num_embeddings, self.embedding_dim, self.dtype = num_embeddings, embedding_dim, dtype
@@ -121,14 +130,14 @@ class PackedEmbedding(_Packed, nn.Embedding):
         self._allocate(num_embeddings, embedding_dim, precision)
 
     @classmethod
-    def pack(cls, embedding: nn.Embedding, precision: str) -> PackedEmbedding:
+    def pack(cls, embedding: nn.Embedding, precision: Precision | str) -> PackedEmbedding:
         weight = embedding.weight
         packed = cls(*weight.shape, precision=precision, dtype=weight.dtype)
         packed._fill(weight)
         return packed
 
     def forward(self, token_ids: Tensor) -> Tensor:
-        panel, lane = token_ids // packing.PANEL, token_ids % packing.PANEL
+        panel, lane = token_ids // PANEL, token_ids % PANEL
         steps = self.weight[panel, :, lane]  # (..., K * bits / 32, 4 or 2)
         if self.weight_scale is None:
             rows = steps.flatten(-2)
@@ -141,17 +150,17 @@ class PackedEmbedding(_Packed, nn.Embedding):
         return self._product(h.to(torch.promote_types(h.dtype, torch.float32)), None)
 
 
-def pack_model(model: _Module, quantize: str) -> _Module:
+def pack_model(model: _Module, precision: Precision | str) -> _Module:
     """Replace the linear layers and the token embedding of a GPT2ML by packed ones, in place.
 
-    `quantize` is a precision of `packing.BITS` (with "int4" the embedding, which is the output
-    layer too, has 8 bits). Each weight is freed as soon as it is packed. On `meta` the layers are
-    only replaced, for packed tensors to be loaded into. Raises `ValueError` for another name.
+    With "int4" the embedding, which is the output layer too, has 8 bits. Each weight is freed as
+    soon as it is packed. On `meta` the layers are only replaced, for packed tensors to be loaded
+    into. Raises `ValueError` for a precision that weights can't be packed in.
     """
-    if quantize not in packing.BITS:
-        raise ValueError(f"quantize is {quantize!r}; expected one of {', '.join(packing.BITS)}")
+    if precision not in PACKABLE:
+        raise ValueError(f"precision is {str(precision)!r}; expected one of {', '.join(PACKABLE)}")
     for parent, name, layer in list(_layers(model)):
-        setattr(parent, name, _replacement(layer, quantize))
+        setattr(parent, name, _replacement(layer, Precision(precision)))
     return model
 
 
@@ -186,9 +195,9 @@ def _layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
                 yield parent, name, layer
 
 
-def _replacement(layer: nn.Module, precision: str) -> nn.Module:
+def _replacement(layer: nn.Module, precision: Precision) -> nn.Module:
     if isinstance(layer, nn.Embedding):
-        precision = packing.embedding_precision(precision)
+        precision = precision.of_embedding
         if layer.weight.is_meta:
             dtype = layer.weight.dtype
             return PackedEmbedding(*layer.weight.shape, precision=precision, dtype=dtype)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt2ml_torch.kernels import build, packing
+from gpt2ml_torch.precision import PANEL, Precision
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KERNEL_HEAD_SIZES = (16, 32, 64, 128)
@@ -85,12 +86,13 @@ def supports_layers(like: Tensor, head_size: int) -> bool:
     )
 
 
-def pack(weight: Tensor, precision: str) -> tuple[Tensor, Tensor | None]:
+def pack(weight: Tensor, precision: Precision | str) -> tuple[Tensor, Tensor | None]:
     """Round and pack a weight, (N, K) floating; returns the packed weight and its scale.
 
     Raises `ValueError` for what the precision can't hold: NaN and infinity in integers, numbers
     beyond 65504 in float16.
     """
+    precision = Precision.of(precision)
     packed, scale = packing.empty_packed(weight.shape[0], weight.shape[1], precision)
     for first in range(0, len(weight), _ROWS_AT_ONCE):
         pack_rows(weight[first : first + _ROWS_AT_ONCE], packed, scale, precision, first=first)
@@ -99,11 +101,11 @@ def pack(weight: Tensor, precision: str) -> tuple[Tensor, Tensor | None]:
 
 @torch.no_grad()
 def pack_rows(
-    rows: Tensor, packed: Tensor, scale: Tensor | None, precision: str, *, first: int
+    rows: Tensor, packed: Tensor, scale: Tensor | None, precision: Precision, *, first: int
 ) -> None:
     """Pack rows of a weight from row `first` on, a multiple of 16, as `pack` does all of them."""
-    bits = packing.BITS[precision]
-    panels = slice(first // packing.PANEL, -(-(first + len(rows)) // packing.PANEL))
+    bits = precision.bits
+    panels = slice(first // PANEL, -(-(first + len(rows)) // PANEL))
     packed, scale = packed[panels], None if scale is None else scale[panels]
     if rows.dtype in KERNEL_DTYPES and rows.device.type == "cpu" and load_kernels():
         torch.ops.gpt2ml.pack(rows.contiguous(), packed, scale, bits)

@@ -1,8 +1,8 @@
-"""Weights of 32 to 4 bits, packed the way `linear.cpp` reads them; both directions.
+"""Pack and unpack weights of 32 to 4 bits in the layout that `linear.cpp` reads.
 
 Rows come in panels of 16, so that one vector holds one step of 16 outputs. Integers are symmetric
 with one scale for each row and group of inputs: 128 inputs at 8 bits, 32 at 4. Scales are bfloat16
-and rounded before the values are, so that their rounding costs nothing.
+and are rounded before the values, so that their rounding costs nothing.
 
 Shapes:
     N  outputs, padded to a multiple of 16      K  inputs, padded to a multiple of 32
@@ -12,67 +12,38 @@ Shapes:
 from __future__ import annotations
 
 import mmap
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PANEL = 16
-MULTIPLE = 32
-GROUP = {8: 128, 4: 32}
+from gpt2ml_torch.precision import INTEGER, MULTIPLE, PANEL, Precision
+
+GROUP = {precision.bits: precision.group for precision in INTEGER if precision.group}
 LARGEST = {8: 127, 4: 7}  # of a value; the smallest is -LARGEST at 8 bits and -LARGEST - 1 at 4
 OFFSET = {8: 128, 4: 8}  # values are stored unsigned
-BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "int8": 8, "int4": 4}  # by precision
-PRECISIONS = tuple(BITS)
 
-_INPUTS_TOGETHER = {torch.float32: 1, torch.float16: 1, torch.bfloat16: 2}  # in a step of a panel
 _HUGE_PAGE = 2 << 20
 
 
-class PackedShapes(NamedTuple):
-    """Shapes of the packed weight and its scale (`None` for floating-point weights)."""
-
-    weight: tuple[int, ...]
-    scale: tuple[int, ...] | None
+def storage_dtype(precision: Precision) -> torch.dtype:
+    """The dtype of a packed weight's memory."""
+    return torch.uint8 if precision.is_integer else precision.dtype
 
 
-def storage_dtype(precision: str) -> torch.dtype:
-    """What the packed weight is stored in; raises `ValueError` for an unknown precision."""
-    if precision not in BITS:
-        raise ValueError(f"weights in {precision!r}; expected one of {', '.join(BITS)}")
-    dtype: torch.dtype = getattr(torch, precision)
-    return dtype if dtype.is_floating_point else torch.uint8
-
-
-def embedding_precision(precision: str) -> str:
-    """That of a token embedding, which is the output layer too: never less than 8 bits."""
-    return "int8" if precision == "int4" else precision
-
-
-def packed_shapes(outputs: int, inputs: int, precision: str) -> PackedShapes:
-    dtype = storage_dtype(precision)
-    panels, padded = -(-outputs // PANEL), -(-inputs // MULTIPLE) * MULTIPLE
-    if dtype.is_floating_point:
-        together = _INPUTS_TOGETHER[dtype]
-        return PackedShapes((panels, padded // together, PANEL, together), None)
-    bits = BITS[precision]
-    groups = -(-padded // GROUP[bits])
-    return PackedShapes((panels, padded * bits // 32, PANEL, 4), (panels, groups, PANEL))
-
-
-def empty_packed(outputs: int, inputs: int, precision: str) -> tuple[Tensor, Tensor | None]:
+def empty_packed(outputs: int, inputs: int, precision: Precision) -> tuple[Tensor, Tensor | None]:
     """Memory for a packed weight and its scale, in huge pages where the system has them.
 
     With 4 KiB pages, address translation alone can cost a quarter of the read bandwidth.
     """
-    shapes = packed_shapes(outputs, inputs, precision)
+    shapes = precision.packed_shapes(outputs, inputs)
     weight = empty_in_huge_pages(shapes.weight, storage_dtype(precision))
     scale = None if shapes.scale is None else torch.empty(shapes.scale, dtype=torch.bfloat16)
     return weight, scale
 
 
 def empty_in_huge_pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Uninitialised memory on the CPU, in huge pages if it is large enough for one."""
     tensor = torch.empty(shape, dtype=dtype, device="meta")
     size = tensor.nbytes
     if size < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
@@ -85,7 +56,7 @@ def empty_in_huge_pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 @torch.no_grad()
 def pack_rows(rows: Tensor, weight: Tensor, scale: Tensor | None, bits: int) -> None:
-    """Round rows, (n, K) floating, into their panels; what the last panel has beyond them is 0."""
+    """Round rows, (n, K) floating, into their panels; the last panel is filled up with zeros."""
     rows = F.pad(rows, (0, -rows.shape[1] % MULTIPLE, 0, -len(rows) % PANEL))
     if scale is None:
         steps = rows.unflatten(0, (-1, PANEL)).unflatten(2, (-1, weight.shape[-1]))

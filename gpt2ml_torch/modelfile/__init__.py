@@ -1,1 +1,6 @@
-"""The one file: its format, its reader and its writer."""
+"""The model file: its format, its reader and its writer."""
+
+from gpt2ml_torch.modelfile.reader import ModelFile
+from gpt2ml_torch.modelfile.writer import ModelWriter
+
+__all__ = ["ModelFile", "ModelWriter"]

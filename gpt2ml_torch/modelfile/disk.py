@@ -1,18 +1,27 @@
-"""How large files get to the disk soonest, and for good."""
+"""Write large files fast and durably: room, write-back, synchronisation, locks."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
+import shutil
+import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-# Bytes to write at once: they are still in the processor's cache to be read back. Linux makes as
-# large pages of the file as the writes are, and those of 1 MiB and more can cost a virtual machine
-# two to four times the time, since its host has to provide them first.
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
+
+# Bytes to write at once: they are still in the processor's cache when their checksum is computed.
+# Linux makes pages of the file as large as the writes are, and pages of 1 MiB and more can cost a
+# virtual machine two to four times the time, since its host has to provide them first.
 CHUNK = 128 << 10
+
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)  # where they exist
 
 
 def chunks(data: memoryview) -> Iterator[memoryview]:
@@ -22,10 +31,10 @@ def chunks(data: memoryview) -> Iterator[memoryview]:
 
 
 def allocate(fd: int, size: int) -> None:
-    """Take room on the disk, where Linux and the file system can: finding it for each write costs a
-    quarter of the time. Where they can't, nothing is lost.
+    """Reserve room on the disk where Linux and the file system can; elsewhere do nothing.
 
-    Python has `os.posix_fallocate` alone, which writes the whole file where the file system can't.
+    Finding room for each write costs a quarter of the time. Python itself has only
+    `os.posix_fallocate`, which writes the whole file where the file system can't reserve.
     """
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
@@ -35,15 +44,15 @@ def allocate(fd: int, size: int) -> None:
 def start_writeback(fd: int, offset: int, size: int) -> None:
     """Let the disk begin with what was written, so that little is left for `fsync` to wait for.
 
-    On Linux that is what giving up interest in the file's pages does; they stay in memory, since
-    they aren't on the disk yet.
+    Linux does so when a process gives up interest in pages of a file; the pages stay in memory,
+    since they aren't on the disk yet.
     """
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(fd, offset, size, os.POSIX_FADV_DONTNEED)
 
 
 def sync_directory(folder: Path) -> None:
-    """Make the new name survive a loss of power, where the file system can."""
+    """Make a new name in the folder survive a loss of power, where the file system can."""
     try:
         fd = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -54,3 +63,81 @@ def sync_directory(folder: Path) -> None:
         pass  # the data itself is safe
     finally:
         os.close(fd)
+
+
+def lock(path: Path, busy: str) -> BaseFileLock:
+    """The lock file `path`, held until `unlock`.
+
+    Raises `OSError`, with the message `busy` where another process, or another caller in this one,
+    holds it.
+    """
+    from filelock import FileLock, Timeout  # PyTorch brings it
+
+    held = FileLock(path, timeout=0, thread_local=False)
+    try:
+        held.acquire()
+    except Timeout:
+        raise OSError(errno.EBUSY, busy) from None
+    except OSError as error:
+        raise OSError(error.errno, f"can't write {path}: {error.strerror}") from error
+    return held
+
+
+def unlock(held: BaseFileLock) -> None:
+    """Release a lock and remove its file."""
+    # Removed while it is held: a process that waits on the removed file notices and starts again.
+    with contextlib.suppress(OSError):  # Windows removes no open file
+        os.unlink(held.lock_file)
+    held.release()
+
+
+def open_new(path: Path) -> int:
+    """Open an empty file for reading and writing, over whatever regular file is there."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | _NO_LINK, 0o666)
+    except OSError as error:
+        raise OSError(error.errno, f"can't write {path}: {error.strerror}") from error
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, f"can't write {path}: it is in the way; remove it")
+    os.ftruncate(fd, 0)  # what a killed process left takes room
+    return fd
+
+
+def check_room(path: Path, size: int) -> None:
+    """Raise `OSError` unless the disk has room for a file of `size` bytes at `path`."""
+    free = shutil.disk_usage(path.parent).free
+    if free < size:
+        raise OSError(
+            errno.ENOSPC,
+            f"{path} needs {size:,} bytes and {path.parent} has {free:,} free; make room or write "
+            "elsewhere",
+        )
+
+
+def resolve_target(path: str | os.PathLike[str], *, overwrite: bool) -> Path:
+    """The real place of a file to be written (a symbolic link stays one).
+
+    Raises `OSError` where it can't be written, `FileExistsError` if it exists and `overwrite` is
+    false.
+    """
+    path = Path(os.path.realpath(path))
+    parent = path.parent
+    if not parent.is_dir():
+        what = "is not a folder" if parent.exists() else "does not exist"
+        raise OSError(
+            errno.ENOENT, f"can't write {path}: the folder {parent} {what}; create it first"
+        )
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return path
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(
+            errno.EISDIR, f"can't write {path}: it is a folder; give the name of a file"
+        )
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, f"can't write {path}: it is not a regular file")
+    if not overwrite:
+        raise FileExistsError(errno.EEXIST, f"{path} exists already")
+    return path

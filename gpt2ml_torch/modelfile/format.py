@@ -1,20 +1,45 @@
-"""Which tensors a model file holds: names, dtypes and shapes, plain or packed.
+"""The format of a model file: names, dtypes and shapes of its tensors, and its metadata.
 
-Linear weights are (out, in), as `nn.Linear` has them. In a quantised file the large matrices are
-packed (`gpt2ml_torch.kernels.packing`), with their scales beside them under `..._scale`; the
+Linear weights are (out, in), as in `nn.Linear`. In a file with packed weights the large matrices
+are packed (`gpt2ml_torch.kernels.packing`), each with its scale beside it under `..._scale`; the
 position embedding, norms and biases stay plain. A file may keep the statistics of the optimizer
-that made it, under `optimizer.`.
+that made it, under `optimizer.`. docs/format.md specifies all of this for other programs.
+
+Reader and writer are both built on this module, which needs no PyTorch.
 """
 
 from __future__ import annotations
 
-from gpt2ml_torch.config import GPT2MLConfig
-from gpt2ml_torch.modelfile.safetensors_writer import TensorSpec
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-WEIGHT_DTYPES = ("float64", "float32", "bfloat16", "float16")  # of what is not packed
-QUANTIZATIONS = ("int8", "int4")
-SCALE = "_scale"  # follows the name of a packed weight
-SLOT = "optimizer."  # comes before the name of one of the optimizer's statistics
+from gpt2ml_torch.config import GPT2MLConfig
+from gpt2ml_torch.precision import Precision
+
+FORMAT_VERSION = 1
+
+# PyTorch's name of a dtype: its code in the header, and the bytes of one number.
+DTYPES: dict[str, tuple[str, int]] = {
+    "float64": ("F64", 8),
+    "float32": ("F32", 4),
+    "bfloat16": ("BF16", 2),
+    "float16": ("F16", 2),
+    "int64": ("I64", 8),
+    "int32": ("I32", 4),
+    "int16": ("I16", 2),
+    "int8": ("I8", 1),
+    "uint8": ("U8", 1),
+    "bool": ("BOOL", 1),
+}
+
+SCALE = "_scale"  # suffix of a packed weight's name
+SLOT = "optimizer."  # prefix of the name of one of the optimizer's statistics
+CHECKSUMS = "crc32c"  # metadata key: the checksum of each tensor
+METADATA_CHECKSUM = "metadata_crc32c"  # metadata key: the checksum of the rest of the metadata
+
+TensorSpec = tuple[str, Sequence[int]]  # dtype, by its name in `DTYPES`, and shape
 
 
 def expected_shapes(config: GPT2MLConfig) -> dict[str, tuple[int, ...]]:
@@ -45,8 +70,8 @@ def expected_shapes(config: GPT2MLConfig) -> dict[str, tuple[int, ...]]:
 def slot_shapes(config: GPT2MLConfig) -> dict[str, tuple[int, ...]]:
     """Adafactor's statistics, all float32: `<weight>.vr` and `.vc` of a matrix, `.v` of a vector.
 
-    Mean squares by row, (out,), and by column, (n, in), where n variables of the original are
-    joined: it factored each by itself.
+    Mean squares by row, (out,), and by column, (n, in), for a weight that joins n variables of the
+    original, each of which was factored by itself.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in expected_shapes(config).items():
@@ -65,39 +90,94 @@ def expected_slots(config: GPT2MLConfig) -> dict[str, TensorSpec]:
 
 
 def expected_tensors(
-    config: GPT2MLConfig, dtype: str, quantization: str | None = None
+    config: GPT2MLConfig, dtype: str, packed: Precision | None = None
 ) -> dict[str, TensorSpec]:
-    """Every tensor of the file; `dtype`, by its name, is that of all that is not packed."""
-    if quantization is None:
-        return {name: (dtype, shape) for name, shape in expected_shapes(config).items()}
-    from gpt2ml_torch.kernels import packing  # brings PyTorch, which converting does without
-
+    """Every weight in a file; `dtype` names the dtype of every unpacked tensor."""
     tensors: dict[str, TensorSpec] = {}
     for name, shape in expected_shapes(config).items():
-        precision = packed_precision(name, quantization)
+        precision = packed_precision(name, packed)
         if precision is None:
-            tensors[name] = (dtype, shape)
+            tensors[name] = (str(dtype), shape)
             continue
-        packed = packing.packed_shapes(shape[0], shape[1], precision)
-        assert packed.scale is not None
-        tensors[name] = ("uint8", packed.weight)
-        tensors[name + SCALE] = ("bfloat16", packed.scale)
+        shapes = precision.packed_shapes(shape[0], shape[1])
+        assert shapes.scale is not None
+        tensors[name] = ("uint8", shapes.weight)
+        tensors[name + SCALE] = ("bfloat16", shapes.scale)
     return tensors
 
 
-def packed_precision(name: str, quantization: str | None) -> str | None:
-    """That of a weight in a file so quantised, or None where it stays plain."""
+def packed_precision(name: str, packed: Precision | None) -> Precision | None:
+    """The packed precision of weight `name` in such a file, or None if it is stored unpacked."""
     plain = name.endswith("bias") or "norm" in name or name == "position_embedding.weight"
-    if quantization is None or plain:
+    if packed is None or plain:
         return None
-    from gpt2ml_torch.kernels import packing  # as above
-
-    is_embedding = name == "token_embedding.weight"
-    return packing.embedding_precision(quantization) if is_embedding else quantization
+    return packed.of_embedding if name == "token_embedding.weight" else packed
 
 
-def plain_weights(config: GPT2MLConfig, quantization: str | None) -> list[str]:
-    """The weights that a file so quantised holds as they are; all of them, if it is not."""
-    return [
-        name for name in expected_shapes(config) if packed_precision(name, quantization) is None
-    ]
+def plain_weights(config: GPT2MLConfig, packed: Precision | None) -> list[str]:
+    """The weights that such a file stores unpacked: all, if it packs none."""
+    return [name for name in expected_shapes(config) if packed_precision(name, packed) is None]
+
+
+def dtype_name(dtype: Any) -> str:
+    """The name in `DTYPES` of a `torch.dtype`, of a precision, or of a name itself."""
+    return str(dtype).removeprefix("torch.")
+
+
+def byte_size(spec: TensorSpec) -> int:
+    """Bytes of a tensor."""
+    dtype, shape = spec
+    return math.prod(shape) * DTYPES[dtype][1]
+
+
+def check_names(found: Mapping[str, Any], expected: Mapping[str, Any], where: str) -> None:
+    """Raise `ValueError` unless the names are the expected ones, naming the first few others."""
+    faults = []
+    for what, names in (
+        ("lacks", set(expected) - set(found)),
+        ("has unknown", set(found) - set(expected)),
+    ):
+        if names:
+            shown = ", ".join(repr(name[:80]) for name in sorted(names)[:5])
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            faults.append(f"{where} {what} {shown}{more}")
+    if faults:
+        raise ValueError(f"not the weights of this configuration: {'; '.join(faults)}")
+
+
+def check_vocab(vocab: str | None, config: GPT2MLConfig) -> None:
+    """Raise `ValueError` for a vocabulary that can't belong to this model."""
+    if vocab is None:
+        return
+    try:
+        vocab.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"damaged: the vocabulary is not valid Unicode ({error.reason})") from None
+    lines = count_lines(vocab)
+    if lines > config.vocab_size:
+        raise ValueError(
+            f"the vocabulary has {lines} lines, the model {config.vocab_size} rows: it belongs to "
+            "another model"
+        )
+
+
+def count_lines(vocab: str) -> int:
+    r"""Tokens in a vocabulary: lines ended by `\n` and nothing else (two tokens hold other line
+    separators)."""
+    return len(vocab.removesuffix("\n").split("\n")) if vocab else 0
+
+
+def to_json(value: Mapping[str, Any]) -> str:
+    """A metadata value as JSON; NaN and infinity, which JSON lacks, become null."""
+    return json.dumps(finite(value), ensure_ascii=False, sort_keys=True, allow_nan=False)
+
+
+def finite(value: Any) -> Any:
+    """A value of JSON types with None in place of every NaN and infinity."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value

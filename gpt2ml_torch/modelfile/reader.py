@@ -1,283 +1,350 @@
-"""The one file: weights, configuration, vocabulary and origin together, never mispaired.
+"""ModelFile: one file with weights, configuration, vocabulary and origin, never mispaired.
 
 A safetensors file whose metadata holds, beside the customary `format`:
 
-    gpt2ml_format   version of this layout
-    config          JSON, the fields of `GPT2MLConfig`
-    vocab           the vocabulary file's exact text, if there is one
-    source          JSON: where the weights come from (name, step, sha256, ...)
-    generation      JSON: defaults for generation, if any
-    quantization    "int8" or "int4" where the large matrices are packed (`modelfile.format`)
+    gpt2ml_format    version of this layout
+    config           JSON, the fields of `GPT2MLConfig`
+    vocab            the vocabulary file's exact text, if there is one
+    source           JSON: where the weights come from (name, step, sha256, ...)
+    generation       JSON: defaults for generation, if any
+    quantization     "int8" or "int4" where the large matrices are packed (`modelfile.format`)
+    crc32c           JSON: the CRC-32C of each tensor, 8 hexadecimal digits
+    metadata_crc32c  the CRC-32C of all the other metadata
 
-Beside the weights it may keep the optimizer's statistics, which only fine-tuning asks for.
 Files come from strangers: every size is checked against the file's real length before anything is
-allocated.
+allocated. The file stays open, so that everything that is asked of a `ModelFile` comes from one
+file, even if another takes its name meanwhile. (The safetensors library's `safe_open` takes a name
+only, and parses the header again.) PyTorch is imported when the first tensor is.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
+import errno
 import math
+import mmap
 import os
-from collections.abc import Iterator, Mapping
+import stat
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from gpt2ml_torch.config import GPT2MLConfig
-from gpt2ml_torch.kernels import packing
+from gpt2ml_torch.modelfile.checksum import crc32c, metadata_checksum
 from gpt2ml_torch.modelfile.format import (
-    QUANTIZATIONS,
+    CHECKSUMS,
+    METADATA_CHECKSUM,
     SCALE,
     SLOT,
-    WEIGHT_DTYPES,
+    check_vocab,
     expected_slots,
     expected_tensors,
     packed_precision,
-    plain_weights,
 )
-from gpt2ml_torch.modelfile.safetensors_reader import CURE, TensorInfo, check_entries, read_header
-from gpt2ml_torch.modelfile.safetensors_writer import TensorSpec, dtype_name
-from gpt2ml_torch.modelfile.writer import (
-    FORMAT_VERSION,
-    CheckpointWriter,
-    check_names,
-    check_vocab,
-    save,
+from gpt2ml_torch.modelfile.header import (
+    CURE,
+    TensorInfo,
+    check_entries,
+    header_length,
+    parse_header,
 )
+from gpt2ml_torch.modelfile.metadata import (
+    check_custom,
+    check_specs,
+    common_dtype,
+    parse_checksums,
+    parse_object,
+    parse_packed,
+)
+from gpt2ml_torch.precision import Precision
 
-__all__ = [
-    "CheckpointMetadata",
-    "CheckpointWriter",
-    "load_optimizer_slots",
-    "load_tensors",
-    "read_metadata",
-    "save",
-]
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from gpt2ml_torch.tokenizer import Tokenizer
 
 PIECE_BYTES = 4 << 20  # of a tensor that is converted or moved: they stay in the cache
 
 _ROWS_MULTIPLE = 16  # packed together
+# Opening a pipe must not wait for a writer; and Windows must not translate line ends.
+_NO_WAIT = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CheckpointMetadata:
-    """All that the file says apart from the weights themselves."""
+class ModelFile:
+    """A model file, opened and checked once: `with ModelFile.open(path) as file: ...`.
 
-    config: GPT2MLConfig
-    vocab: str | None
-    source: dict[str, Any]
-    generation: dict[str, Any]
-    quantization: str | None
-    tensors: dict[str, TensorInfo]  # the weights
-    slots: dict[str, TensorInfo]  # the optimizer's statistics, if they were kept
+    `config`, `vocab` (None without one), `source` and `generation` are the metadata. `dtype` is the
+    precision of every unpacked tensor, `packed` of the large matrices if they are packed, and
+    `precision` of the large matrices in any case. `tensors` and `slots` describe the weights and
+    the optimizer's statistics. `checksums` holds the CRC-32C of each by its name in the file; files
+    of version 0.1.0 have none. Tensors may be read from several threads.
+    """
+
+    def __init__(self, path: Path, fd: int) -> None:
+        """Take over the open file `fd`; `open` is the public way."""
+        self.path = path
+        self._fd = fd
+        self._reading = threading.Lock()
+        self._closing = weakref.finalize(self, os.close, fd)
+        try:
+            status = _check_regular(fd, path)
+            self.size = status.st_size
+            self._changed = status.st_mtime_ns
+            length = header_length(self._bytes(0, min(8, self.size)), self.size)
+            header = parse_header(self._bytes(8, length))
+            self._metadata = check_custom(header.pop("__metadata__", None), header)
+            self._describe(check_entries(header, 8 + length, self.size))
+        except ValueError as error:
+            self.close()
+            raise ValueError(f"{path}: {error}") from None
+        except BaseException:
+            self.close()
+            raise
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> ModelFile:
+        """Open a file and check everything except the weights themselves.
+
+        Raises `OSError` where there is no file to read, and `ValueError` where it is damaged,
+        hostile, not a model file, or of a later version.
+        """
+        try:
+            fd = os.open(path, os.O_RDONLY | _NO_WAIT)
+        except OSError as error:
+            raise type(error)(
+                error.errno, f"can't read the model file {path}: {error.strerror}"
+            ) from None
+        return cls(Path(path), fd)
+
+    def _describe(self, entries: Mapping[str, TensorInfo]) -> None:
+        custom = self._metadata
+        self.config = GPT2MLConfig.from_dict(parse_object(custom["config"], "config"))
+        self.vocab = custom.get("vocab")
+        check_vocab(self.vocab, self.config)
+        self.source = parse_object(custom.get("source", "{}"), "source")
+        self.generation = parse_object(custom.get("generation", "{}"), "generation")
+        self.packed = parse_packed(custom.get("quantization"))
+        slots = {name: info for name, info in entries.items() if name.startswith(SLOT)}
+        self.tensors = {name: info for name, info in entries.items() if name not in slots}
+        self.dtype = common_dtype(self.tensors, self.config, self.packed)
+        expected = expected_tensors(self.config, self.dtype, self.packed)
+        check_specs(self.tensors, expected, "the file")
+        if slots:
+            check_specs(slots, expected_slots(self.config), "the optimizer in the file")
+        self.slots = {name.removeprefix(SLOT): info for name, info in slots.items()}
+        self._entries = entries
+        self.checksums = parse_checksums(custom.get(CHECKSUMS), entries)
 
     @property
-    def dtype(self) -> torch.dtype:
-        """The dtype that all weights share, but for those that are packed."""
-        return self.tensors["position_embedding.weight"].dtype
+    def precision(self) -> Precision:
+        """How the large matrices are stored."""
+        return self.packed or self.dtype
 
+    def close(self) -> None:
+        """Close the file; tensors that are memory-mapped stay valid."""
+        self._closing()
 
-def read_metadata(path: str | os.PathLike[str]) -> CheckpointMetadata:
-    """Read and check everything but the weights.
+    def __enter__(self) -> ModelFile:
+        return self
 
-    Raises `OSError` where there is no file to read, and `ValueError` where it is damaged, hostile,
-    not one of ours, or of a later version.
-    """
-    header, data_start, size = read_header(Path(path))
-    try:
-        custom = _check_custom(header.pop("__metadata__", None), header)
-        entries = check_entries(header, data_start, size)
-        slots = {name: info for name, info in entries.items() if name.startswith(SLOT)}
-        tensors = {name: info for name, info in entries.items() if name not in slots}
-        config = GPT2MLConfig.from_dict(_parse_object(custom["config"], "config"))
-        vocab = custom.get("vocab")
-        check_vocab(vocab, config)
-        quantization = custom.get("quantization")
-        _check_tensors(tensors, config, quantization)
-        if slots:
-            _check_specs(slots, expected_slots(config), "the optimizer in the file")
-        return CheckpointMetadata(
-            config=config,
-            vocab=vocab,
-            source=_parse_object(custom.get("source", "{}"), "source"),
-            generation=_parse_object(custom.get("generation", "{}"), "generation"),
-            quantization=quantization,
-            tensors=tensors,
-            slots={name.removeprefix(SLOT): info for name, info in slots.items()},
-        )
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer with the file's vocabulary; raises `ValueError` for a file without one."""
+        from gpt2ml_torch.tokenizer import Tokenizer  # which is built on this module
 
-def load_tensors(
-    path: str | os.PathLike[str],
-    *,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
-) -> dict[str, Tensor]:
-    """Load the weights, checked as by `read_metadata`, on a device and in a dtype (the file's, if
-    None; packed weights stay as they are).
-
-    On the CPU in the file's dtype they are memory-mapped, private to this process: nothing is read
-    before it is used, and changing them does not change the file. Otherwise, and where they are
-    packed, they are read piece by piece, never two whole copies at a time.
-    """
-    metadata = read_metadata(path)
-    device = torch.device(device)
-    packed = metadata.quantization is not None
-    if device.type == "cpu" and dtype in (None, metadata.dtype) and not packed:
+        if self.vocab is None:
+            raise ValueError(f"{self.path} holds no vocabulary: convert it again with one")
         try:
-            with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in metadata.tensors}
-        except SafetensorError as error:
-            raise ValueError(f"{path}: {error}") from None
-    tensors: dict[str, Tensor] = {}
-    for name, first, rows in stream_rows(path, metadata):
-        if name not in tensors:
-            plain = packed_precision(name.removesuffix(SCALE), metadata.quantization) is None
-            wanted = dtype if dtype is not None and plain else rows.dtype
-            tensors[name] = _empty(metadata.tensors[name].shape, wanted, device)
-        tensors[name][first : first + len(rows)].copy_(rows)
-    return tensors
+            return Tokenizer(self.vocab, num_embeddings=self.config.vocab_size)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from None
+
+    # -- tensors ----------------------------------------------------------------------------------
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, in memory of its own, compared with its checksum if the file has one.
+
+        `name` is the one in the file, so `optimizer.` begins a statistic's. Raises `ValueError`
+        where the tensor is damaged.
+        """
+        import torch
+
+        info = self._entries[name]
+        tensor = torch.empty(info.shape, dtype=getattr(torch, info.dtype))
+        data = tensor.view(-1).view(torch.uint8).numpy().data
+        self._read(data, info.start)
+        self._compare(name, crc32c(data))
+        return tensor
+
+    def read_bytes(self, name: str, start: int, size: int) -> bytearray:
+        """Some of a tensor's bytes, as stored and not compared with anything."""
+        data = bytearray(size)
+        self._read(memoryview(data), self._entries[name].start + start)
+        return data
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """The optimizer's statistics by the names in `slot_shapes`, if the file keeps them, or {}.
+
+        Memory-mapped, as by `state_dict`.
+        """
+        mapping = self._map() if self.slots else None
+        return {name: _mapped(mapping, info) for name, info in self.slots.items()}
+
+    def state_dict(
+        self, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    ) -> dict[str, Tensor]:
+        """The weights on a device and in a dtype (the file's, if None; packed weights stay as they
+        are).
+
+        On the CPU in the file's dtype they are memory-mapped, private to this process: nothing is
+        read before it is used, and changing them does not change the file. Otherwise, and where
+        they are packed, they are read piece by piece, never two whole copies at a time.
+        """
+        import torch
+
+        device = torch.device(device)
+        if device.type == "cpu" and dtype in (None, self.dtype.dtype) and self.packed is None:
+            mapping = self._map()
+            return {name: _mapped(mapping, info) for name, info in self.tensors.items()}
+        tensors: dict[str, Tensor] = {}
+        for name, first, rows in self.rows():
+            if name not in tensors:
+                plain = packed_precision(name.removesuffix(SCALE), self.packed) is None
+                wanted = dtype if dtype is not None and plain else rows.dtype
+                tensors[name] = _empty(self.tensors[name].shape, wanted, device)
+            tensors[name][first : first + len(rows)].copy_(rows)
+            if name.endswith(SCALE) and not rows.isfinite().all():
+                raise ValueError(f"{self.path}: tensor {name!r} has NaN or infinity; {CURE}")
+        return tensors
+
+    def rows(self) -> Iterator[tuple[str, int, Tensor]]:
+        """The weights in pieces: a name, the first row, and rows that are valid until the next.
+
+        Rows come in multiples of 16 except for a tensor's last. They are read into a buffer rather
+        than mapped, since mapped pages stay in memory once they are read.
+        """
+        import torch
+
+        buffer = bytearray(PIECE_BYTES)
+        for name, info in self.tensors.items():
+            row_bytes = info.size // info.shape[0]
+            count = max(PIECE_BYTES // row_bytes // _ROWS_MULTIPLE, 1) * _ROWS_MULTIPLE
+            if count * row_bytes > len(buffer):
+                buffer = bytearray(count * row_bytes)
+            for first in range(0, info.shape[0], count):
+                shape = (min(count, info.shape[0] - first), *info.shape[1:])
+                view = memoryview(buffer)[: shape[0] * row_bytes]
+                self._read(view, info.start + first * row_bytes)
+                dtype = getattr(torch, info.dtype)
+                rows = torch.frombuffer(buffer, dtype=dtype, count=math.prod(shape))
+                yield name, first, rows.view(shape)
+
+    # -- checksums --------------------------------------------------------------------------------
+
+    def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Compare metadata and tensors with their checksums; `progress` gets bytes done and in all.
+
+        Raises `ValueError`, naming the tensor, where one differs, and where the file has none.
+        """
+        if not self.checksums:
+            raise ValueError(
+                f"{self.path} holds no checksums: it was written by version 0.1.0; {CURE}"
+            )
+        if self._metadata.get(METADATA_CHECKSUM) != metadata_checksum(self._metadata):
+            raise ValueError(f"{self.path}: the metadata are damaged or were edited; {CURE}")
+        total = sum(info.size for info in self._entries.values())
+        for name, info in self._entries.items():
+            self.verify_tensor(name)
+            if progress is not None:
+                progress(info.size, total)
+
+    def verify_tensor(self, name: str) -> None:
+        """Compare one tensor with its checksum, if the file has one; raises `ValueError`."""
+        info = self._entries[name]
+        if name not in self.checksums:
+            return
+        buffer = memoryview(bytearray(min(PIECE_BYTES, info.size)))
+        checksum = 0
+        for start in range(info.start, info.end, PIECE_BYTES):
+            view = buffer[: min(PIECE_BYTES, info.end - start)]
+            self._read(view, start)
+            checksum = crc32c(view, checksum)
+        self._compare(name, checksum)
+
+    def _compare(self, name: str, found: int) -> None:
+        expected = self.checksums.get(name, found)
+        if found != expected:
+            raise ValueError(
+                f"{self.path}: tensor {name!r} is damaged: its checksum is {found:08x}, the file "
+                f"says {expected:08x}; copy the file again, or {CURE}"
+            )
+
+    # -- bytes ------------------------------------------------------------------------------------
+
+    def check_unchanged(self) -> None:
+        """Raise `ValueError` if the file was written to since it was opened."""
+        status = os.fstat(self._fd)
+        if (status.st_size, status.st_mtime_ns) != (self.size, self._changed):
+            raise ValueError(f"{self.path} was changed while it was read; load it again")
+
+    def _bytes(self, start: int, size: int) -> bytes:
+        data = bytearray(size)
+        self._read(memoryview(data), start)
+        return bytes(data)
+
+    def _read(self, view: memoryview, start: int) -> None:
+        if not self._closing.alive:
+            raise ValueError(f"{self.path} was closed; open it again")
+        while view:
+            if hasattr(os, "preadv"):
+                count = os.preadv(self._fd, [view], start)
+            else:  # Windows
+                with self._reading:
+                    os.lseek(self._fd, start, os.SEEK_SET)
+                    data = os.read(self._fd, len(view))
+                count = len(data)
+                view[:count] = data
+            if not count:
+                raise ValueError(f"{self.path} became shorter while it was read; load it again")
+            view, start = view[count:], start + count
+
+    def _map(self) -> mmap.mmap:
+        if not self._closing.alive:
+            raise ValueError(f"{self.path} was closed; open it again")
+        self.check_unchanged()
+        return mmap.mmap(self._fd, self.size, access=mmap.ACCESS_COPY)
+
+
+def _mapped(mapping: Any, info: TensorInfo) -> Tensor:
+    import torch
+
+    dtype = getattr(torch, info.dtype)
+    count = math.prod(info.shape)
+    tensor = torch.frombuffer(mapping, dtype=dtype, count=count, offset=info.start)
+    return tensor.view(info.shape)
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    import torch
+
+    from gpt2ml_torch.kernels import packing  # brings PyTorch
+
     if device.type != "cpu" or dtype.is_floating_point:
         return torch.empty(shape, dtype=dtype, device=device)
     return packing.empty_in_huge_pages(shape, dtype)
 
 
-def read_tensor(path: str | os.PathLike[str], info: TensorInfo) -> Tensor:
-    """One tensor of a file in memory of its own: mapped pages would stay as well once read."""
-    tensor = torch.empty(info.shape, dtype=info.dtype)
-    with open(path, "rb") as file:
-        file.seek(info.start)
-        data = tensor.view(-1).view(torch.uint8).numpy().data
-        if file.readinto(data) != len(data):
-            raise ValueError(f"{path} became shorter while it was read")
-    return tensor
-
-
-def load_optimizer_slots(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The statistics of the optimizer that made the weights, if the file kept them: those of
-    `layout.slot_shapes`, or none.
-
-    Memory-mapped, and checked as by `read_metadata`.
-    """
-    names = read_metadata(path).slots
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(SLOT + name) for name in names}
-    except SafetensorError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def stream_rows(
-    path: str | os.PathLike[str], metadata: CheckpointMetadata
-) -> Iterator[tuple[str, int, Tensor]]:
-    """The file's tensors in pieces: a name, the first row, and rows that are valid until the next.
-
-    Rows come in multiples of 16 but for a tensor's last. They are read into a buffer rather than
-    mapped, since mapped pages stay in memory once they are read.
-    """
-    buffer = bytearray(PIECE_BYTES)
-    with open(path, "rb") as file:
-        for name, info in metadata.tensors.items():
-            row_bytes = math.prod(info.shape[1:]) * info.dtype.itemsize
-            count = max(PIECE_BYTES // row_bytes // _ROWS_MULTIPLE, 1) * _ROWS_MULTIPLE
-            if count * row_bytes > len(buffer):
-                buffer = bytearray(count * row_bytes)
-            file.seek(info.start)
-            for first in range(0, info.shape[0], count):
-                shape = (min(count, info.shape[0] - first), *info.shape[1:])
-                view = memoryview(buffer)[: shape[0] * row_bytes]
-                if file.readinto(view) != len(view):
-                    raise ValueError(f"{path} became shorter while it was read")
-                rows = torch.frombuffer(buffer, dtype=info.dtype, count=math.prod(shape))
-                yield name, first, rows.view(shape)
-
-
-def _check_custom(custom: Any, entries: Mapping[str, Any]) -> dict[str, str]:
-    """The metadata's strings, once known to be ours and of a version that this code reads."""
-    if custom is None:
-        custom = {}
-    if not isinstance(custom, dict) or not all(isinstance(value, str) for value in custom.values()):
-        raise ValueError("damaged: the metadata are not strings")
-    version = custom.get("gpt2ml_format")
-    if version is None:
-        raise ValueError(f"a safetensors file, but not a converted GPT2_ML: {_what_it_is(entries)}")
-    if not (version.isascii() and version.isdigit() and len(version) < 10 and int(version) >= 1):
-        raise ValueError(f"damaged: gpt2ml_format is {version[:40]!r}; expected {FORMAT_VERSION}")
-    if int(version) > FORMAT_VERSION:
-        raise ValueError(
-            f"format version {version}; this program reads up to {FORMAT_VERSION}: update "
-            "gpt2ml_torch"
+def _check_regular(fd: int, path: Path) -> os.stat_result:
+    status = os.fstat(fd)
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(
+            errno.EISDIR,
+            f"{path} is a folder; expected a .safetensors file (`python -m convert` makes one)",
         )
-    if "config" not in custom:
-        raise ValueError(f"damaged: the metadata lack 'config'; {CURE}")
-    return custom
-
-
-def _what_it_is(entries: Mapping[str, Any]) -> str:
-    names = list(entries)
-    if any(name.endswith(("wte.weight", "attn.c_attn.weight")) for name in names):
-        return (
-            "it looks like a model of transformers or the community's conversion (wte, c_attn); "
-            "convert the original checkpoint or pytorch_model.bin instead"
-        )
-    if any(name.startswith("base_model.model.") for name in names):
-        return "it looks like a LoRA adapter; load it on top of a converted model"
-    shown = ", ".join(repr(name[:60]) for name in names[:3]) or "nothing"
-    more = ", ..." if len(names) > 3 else ""
-    return f"it holds {len(names)} tensors ({shown}{more}) and no configuration; {CURE}"
-
-
-def _check_tensors(
-    tensors: Mapping[str, TensorInfo], config: GPT2MLConfig, quantization: str | None
-) -> None:
-    if quantization not in (None, *QUANTIZATIONS):
-        raise ValueError(f"weights quantised as {quantization[:40]!r}; update gpt2ml_torch")
-    expected = expected_tensors(config, _float_dtype(tensors, config, quantization), quantization)
-    _check_specs(tensors, expected, "the file")
-
-
-def _check_specs(
-    tensors: Mapping[str, TensorInfo], expected: Mapping[str, TensorSpec], where: str
-) -> None:
-    """Raise `ValueError` unless the tensors are these, of these dtypes and shapes."""
-    check_names(tensors, expected, where)
-    for name, (wanted, shape) in expected.items():
-        info = tensors[name]
-        if info.shape != tuple(shape):
-            raise ValueError(
-                f"tensor {name!r} has shape {info.shape}; the configuration says {tuple(shape)}"
-            )
-        if dtype_name(info.dtype) != wanted:
-            raise ValueError(f"tensor {name!r} is {dtype_name(info.dtype)}; expected {wanted}")
-
-
-def _float_dtype(
-    tensors: Mapping[str, TensorInfo], config: GPT2MLConfig, quantization: str | None
-) -> str:
-    """The one dtype of the weights that are not packed."""
-    plain = plain_weights(config, quantization)
-    dtypes = {dtype_name(tensors[name].dtype) for name in plain if name in tensors}
-    if len(dtypes) > 1 or not dtypes <= set(WEIGHT_DTYPES):
-        found = ", ".join(sorted(dtypes))
-        raise ValueError(f"weights of {found}; expected one of {', '.join(WEIGHT_DTYPES)}")
-    return dtypes.pop() if dtypes else "float32"
-
-
-def _parse_object(text: str, what: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"damaged: {what} in the metadata is not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"damaged: {what} in the metadata is not a JSON object")
-    return value
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, f"{path} is not a regular file")
+    return status

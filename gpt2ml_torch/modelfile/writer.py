@@ -1,44 +1,215 @@
-"""Writing the one file (`gpt2ml_torch.modelfile.reader` says what is in it and reads it).
+"""Writing a model file tensor by tensor, each with its checksum; renamed when it is complete.
 
-PyTorch is imported only where a tensor is written: the converter writes bytes, and is done before
-PyTorch would have started.
+The safetensors library serialises a whole state dict at once, which for a model that just fits in
+memory is one copy too many. Here the header comes first, each tensor goes to its place as it is
+ready, and the finished file is renamed: a process killed at any moment leaves what stood under the
+name untouched. PyTorch is imported only where a tensor is written: the converter writes bytes, and
+is done before PyTorch would have started.
 """
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from io import FileIO
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
 
 from gpt2ml_torch.config import GPT2MLConfig
+from gpt2ml_torch.modelfile import disk
+from gpt2ml_torch.modelfile.checksum import crc32c, metadata_checksum
 from gpt2ml_torch.modelfile.format import (
-    QUANTIZATIONS,
+    CHECKSUMS,
+    DTYPES,
+    FORMAT_VERSION,
+    METADATA_CHECKSUM,
     SCALE,
-    WEIGHT_DTYPES,
+    TensorSpec,
+    byte_size,
+    check_names,
+    check_vocab,
+    dtype_name,
     expected_slots,
     expected_tensors,
     packed_precision,
     plain_weights,
+    to_json,
 )
-from gpt2ml_torch.modelfile.safetensors_writer import SafetensorsWriter, dtype_name
+from gpt2ml_torch.modelfile.header import build_header
+from gpt2ml_torch.precision import FLOATING, INTEGER, Precision
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-FORMAT_VERSION = 1
+_RESERVE = 2 << 10  # bytes of the header kept free for `ModelWriter.set_source`
 
-_RESERVE = 2 << 10  # bytes of the header kept free for `CheckpointWriter.set_source`
+_Writer = TypeVar("_Writer", bound="SafetensorsWriter")  # typing.Self, before Python 3.11
 
 
-class CheckpointWriter(SafetensorsWriter):
-    """Writes the one file tensor by tensor: `with CheckpointWriter(...) as w: w.write_weight(name,
-    tensor)`.
+class SafetensorsWriter:
+    """Writes the declared tensors, in any order and from any number of threads.
 
-    Every weight of `expected_shapes(config)` must be written, in `dtype`; with a `quantization` the
-    large ones are packed on the way; with `slots` so must be the optimizer's statistics
-    (`layout.slot_shapes`). Raises as `SafetensorsWriter` does.
+    A context manager. The file is built as `NAME.partial` beside its place. Leaving the `with`
+    block normally checks that every tensor was written and renames it; leaving it by an exception
+    removes it. What a killed process left is written over by the next one; two live processes
+    writing the same file is an error. `checksums` holds each written tensor's CRC-32C.
+
+    Raises `OSError` where the file can't be written (`FileExistsError` if it exists and `overwrite`
+    is false), and `ValueError` for a tensor that was not declared so, and for NaN and infinity
+    unless `allow_non_finite`. `reserve` is room in the header, in bytes, for `replace_metadata`.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        specs: Mapping[str, TensorSpec],
+        metadata: Mapping[str, str],
+        *,
+        overwrite: bool = False,
+        reserve: int = 0,
+        allow_non_finite: bool = False,
+    ) -> None:
+        self.path = disk.resolve_target(path, overwrite=overwrite)
+        self.checksums: dict[str, int] = {}
+        self._overwrite = overwrite
+        self._allow_non_finite = allow_non_finite
+        self._specs = dict(specs)
+        header, starts, size = build_header(self._specs, metadata, reserve=reserve)
+        self._header_size = len(header)
+        self._offsets = {name: len(header) + start for name, start in starts.items()}
+        self.size = len(header) + size
+        self._partial = self.path.with_name(self.path.name + ".partial")
+        self._fd = -1
+        self._lock = disk.lock(
+            self._partial.with_name(self._partial.name + ".lock"),
+            f"another process is writing {self.path}; wait for it to end",
+        )
+        try:
+            self._fd = disk.open_new(self._partial)
+            disk.check_room(self.path, self.size)
+            disk.allocate(self._fd, self.size)
+            with self._open() as file:
+                self._write(file, memoryview(header))
+        except BaseException:
+            self.abort()
+            raise
+
+    def write_pieces(self, name: str, pieces: Iterable[Any]) -> None:
+        """Write one declared tensor's numbers, from anything contiguous that has a buffer."""
+        if name not in self._specs or name in self.checksums:
+            state = "was written already" if name in self._specs else "was not declared"
+            raise ValueError(f"tensor {name!r} {state}")
+        dtype = self._specs[name][0]
+        start = at = self._offsets[name]
+        end = start + byte_size(self._specs[name])
+        checksum = 0
+        with self._open() as file:
+            file.seek(start)
+            for piece in pieces:
+                data = memoryview(piece).cast("B")
+                if at + len(data) > end:
+                    raise ValueError(f"tensor {name!r} takes {end - start} bytes; more were given")
+                for chunk in disk.chunks(data):
+                    if not self._allow_non_finite and not _is_finite(chunk, dtype):
+                        raise ValueError(
+                            f"tensor {name!r} has NaN or infinity, which a model can't compute "
+                            "with; allow_non_finite writes it all the same"
+                        )
+                    checksum = crc32c(chunk, checksum)
+                    self._write(file, chunk)
+                at += len(data)
+        if at != end:
+            raise ValueError(f"tensor {name!r} takes {end - start} bytes; {at - start} were given")
+        disk.start_writeback(self._fd, start, end - start)
+        self.checksums[name] = checksum
+
+    def replace_metadata(self, metadata: Mapping[str, str]) -> None:
+        """Replace the metadata by others that take at most `reserve` bytes more than the first."""
+        header, _, _ = build_header(self._specs, metadata)
+        spare = self._header_size - len(header)
+        if spare < 0:
+            raise ValueError(f"the metadata take {-spare} bytes more than was reserved for them")
+        text = header[8:] + b" " * spare
+        with self._open() as file:
+            self._write(file, memoryview(struct.pack("<Q", len(text)) + text))
+
+    def commit(self) -> None:
+        """Put the complete file on the disk and give it its name."""
+        if missing := sorted(set(self._specs) - set(self.checksums)):
+            raise ValueError(f"tensors never written: {', '.join(missing)}")
+        self._guard(os.fsync, self._fd)
+        disk.resolve_target(self.path, overwrite=self._overwrite)  # one may have appeared meanwhile
+        self._close()  # Windows renames no open file
+        self._guard(os.replace, self._partial, self.path)
+        disk.sync_directory(self.path.parent)
+        disk.unlock(self._lock)
+
+    def abort(self) -> None:
+        """Remove what was written so far; does nothing after `commit`."""
+        if self._lock.is_locked:
+            self._close()
+            self._partial.unlink(missing_ok=True)
+            disk.unlock(self._lock)
+
+    def __enter__(self: _Writer) -> _Writer:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            if exc_type is None:
+                self.commit()
+        finally:
+            self.abort()
+
+    def _close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _open(self) -> FileIO:
+        """The unfinished file, with a position of its own in it, so that threads don't meet."""
+        file: FileIO = self._guard(open, self._partial, "r+b", buffering=0)
+        return file
+
+    def _write(self, file: FileIO, data: memoryview) -> None:
+        while data:
+            data = data[self._guard(file.write, data) :]
+
+    def _guard(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """Call a function of the operating system; its errors name the file and its size."""
+        try:
+            return function(*arguments, **options)
+        except OSError as error:
+            raise OSError(
+                error.errno, f"writing {self.path} ({self.size:,} bytes) failed: {error.strerror}"
+            ) from error
+
+
+def _is_finite(data: memoryview, dtype: str) -> bool:
+    """Whether bytes that are numbers of a dtype hold neither NaN nor infinity."""
+    if dtype == "bfloat16":  # NumPy lacks it
+        return bool((np.frombuffer(data, "<u2") & 0x7FFF).max(initial=0) < 0x7F80)
+    if dtype in FLOATING:
+        return bool(np.isfinite(np.frombuffer(data, f"<f{DTYPES[dtype][1]}")).all())
+    return True
+
+
+class ModelWriter(SafetensorsWriter):
+    """Writes a model file tensor by tensor: `with ModelWriter(...) as writer:
+    writer.write_weight(name, tensor)`.
+
+    Every weight of `expected_shapes(config)` must be written, in `dtype`. With `packed`, "int8" or
+    "int4", the large ones are packed on the way; with `slots` the optimizer's statistics
+    (`slot_shapes`) must be written too. Raises as `SafetensorsWriter` does.
     """
 
     def __init__(
@@ -50,35 +221,44 @@ class CheckpointWriter(SafetensorsWriter):
         vocab: str | None = None,
         source: Mapping[str, Any] | None = None,
         generation: Mapping[str, Any] | None = None,
-        quantization: str | None = None,
+        packed: Precision | str | None = None,
         slots: bool = False,
         overwrite: bool = False,
+        allow_non_finite: bool = False,
     ) -> None:
-        if quantization not in (None, *QUANTIZATIONS):
+        if packed not in (None, *INTEGER):
+            raise ValueError(f"packed is {str(packed)!r}; expected one of {', '.join(INTEGER)}")
+        if dtype_name(dtype) not in FLOATING:
             raise ValueError(
-                f"quantization is {quantization!r}; expected one of {', '.join(QUANTIZATIONS)}"
+                f"weights of {dtype_name(dtype)}; expected one of {', '.join(FLOATING)}"
             )
-        dtype = dtype_name(dtype)
-        if dtype not in WEIGHT_DTYPES:
-            raise ValueError(f"weights of {dtype}; expected one of {', '.join(WEIGHT_DTYPES)}")
         check_vocab(vocab, config)
+        self._packed = None if packed is None else Precision(packed)
+        specs = expected_tensors(config, dtype_name(dtype), self._packed)
+        if slots:
+            specs.update(expected_slots(config))
         self._custom = {
             "format": "pt",
             "gpt2ml_format": str(FORMAT_VERSION),
-            "config": _to_json(config.to_dict()),
-            "source": _to_json(dict(source or {})),
+            "config": to_json(config.to_dict()),
+            "source": to_json(source or {}),
         }
         if generation:
-            self._custom["generation"] = _to_json(dict(generation))
+            self._custom["generation"] = to_json(generation)
         if vocab is not None:
             self._custom["vocab"] = vocab
-        if quantization is not None:
-            self._custom["quantization"] = quantization
-        self._quantization = quantization
-        specs = expected_tensors(config, dtype, quantization)
-        if slots:
-            specs.update(expected_slots(config))
-        super().__init__(path, specs, self._custom, overwrite=overwrite, reserve=_RESERVE)
+        if self._packed is not None:
+            self._custom["quantization"] = self._packed.value
+        # Checksums of the final size, so that the header has room for them.
+        unknown = _with_checksums(self._custom, dict.fromkeys(specs, 0))
+        super().__init__(
+            path,
+            specs,
+            unknown,
+            overwrite=overwrite,
+            reserve=_RESERVE,
+            allow_non_finite=allow_non_finite,
+        )
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write one declared tensor; from any device, contiguous or not."""
@@ -96,7 +276,7 @@ class CheckpointWriter(SafetensorsWriter):
 
     def write_weight(self, name: str, tensor: Tensor) -> None:
         """Write one weight, floating point as the model has it, packed where the file packs it."""
-        precision = packed_precision(name, self._quantization)
+        precision = packed_precision(name, self._packed)
         if precision is None:
             return self.write(name, tensor)
         from gpt2ml_torch import kernels  # brings PyTorch, a second to import
@@ -111,7 +291,19 @@ class CheckpointWriter(SafetensorsWriter):
 
     def set_source(self, source: Mapping[str, Any]) -> None:
         """Say where the weights come from, once that is known (a hash takes as long as reading)."""
-        self.replace_metadata({**self._custom, "source": _to_json(dict(source))})
+        self._custom["source"] = to_json(source)
+
+    def commit(self) -> None:
+        if len(self.checksums) == len(self._specs):
+            self.replace_metadata(_with_checksums(self._custom, self.checksums))
+        super().commit()
+
+
+def _with_checksums(custom: Mapping[str, str], checksums: Mapping[str, int]) -> dict[str, str]:
+    """The metadata with the checksums of the tensors, and its own."""
+    values = {name: f"{value:08x}" for name, value in checksums.items()}
+    metadata = {**custom, CHECKSUMS: to_json(values)}
+    return {**metadata, METADATA_CHECKSUM: metadata_checksum(metadata)}
 
 
 def save(
@@ -122,77 +314,40 @@ def save(
     vocab: str | None = None,
     source: Mapping[str, Any] | None = None,
     generation: Mapping[str, Any] | None = None,
-    quantization: str | None = None,
+    packed: Precision | str | None = None,
     overwrite: bool = True,
+    allow_non_finite: bool = False,
 ) -> None:
-    """Write a state dict; the file replaces an older one only when it is complete and checked.
+    """Write a state dict; the file replaces an older one only when it is complete.
 
-    `quantization` says that its large matrices are packed already. Raises `ValueError` for tensors
-    that are not those of the configuration, or of several dtypes, and `OSError`.
+    `packed` says that its large matrices are packed already. Raises `ValueError` for tensors that
+    don't belong to the configuration, or of several dtypes, or not finite (unless
+    `allow_non_finite`), and `OSError`.
     """
-    if quantization is not None and quantization not in QUANTIZATIONS:
+    if packed is not None and packed not in INTEGER:
         raise ValueError(
-            f"weights packed as {quantization} are for decoding alone; save the model before they "
-            "are packed"
+            f"weights packed as {packed} are for decoding only; save the model before they are "
+            "packed"
         )
-    expected = expected_tensors(config, "float32", quantization)
+    packed = None if packed is None else Precision(packed)
+    expected = expected_tensors(config, "float32", packed)
     check_names(tensors, expected, "the state dict")
-    dtypes = {tensors[name].dtype for name in plain_weights(config, quantization)}
+    dtypes = {tensors[name].dtype for name in plain_weights(config, packed)}
     if len(dtypes) > 1:
         raise ValueError(
             f"weights of several dtypes, {', '.join(sorted(map(dtype_name, dtypes)))}; convert the "
             "model to one first"
         )
-    with CheckpointWriter(
+    with ModelWriter(
         path,
         config,
         dtype=dtypes.pop(),
         vocab=vocab,
         source=source,
         generation=generation,
-        quantization=quantization,
+        packed=packed,
         overwrite=overwrite,
+        allow_non_finite=allow_non_finite,
     ) as writer:
         for name in expected:
             writer.write(name, tensors[name])
-
-
-def check_names(found: Mapping[str, Any], expected: Mapping[str, Any], where: str) -> None:
-    """Raise `ValueError` unless the names are the expected ones, telling the first few others."""
-    faults = []
-    for what, names in (
-        ("lacks", set(expected) - set(found)),
-        ("has unknown", set(found) - set(expected)),
-    ):
-        if names:
-            shown = ", ".join(repr(name[:80]) for name in sorted(names)[:5])
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            faults.append(f"{where} {what} {shown}{more}")
-    if faults:
-        raise ValueError(f"not the weights of this configuration: {'; '.join(faults)}")
-
-
-def check_vocab(vocab: str | None, config: GPT2MLConfig) -> None:
-    """Raise `ValueError` for a vocabulary that can't be this model's."""
-    if vocab is None:
-        return
-    try:
-        vocab.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"damaged: the vocabulary is not valid Unicode ({error.reason})") from None
-    lines = count_lines(vocab)
-    if lines > config.vocab_size:
-        raise ValueError(
-            f"the vocabulary has {lines} lines, the model {config.vocab_size} rows: it belongs to "
-            "another model"
-        )
-
-
-def count_lines(vocab: str) -> int:
-    r"""Tokens in a vocabulary: lines ended by `\n` and nothing else (two tokens hold other line
-    separators)."""
-    return len(vocab.removesuffix("\n").split("\n")) if vocab else 0
-
-
-def _to_json(value: Mapping[str, Any]) -> str:
-    return json.dumps(value, ensure_ascii=False, sort_keys=True)

@@ -13,6 +13,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from gpt2ml_torch.modelfile.reader import ModelFile
 from gpt2ml_torch.tokenizer.words import WordSplitter, is_cjk, is_punctuation
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -86,14 +87,11 @@ class Tokenizer:
         if not _is_converted(path):
             text = _read_text(path)
         else:
-            # Here, so that processes which only tokenise need not load torch.
-            from gpt2ml_torch.modelfile.reader import read_metadata
-
-            metadata = read_metadata(path)
-            if metadata.vocab is None:
-                raise ValueError(f"{path} holds no vocabulary: convert it again with --vocab")
-            text = metadata.vocab
-            num_embeddings = num_embeddings or metadata.config.vocab_size
+            with ModelFile.open(path) as file:
+                if file.vocab is None:
+                    raise ValueError(f"{path} holds no vocabulary: convert it again with one")
+                text = file.vocab
+                num_embeddings = num_embeddings or file.config.vocab_size
         try:
             return cls(text, num_embeddings=num_embeddings)
         except ValueError as error:

@@ -24,7 +24,6 @@ import torch
 
 from gpt2ml_torch import GPT2ML, Generator, GPT2MLConfig, Tokenizer
 from gpt2ml_torch.generation import Stats
-from gpt2ml_torch.generation.loading import load_model
 from scripts.benchmarks import machine
 from scripts.benchmarks.shipped import ROOT, add_arguments, prepare
 from scripts.benchmarks.weights import prompt, write_random_model
@@ -81,11 +80,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """One precision with each number of guesses; 0 is plain decoding."""
     small, large = (
-        Generator(
-            load_model(path, quantize=precision),
-            Tokenizer.from_pretrained(path),
-            assistant=load_model(path, quantize=ASSISTANT),
-        )
+        Generator.from_pretrained(path, quantize=precision, assistant=ASSISTANT)
         for path in (shipped, random)
     )
     numbers = [0, *options.guesses]
@@ -131,17 +126,21 @@ def seconds_a_step(generator: Generator, guesses: int) -> float:
 
 def fewer_layers(shipped: Path, poems: Sequence[str]) -> dict[str, float]:
     """Tokens a step where the assistant is the model's own first layers, top-k 5, 3 guesses."""
-    model, tokenizer = load_model(shipped, quantize="bfloat16"), Tokenizer.from_pretrained(shipped)
+    model, tokenizer = _load(shipped), Tokenizer.from_pretrained(shipped)
     return {
         name: tokens_a_step(Generator(model, tokenizer, assistant=first), poems, "top-k 5", 3)
         for name, first in _first_layers(shipped)
     }
 
 
+def _load(path: Path) -> GPT2ML:
+    return GPT2ML.from_pretrained(path, dtype=torch.bfloat16, quantize="bfloat16")
+
+
 def _first_layers(shipped: Path) -> Iterator[tuple[str, GPT2ML]]:
-    layers = len(load_model(shipped, quantize="bfloat16").blocks)
+    layers = len(_load(shipped).blocks)
     for kept in (layers // 2, layers - 1):
-        model = load_model(shipped, quantize="bfloat16")
+        model = _load(shipped)
         del model.blocks[kept:]
         model.config = dataclasses.replace(model.config, num_hidden_layers=kept)
         yield f"first {kept} of {layers} layers", model

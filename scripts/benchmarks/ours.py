@@ -9,7 +9,7 @@ import torch
 
 from gpt2ml_torch import GPT2ML, Generator, GPT2MLConfig, Tokenizer
 from gpt2ml_torch.generation import Stats
-from gpt2ml_torch.kernels import packing
+from gpt2ml_torch.precision import PACKABLE
 from scripts.benchmarks import weights
 from scripts.benchmarks.peers import PROMPT
 
@@ -27,7 +27,7 @@ class GPT2MLGenerator:
         kernels: bool = True,
         compile: bool = True,
     ) -> None:
-        packed = precision in packing.BITS and device == "cpu" and kernels
+        packed = precision in PACKABLE and device == "cpu" and kernels
         dtype = getattr(torch, precision) if precision.startswith("float") else torch.bfloat16
         path = folder / f"random-{str(dtype).removeprefix('torch.')}.safetensors"
         if not path.exists():

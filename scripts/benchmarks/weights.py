@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from gpt2ml_torch.config import GPT2MLConfig
+from gpt2ml_torch.modelfile import ModelWriter
 from gpt2ml_torch.modelfile.format import expected_shapes
-from gpt2ml_torch.modelfile.reader import CheckpointWriter
 
 SIZES = {"base": GPT2MLConfig.base, "large": GPT2MLConfig.large, "mega": GPT2MLConfig.mega}
 
@@ -32,7 +32,7 @@ def prompt(tokens: int) -> str:
 def write_random_model(path: Path, config: GPT2MLConfig, dtype: torch.dtype) -> None:
     """Initialised as for training, but for the norms and biases, which a trained model has too."""
     generator = torch.Generator().manual_seed(0)
-    with CheckpointWriter(
+    with ModelWriter(
         path, config, dtype=dtype, vocab="\n".join(vocabulary(config)) + "\n", overwrite=True
     ) as writer:
         for name, shape in expected_shapes(config).items():

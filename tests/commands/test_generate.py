@@ -14,9 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt2ml_torch import kernels
+from gpt2ml_torch import Generator, kernels
 from gpt2ml_torch.__main__ import main
-from gpt2ml_torch.generation.loading import load_model
 from tests.helpers.tiny import tiny_model, tiny_tokenizer
 
 QUICK = ["--no-compile", "--quiet", "--threads", "1", "--seed", "1", "--max-new-tokens", "12"]
@@ -159,7 +158,7 @@ def test_the_precision_is_chosen_by_the_device_unless_asked_for(model_file: str)
         ({"quantize": "int8", "dtype": torch.float32}, "int8", torch.float32),
         ({"quantize": None}, None, torch.float32),
     ):
-        model = load_model(model_file, **asked)
+        model = Generator.from_pretrained(model_file, compile=False, **asked).model
         assert (model.quantization, model.dtype) == (quantization, dtype)
 
 

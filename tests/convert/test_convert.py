@@ -24,7 +24,7 @@ from torch import Tensor
 from convert.__main__ import main
 from gpt2ml_torch import Tokenizer
 from gpt2ml_torch.__main__ import main as gpt2ml
-from gpt2ml_torch.modelfile import reader as checkpoint
+from gpt2ml_torch.modelfile import ModelFile
 from tests.helpers import checkpoint_factory as factory
 
 PREFIX = f"model.ckpt-{factory.STEP}"
@@ -51,7 +51,7 @@ def run(*arguments: str | Path) -> None:
 
 
 def assert_identical(path: Path, expected: Mapping[str, Tensor]) -> None:
-    found = checkpoint.load_tensors(path)
+    found = ModelFile.open(path).state_dict()
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype
@@ -64,7 +64,7 @@ def test_a_folder_converts_bit_for_bit(
 ) -> None:
     run(folder, out)
     assert_identical(out, factory.expected_tensors(factory.tf_weights()))
-    metadata = checkpoint.read_metadata(out)
+    metadata = ModelFile.open(out)
     assert metadata.vocab == factory.VOCAB
     assert metadata.config.num_attention_heads == factory.HEADS
     assert metadata.source["name"] == PREFIX
@@ -106,7 +106,7 @@ def test_more_than_a_hundred_layers_are_read(folder: Path, out: Path) -> None:
     factory.write_tf(folder, weights)
     (folder / "config.json").unlink()
     run(folder, out)
-    found = checkpoint.load_tensors(out)["blocks.100.mlp.down.bias"]
+    found = ModelFile.open(out).state_dict()["blocks.100.mlp.down.bias"]
     assert np.array_equal(found, weights["newslm/layer100/output/bias"])
 
 
@@ -133,7 +133,7 @@ def test_the_other_dialect_is_read_under_any_usual_name(name: str, folder: Path,
     dialect = {"n_embd": 64, "n_layer": 3, "n_head": 8, "n_ctx": 16, "n_positions": 16}
     (folder / name).write_text(json.dumps({**dialect, "n_inner": None, "resid_pdrop": 0.25}))
     run(folder, out)
-    config = checkpoint.read_metadata(out).config
+    config = ModelFile.open(out).config
     assert (config.num_attention_heads, config.hidden_dropout_prob) == (8, 0.25)
 
 
@@ -142,7 +142,7 @@ def test_without_a_config_the_head_size_is_the_published_one(
 ) -> None:
     (folder / "config.json").unlink()
     run(folder, out)
-    assert checkpoint.read_metadata(out).config.num_attention_heads == 1
+    assert ModelFile.open(out).config.num_attention_heads == 1
     assert "took width 64 / 64 = 1" in capfd.readouterr().out
 
 
@@ -151,7 +151,7 @@ def test_of_the_vocabulary_size_the_tensor_counts(
 ) -> None:
     (folder / "config.json").write_text(json.dumps({**factory.CONFIG, "vocab_size": 8021}))
     run(folder, out)
-    assert checkpoint.read_metadata(out).config.vocab_size == factory.ROWS
+    assert ModelFile.open(out).config.vocab_size == factory.ROWS
     assert "vocab_size 8021; the tensor has 45 rows" in capfd.readouterr().out
 
 
@@ -160,7 +160,7 @@ def test_the_vocabulary_that_fits_is_chosen(folder: Path, out: Path) -> None:
     fitting = factory.VOCAB.removesuffix("\n").replace("字3\n", "a\u2028b\n")
     (folder / "clue-vocab.txt").write_text(fitting)
     run(folder, out)
-    assert checkpoint.read_metadata(out).vocab == fitting
+    assert ModelFile.open(out).vocab == fitting
 
 
 @pytest.fixture
@@ -198,7 +198,7 @@ def test_the_other_published_vocabulary_is_told_apart_by_its_length(
 
 def test_no_vocabulary_on_request(folder: Path, out: Path) -> None:
     run(folder, out, "--no-vocab")
-    assert checkpoint.read_metadata(out).vocab is None
+    assert ModelFile.open(out).vocab is None
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_float64_is_rounded_once(folder: Path, out: Path) -> None:
     weights[name] = np.array([middle + 2**-40, middle - 2**-40, -middle - 2**-40, 0.3] * 16)
     factory.write_tf(folder, weights)
     run(folder, out, "--dtype", "bfloat16")
-    found = checkpoint.load_tensors(out)["blocks.0.mlp.down.bias"][:4].tolist()
+    found = ModelFile.open(out).state_dict()["blocks.0.mlp.down.bias"][:4].tolist()
     assert found == [1 + 2**-7, 1.0, -1 - 2**-7, torch.tensor(0.3).bfloat16().item()]
 
 
@@ -260,9 +260,7 @@ def test_the_communitys_file_gives_the_same_data(
         shutil.copy(folder / name, bin_folder)
     run(folder, tmp_path / "tf.safetensors")
     run(bin_folder, tmp_path / "bin.safetensors")
-    one, other = (
-        checkpoint.read_metadata(tmp_path / f"{name}.safetensors") for name in ("tf", "bin")
-    )
+    one, other = (ModelFile.open(tmp_path / f"{name}.safetensors") for name in ("tf", "bin"))
     assert (one.config, one.vocab, one.tensors) == (other.config, other.vocab, other.tensors)
     assert_identical(tmp_path / "bin.safetensors", factory.expected_tensors(factory.tf_weights()))
 
@@ -286,7 +284,7 @@ def test_packing_at_once_is_packing_afterwards(
     run(folder, plain)
     assert gpt2ml(["quantize", str(plain), "--out", str(packed), "--to", precision]) == 0
     run(folder, out, "--dtype", precision)
-    assert_identical(out, checkpoint.load_tensors(packed))
+    assert_identical(out, ModelFile.open(packed).state_dict())
 
 
 def test_neither_way_needs_tensorflow(folder: Path, out: Path) -> None:
@@ -381,7 +379,7 @@ def test_a_published_checkpoint_is_recognised_by_its_hash(
     monkeypatch.setattr(published, "may_be", lambda size, kind: True)
     monkeypatch.setattr(published, "by_hash", lambda sha256: known)
     run(folder, out)
-    assert checkpoint.read_metadata(out).source == {
+    assert ModelFile.open(out).source == {
         "name": "model.ckpt-100000",
         "step": 100_000,
         "sha256": known.data_sha256,

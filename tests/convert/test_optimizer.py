@@ -18,7 +18,7 @@ from convert.__main__ import main
 from gpt2ml_torch import GPT2ML
 from gpt2ml_torch.finetuning import parameter_groups
 from gpt2ml_torch.finetuning.optimizers import Adafactor
-from gpt2ml_torch.modelfile import reader as checkpoint
+from gpt2ml_torch.modelfile import ModelFile
 from tests.helpers import checkpoint_factory as factory
 
 TENSORS = factory.with_slots(factory.tf_weights())
@@ -41,7 +41,7 @@ def slot(name: str, kind: str) -> Tensor:
 
 
 def test_statistics_are_kept_in_the_orientation_of_their_weights(kept: Path) -> None:
-    found = checkpoint.load_optimizer_slots(kept)
+    found = ModelFile.open(kept).optimizer_state()
 
     def assert_is(name: str, expected: Tensor) -> None:
         assert found[name].dtype == torch.float32
@@ -70,23 +70,23 @@ def test_the_names_and_shapes_are_those_of_the_optimizer_that_goes_on(kept: Path
         for name, parameter in model.named_parameters()
         for kind, value in optimizer.state[parameter].items()
     }
-    found = checkpoint.load_optimizer_slots(kept)
+    found = ModelFile.open(kept).optimizer_state()
     assert {name: value.shape for name, value in found.items()} == expected
 
 
 def test_the_weights_are_those_of_a_file_without(kept: Path, folder: Path, tmp_path: Path) -> None:
     assert main([str(folder), str(tmp_path / "plain")]) == 0
-    plain, found = (checkpoint.load_tensors(path) for path in (tmp_path / "plain", kept))
+    plain, found = (ModelFile.open(path).state_dict() for path in (tmp_path / "plain", kept))
     assert found.keys() == plain.keys()
     assert all(torch.equal(found[name], plain[name]) for name in plain)
-    assert checkpoint.load_optimizer_slots(tmp_path / "plain") == {}
+    assert ModelFile.open(tmp_path / "plain").optimizer_state() == {}
 
 
 def test_they_are_float32_whatever_the_weights_are(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert main([str(folder), str(out), "--keep-optimizer", "--dtype", "bfloat16"]) == 0
-    assert checkpoint.read_metadata(out).dtype == torch.bfloat16
-    found = checkpoint.load_optimizer_slots(out)
+    assert ModelFile.open(out).dtype == "bfloat16"
+    found = ModelFile.open(out).optimizer_state()
     assert torch.equal(found["blocks.0.mlp.down.bias.v"], slot("layer00/output/bias", "v"))
 
 

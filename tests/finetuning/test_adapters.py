@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gpt2ml_torch import GPT2ML
 from gpt2ml_torch.__main__ import main
 from gpt2ml_torch.finetuning.adapters import merge_adapter
-from gpt2ml_torch.modelfile import reader as checkpoint
+from gpt2ml_torch.modelfile import ModelFile
 
 peft = pytest.importorskip("peft")
 
@@ -72,7 +72,7 @@ def test_merging_gives_the_weights_that_peft_gives(
     loaded = peft.PeftModel.from_pretrained(GPT2ML.from_pretrained(model), tmp_path / "adapter")
     expected = loaded.merge_and_unload().state_dict()
     merge_adapter(model, tmp_path / "adapter", tmp_path / "out.safetensors")
-    found, before = checkpoint.load_tensors(tmp_path / "out.safetensors"), load_file(model)
+    found, before = ModelFile.open(tmp_path / "out.safetensors").state_dict(), load_file(model)
     changed = {name for name in before if not torch.equal(before[name], found[name])}
     assert changed == {name for name in before if not torch.equal(before[name], expected[name])}
     assert changed

@@ -16,7 +16,7 @@ from gpt2ml_torch.finetuning import Objective, next_token_rows
 from gpt2ml_torch.finetuning.lora import add_adapter
 from gpt2ml_torch.finetuning.preparation import pack_blocks
 from gpt2ml_torch.kv_cache import KVCache
-from gpt2ml_torch.modelfile import reader as checkpoint
+from gpt2ml_torch.modelfile import ModelFile
 from tests.helpers.finetuning_runs import metrics, run
 
 peft = pytest.importorskip("peft")
@@ -98,8 +98,8 @@ def test_an_adapter_over_a_packed_base_is_merged_into_the_unpacked_file(
     out = tmp_path / "tuned.safetensors"
     changes: dict[str, Any] = {"lora_rank": 4, "lora_base": base, "end_token": "[SEP]"}
     result = run(tuning_files, out, precision="float32", steps=20, **changes)
-    before = checkpoint.load_tensors(tuning_files / "model.safetensors")
-    after, metadata = checkpoint.load_tensors(out), checkpoint.read_metadata(out)
+    before = ModelFile.open(tuning_files / "model.safetensors").state_dict()
+    after, metadata = ModelFile.open(out).state_dict(), ModelFile.open(out)
     assert result.adapter is not None
     adapter = peft.utils.load_peft_weights(str(result.adapter))
     name = "blocks.1.mlp.up"

@@ -14,7 +14,7 @@ from gpt2ml_torch import GPT2ML, GPT2MLConfig
 from gpt2ml_torch.__main__ import main
 from gpt2ml_torch.finetuning import FinetuneConfig, predict
 from gpt2ml_torch.finetuning.prediction import parse_size, suggestion
-from gpt2ml_torch.modelfile import reader as checkpoint
+from gpt2ml_torch.modelfile.writer import save
 from tests.helpers.finetuning_runs import SPECIAL, python, settings
 
 
@@ -114,7 +114,7 @@ def test_a_real_run_takes_what_was_predicted(changes: dict[str, Any], tmp_path: 
     vocab = [*SPECIAL, *(chr(0x4E00 + index) for index in range(1900))]
     model = tmp_path / "model.safetensors"
     weights = GPT2ML(config).state_dict()
-    checkpoint.save(model, weights, config, vocab="\n".join(vocab) + "\n")
+    save(model, weights, config, vocab="\n".join(vocab) + "\n")
     (tmp_path / "text.txt").write_text("".join(vocab[5:300]), encoding="utf-8")
     values = settings(tmp_path, tmp_path / "out.safetensors", valid_share=0.0, **changes)
     values |= {"precision": "float32", "batch_size": 2, "steps": 2}

@@ -12,7 +12,7 @@ import torch
 from gpt2ml_torch import GPT2ML
 from gpt2ml_torch.finetuning import FinetuneConfig
 from gpt2ml_torch.finetuning.checks import check_sizes
-from gpt2ml_torch.modelfile import reader as checkpoint
+from gpt2ml_torch.modelfile import ModelFile
 from tests.helpers.finetuning_runs import losses, metrics, python, run, settings
 
 # Without dropout, since each process draws its own; the sums of two halves round differently.
@@ -76,7 +76,7 @@ def test_two_processes_go_on_from_one_and_write_the_file(
     # Logits, since the keys' bias has no effect: its gradient is rounding, which the rule scales.
     found, expected = (GPT2ML.from_pretrained(path)(ids) for path in (out, alone))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
-    assert checkpoint.read_metadata(out).source["finetuned"][0]["steps"] == 8
+    assert ModelFile.open(out).source["finetuned"][0]["steps"] == 8
 
 
 @pytest.mark.parametrize(
@@ -97,6 +97,6 @@ def test_what_does_not_combine_with_several_processes_is_an_error_at_the_start(
 ) -> None:
     monkeypatch.setattr("gpt2ml_torch.finetuning.checks.process_count", lambda: 2)
     config = FinetuneConfig(**settings(tuning_files, tmp_path / "out.safetensors", **changes))
-    sizes = checkpoint.read_metadata(config.model).config
+    sizes = ModelFile.open(config.model).config
     with pytest.raises(ValueError, match=message):
         check_sizes(config, sizes)

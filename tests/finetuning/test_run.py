@@ -17,7 +17,7 @@ from gpt2ml_torch.finetuning import Event, FinetuneConfig, Objective, finetune, 
 from gpt2ml_torch.finetuning.checkpoints import CheckpointFolder
 from gpt2ml_torch.finetuning.data.batches import evaluation_batches
 from gpt2ml_torch.finetuning.preparation import load_data, load_model, make_optimizer
-from gpt2ml_torch.modelfile import reader as checkpoint
+from gpt2ml_torch.modelfile import ModelFile
 from tests.helpers.finetuning_runs import metrics, run, settings
 
 
@@ -26,12 +26,12 @@ def test_the_result_is_one_file_that_knows_where_it_comes_from(
 ) -> None:
     out = tmp_path / "out.safetensors"
     result = run(tuning_files, out, end_token="[SEP]", steps=30)
-    metadata = checkpoint.read_metadata(out)
+    metadata = ModelFile.open(out)
     assert metadata.source["finetuned"][0]["data"] == ["text.txt"]
     assert metadata.source["name"] == "tiny"
     assert metadata.generation["eos_token_id"] == [3]
-    assert metadata.dtype == torch.bfloat16
-    assert metadata.vocab == checkpoint.read_metadata(tuning_files / "model.safetensors").vocab
+    assert metadata.dtype == "bfloat16"
+    assert metadata.vocab == ModelFile.open(tuning_files / "model.safetensors").vocab
     evaluations = [row for row in metrics(out) if row["kind"] == "eval"]
     assert evaluations[-1]["loss"] < evaluations[0]["loss"] - 0.5
     assert evaluations[-1]["bits_per_character"] > 0
@@ -41,9 +41,9 @@ def test_the_result_is_one_file_that_knows_where_it_comes_from(
     again = tmp_path / "again.safetensors"
     values = settings(tuning_files, again, steps=1) | {"model": str(out)}
     finetune(FinetuneConfig(**values))
-    history = checkpoint.read_metadata(again).source["finetuned"]
+    history = ModelFile.open(again).source["finetuned"]
     assert [entry["from"] for entry in history] == ["model.safetensors", "out.safetensors"]
-    assert checkpoint.read_metadata(again).generation["eos_token_id"] == [3]
+    assert ModelFile.open(again).generation["eos_token_id"] == [3]
 
 
 def test_a_model_that_learned_an_end_token_stops_there(
@@ -74,7 +74,7 @@ def test_the_tuned_file_goes_back_to_the_original_code(tuning_files: Path, tmp_p
     run(tuning_files, out, steps=2)
     assert convert(["--to-tf", str(out), str(folder)]) == 0
     reader = tf.train.load_checkpoint(str(folder))
-    tuned = checkpoint.load_tensors(out)["blocks.1.mlp.up.weight"].float().numpy()
+    tuned = ModelFile.open(out).state_dict()["blocks.1.mlp.up.weight"].float().numpy()
     np.testing.assert_array_equal(reader.get_tensor("newslm/layer01/intermediate/kernel"), tuned.T)
 
 
@@ -89,9 +89,7 @@ def test_the_best_weights_are_written_not_the_last(tuning_files: Path, tmp_path:
     result = run(tuning_files, out, eval_every=10, keep=1, **overfitting)
     assert result.best_step not in (None, 0, 100)
     config = FinetuneConfig(**settings(tuning_files, out))
-    rows = load_data(
-        config, Tokenizer.from_pretrained(out), checkpoint.read_metadata(out).config
-    ).valid
+    rows = load_data(config, Tokenizer.from_pretrained(out), ModelFile.open(out).config).valid
     assert rows is not None
     model = GPT2ML.from_pretrained(out)
     batches = list(evaluation_batches(rows, batch_size=4))
@@ -111,8 +109,8 @@ def test_frozen_weights_stay_as_they_are(tuning_files: Path, tmp_path: Path) -> 
         freeze_embeddings=True,
         steps=3,
     )
-    before = checkpoint.load_tensors(tuning_files / "model.safetensors")
-    after = checkpoint.load_tensors(out)
+    before = ModelFile.open(tuning_files / "model.safetensors").state_dict()
+    after = ModelFile.open(out).state_dict()
     moved = {name for name, value in before.items() if not torch.equal(value, after[name])}
     assert moved == {name for name in before if name.startswith("blocks.1.")}
 
@@ -137,7 +135,7 @@ def test_validation_is_split_by_document_and_fixed_by_the_seed(
     tuning_files: Path, tmp_path: Path
 ) -> None:
     tokenizer = Tokenizer.from_pretrained(tuning_files / "model.safetensors")
-    sizes = checkpoint.read_metadata(tuning_files / "model.safetensors").config
+    sizes = ModelFile.open(tuning_files / "model.safetensors").config
     config = FinetuneConfig(**settings(tuning_files, tmp_path / "o.safetensors", valid_share=0.2))
     held_out = []
     for seed in (0, 0, 1):

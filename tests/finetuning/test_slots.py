@@ -13,7 +13,7 @@ from convert.__main__ import main as convert
 from gpt2ml_torch import GPT2ML
 from gpt2ml_torch.finetuning import Adafactor, FinetuneConfig, finetune, parameter_groups
 from gpt2ml_torch.finetuning.optimizers import start_from
-from gpt2ml_torch.modelfile import reader as checkpoint
+from gpt2ml_torch.modelfile import ModelFile
 from tests.helpers.finetuning_runs import metrics
 from tests.helpers.parity import make_model, state_dict_of, tf_weights_of
 from tests.helpers.tf_adafactor import TFAdafactor
@@ -121,7 +121,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def texts(model: Path) -> str:
     """A document of each row's length, without tokens that the reference would count otherwise."""
     ids = np.random.default_rng(3).integers(104, SIZES.vocab, 17)
-    vocab = (checkpoint.read_metadata(model).vocab or "").split("\n")
+    vocab = (ModelFile.open(model).vocab or "").split("\n")
     return "".join(vocab[id_] for id_ in ids)
 
 
@@ -153,7 +153,7 @@ def test_a_run_on_a_converted_file_that_kept_its_optimizer_takes_the_originals_n
     ids = np.array([[int(t) for t in _ids(model, text)]])
     _, gradients = TFReference(reference.weights, heads=SIZES.heads).loss_and_gradients(ids)
     reference.step(gradients, RATE)
-    found = tf_weights_of(checkpoint.load_tensors(out))
+    found = tf_weights_of(ModelFile.open(out).state_dict())
     for name, expected in reference.weights.items():
         if "key_layer/bias" not in name:  # its gradient is nothing but rounding
             np.testing.assert_allclose(found[name].numpy(), expected, atol=2e-5, err_msg=name)

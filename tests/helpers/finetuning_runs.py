@@ -14,7 +14,8 @@ import torch
 from gpt2ml_torch import GPT2ML, GPT2MLConfig
 from gpt2ml_torch.finetuning import Event, FinetuneConfig, FinetuneResult, finetune
 from gpt2ml_torch.finetuning.reporting import read_metrics
-from gpt2ml_torch.modelfile import reader as checkpoint
+from gpt2ml_torch.modelfile import ModelFile
+from gpt2ml_torch.modelfile.writer import save
 
 ROOT = Path(__file__).resolve().parents[2]
 CHARACTERS = list(
@@ -37,7 +38,7 @@ def make_files(folder: Path) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = GPT2ML(config)
-    checkpoint.save(
+    save(
         folder / "model.safetensors",
         model.state_dict(),
         config,
@@ -90,7 +91,7 @@ def losses(out: Path) -> list[float]:
 
 def same_weights(one: Path, other: Path) -> bool:
     """Whether two model files hold the same, bit for bit."""
-    expected, found = checkpoint.load_tensors(one), checkpoint.load_tensors(other)
+    expected, found = ModelFile.open(one).state_dict(), ModelFile.open(other).state_dict()
     return all(torch.equal(found[name], value) for name, value in expected.items())
 
 

@@ -25,12 +25,11 @@ print(kernels.load_kernels(), kernels.load_kernels(), layer(torch.ones(1, 64)).s
 PLAIN = """
 import sys
 from gpt2ml_torch import GPT2ML, GPT2MLConfig
-from gpt2ml_torch.generation import loading
 config = GPT2MLConfig(
     vocab_size=40, hidden_size=64, num_hidden_layers=1, num_attention_heads=1, intermediate_size=64
 )
 GPT2ML(config).save_pretrained(sys.argv[1])
-print(loading.load_model(sys.argv[1], quantize=None).runs_on_kernels)
+print(GPT2ML.from_pretrained(sys.argv[1]).runs_on_kernels)
 """
 
 AVX2 = frozenset({"avx2", "fma", "f16c"})

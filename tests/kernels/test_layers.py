@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from gpt2ml_torch import GPT2ML, GPT2MLConfig, KVCache, kernels
-from gpt2ml_torch.kernels import ops, packing
+from gpt2ml_torch.kernels import ops
 from gpt2ml_torch.model import Block, KeysValues
+from gpt2ml_torch.precision import PACKABLE
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SLOTS = 80
@@ -104,7 +105,7 @@ def test_agrees_with_the_plain_block_in_float64(dtype: torch.dtype, head_size: i
 
 
 @needs_kernels
-@pytest.mark.parametrize("precision", packing.BITS)
+@pytest.mark.parametrize("precision", PACKABLE)
 def test_agrees_with_the_unpacked_weights_within_the_rounding_of_inputs(precision: str) -> None:
     plain = loud_block(heads=2, width=128, inner=500)
     packed = kernels.pack_model(copy.deepcopy(plain), precision)
@@ -117,7 +118,7 @@ def test_agrees_with_the_unpacked_weights_within_the_rounding_of_inputs(precisio
 
 
 @needs_kernels
-@pytest.mark.parametrize("precision", packing.BITS)
+@pytest.mark.parametrize("precision", PACKABLE)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_token_is_the_same_alone_in_chunks_and_in_a_batch(
     precision: str, dtype: torch.dtype

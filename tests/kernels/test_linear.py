@@ -8,8 +8,9 @@ import torch.nn.functional as F
 
 from gpt2ml_torch import GPT2ML, GPT2MLConfig, kernels
 from gpt2ml_torch.kernels import ops, packing
+from gpt2ml_torch.precision import PACKABLE, Precision
 
-BITS = packing.BITS
+BITS = {precision.value: precision.bits for precision in PACKABLE}
 # (N, K): odd ones, and inputs in several blocks
 SIZES = ((16, 32), (17, 33), (100, 200), (33, 7), (48, 640), (1, 1), (515, 160), (40, 1500))
 
@@ -168,7 +169,7 @@ def test_the_kernel_packs_as_pytorch_does(precision: str, dtype: torch.dtype) ->
         weight = (torch.randn(outputs, inputs) * torch.logspace(-4, 4, outputs)[:, None]).to(dtype)
         weight[:: max(outputs // 2, 1), : inputs // 2] = 0
         found = kernels.pack(weight, precision)
-        expected = packing.empty_packed(outputs, inputs, precision)
+        expected = packing.empty_packed(outputs, inputs, Precision(precision))
         packing.pack_rows(weight, *expected, BITS[precision])
         assert torch.equal(found[0], expected[0])
         assert found[1] is None or torch.equal(found[1], expected[1])  # type: ignore[arg-type]
@@ -189,7 +190,7 @@ def test_a_weight_that_does_not_fit_is_an_error() -> None:
     with pytest.raises(RuntimeError):
         kernels.packed_linear(torch.randn(2, 100), weight, scale, None, bits=8, outputs=20)
     with pytest.raises(ValueError, match="float32, bfloat16, float16, int8, int4"):
-        packing.packed_shapes(16, 32, "int5")
+        Precision.FLOAT64.packed_shapes(16, 32)
 
 
 @pytest.mark.parametrize("precision", BITS)
@@ -213,7 +214,7 @@ def test_gradient_of_the_input_is_that_of_the_unpacked_weight(precision: str) ->
     torch.testing.assert_close(x.grad, towards @ plain)
 
 
-@pytest.mark.parametrize("quantize", packing.BITS)
+@pytest.mark.parametrize("quantize", PACKABLE)
 def test_a_packed_model_agrees_with_its_unpacked_twin(quantize: str) -> None:
     config = GPT2MLConfig(
         vocab_size=100,

@@ -1,4 +1,4 @@
-"""The header of a safetensors file from a stranger, read so that it can do no harm.
+"""The header of a safetensors file: parsed from a stranger's file, or built for our own.
 
 Every size is checked against the file's real length before anything is allocated, and the tensors
 must fill the file without gap or overlap.
@@ -7,73 +7,39 @@ must fill the file without gap or overlap.
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
 import math
-import os
-import stat
 import struct
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import torch
+from gpt2ml_torch.modelfile.format import DTYPES, TensorSpec, byte_size
 
-from gpt2ml_torch.modelfile.safetensors_writer import DTYPES
-
-# Opening a pipe must not wait for a writer; and Windows must not translate line ends.
-_NO_WAIT = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-
-MAX_HEADER = 32 << 20  # bytes; ours take about 0.3 MB, and parsing costs ten times as much memory
+MAX_HEADER = 16 << 20  # bytes; ours take about 0.4 MB, and parsing costs many times the memory
+ALIGNMENT = 4096  # bytes: a page, so that writing and mapping large tensors costs least
 CURE = "make it again with `python -m convert`"
 
-_DTYPES: dict[str, torch.dtype] = {code: getattr(torch, name) for name, (code, _) in DTYPES.items()}
+_NAMES = {code: name for name, (code, _) in DTYPES.items()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TensorInfo:
-    """One tensor as the header declares it; `start` and `end` are bytes from the beginning of the
-    file."""
+    """One tensor as the header declares it: its dtype's name, its shape, and its place in the file,
+    in bytes from the beginning."""
 
-    dtype: torch.dtype
+    dtype: str
     shape: tuple[int, ...]
     start: int
     end: int
 
-
-def read_header(path: Path) -> tuple[dict[str, Any], int, int]:
-    """The header's JSON, where the data begin, and the file's size."""
-    try:
-        fd = os.open(path, os.O_RDONLY | _NO_WAIT)
-    except OSError as error:
-        raise type(error)(
-            error.errno, f"can't read the model file {path}: {error.strerror}"
-        ) from None
-    try:
-        size = _file_size(fd, path)
-        with open(fd, "rb", closefd=False) as file:
-            length = _header_length(file.read(8), size)
-            header = _parse_header(file.read(length))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    finally:
-        os.close(fd)
-    return header, 8 + length, size
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.end - self.start
 
 
-def _file_size(fd: int, path: Path) -> int:
-    status = os.fstat(fd)
-    if stat.S_ISDIR(status.st_mode):
-        raise IsADirectoryError(
-            errno.EISDIR,
-            f"{path} is a folder; expected a .safetensors file (`python -m convert` makes one)",
-        )
-    if not stat.S_ISREG(status.st_mode):
-        raise OSError(errno.EINVAL, f"{path} is not a regular file")
-    return status.st_size
-
-
-def _header_length(prefix: bytes, size: int) -> int:
+def header_length(prefix: bytes, size: int) -> int:
+    """The length of the header in a file of `size` bytes that begins with `prefix`, 8 bytes."""
     if size < 8:
         raise ValueError(f"{size} bytes are no safetensors file; {CURE}")
     (length,) = struct.unpack("<Q", prefix)
@@ -94,12 +60,13 @@ def _header_length(prefix: bytes, size: int) -> int:
     return int(length)
 
 
-def _parse_header(text: bytes) -> dict[str, Any]:
+def parse_header(text: bytes) -> dict[str, Any]:
+    """The header's JSON object; raises `ValueError` for anything else, or a name given twice."""
     if not text.startswith(b"{"):
         raise ValueError(f"not a safetensors file: the header is not JSON; {CURE}")
     try:
         header = json.loads(text.decode(), object_pairs_hook=_unique)
-    except _Duplicate as error:
+    except _DuplicateError as error:
         raise ValueError(f"damaged: {error}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(
@@ -108,16 +75,16 @@ def _parse_header(text: bytes) -> dict[str, Any]:
     return dict(header)
 
 
-class _Duplicate(ValueError):
+class _DuplicateError(ValueError):
     pass
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise _Duplicate(f"{twice!r} is in the header twice")
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise _DuplicateError(f"{twice[:80]!r} is in the header twice")
     return result
 
 
@@ -129,8 +96,8 @@ def check_entries(header: Mapping[str, Any], data_start: int, size: int) -> dict
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
         if info.start != end:
             fault = "overlaps" if info.start < end else "leaves a gap after"
-            raise ValueError(f"damaged: tensor {name!r} {fault} {previous}; {CURE}")
-        end, previous = info.end, repr(name)
+            raise ValueError(f"damaged: tensor {name[:80]!r} {fault} {previous}; {CURE}")
+        end, previous = info.end, repr(name[:80])
     if size < end:
         raise ValueError(f"truncated: found {size} bytes, expected {end}; copy or {CURE}")
     if size > end:
@@ -143,17 +110,17 @@ def _check_entry(name: str, entry: Any, data_start: int) -> TensorInfo:
         raise ValueError(
             f"damaged: tensor {name[:80]!r} is not described by dtype, shape and offsets"
         )
-    dtype = _DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+    dtype = _NAMES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
     if dtype is None:
         raise ValueError(f"tensor {name[:80]!r} has the unknown dtype {str(entry['dtype'])[:40]!r}")
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2 or len(shape) > 8:
         raise ValueError(f"damaged: tensor {name[:80]!r} has an impossible shape or place")
     start, end = offsets
-    if end - start != math.prod(shape) * dtype.itemsize:
+    needed = math.prod(shape) * DTYPES[dtype][1]
+    if end - start != needed:
         raise ValueError(
-            f"damaged: tensor {name[:80]!r} of shape {shape} takes "
-            f"{math.prod(shape) * dtype.itemsize} bytes, "
+            f"damaged: tensor {name[:80]!r} of shape {shape} takes {needed} bytes, "
             f"its place has {end - start}"
         )
     return TensorInfo(
@@ -163,3 +130,36 @@ def _check_entry(name: str, entry: Any, data_start: int) -> TensorInfo:
 
 def _are_sizes(values: Any) -> bool:
     return isinstance(values, list) and all(type(v) is int and 0 <= v < 2**63 for v in values)
+
+
+def build_header(
+    specs: Mapping[str, TensorSpec], metadata: Mapping[str, str], *, reserve: int = 0
+) -> tuple[bytes, dict[str, int], int]:
+    """The header, each tensor's place in the data, and the size of the data.
+
+    The header is padded so that the data begin aligned. The format allows no holes, so further
+    alignment comes from the order: tensors whose size keeps the next one aligned come first.
+    """
+    sizes = {name: byte_size(spec) for name, spec in specs.items()}
+    order = sorted(specs, key=lambda name: -_alignment(sizes[name]))
+    entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    starts: dict[str, int] = {}
+    end = 0
+    for name in order:
+        dtype, shape = specs[name]
+        starts[name] = end
+        end += sizes[name]
+        entries[name] = {
+            "dtype": DTYPES[dtype][0],
+            "shape": list(shape),
+            "data_offsets": [starts[name], end],
+        }
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * reserve
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    return struct.pack("<Q", len(text)) + text, starts, end
+
+
+def _alignment(size: int) -> int:
+    """The largest power of two, up to `ALIGNMENT`, that divides the size."""
+    return min(size & -size, ALIGNMENT) if size else ALIGNMENT

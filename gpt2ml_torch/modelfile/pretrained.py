@@ -1,0 +1,158 @@
+"""From a model file to a model, and back: the only loader.
+
+`GPT2ML` inherits `from_file`, `from_pretrained` and `save_pretrained` from here, so that model.py
+holds nothing but the model.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import nn
+
+from gpt2ml_torch import kernels
+from gpt2ml_torch.config import GPT2MLConfig
+from gpt2ml_torch.devices import choose_device
+from gpt2ml_torch.modelfile.reader import ModelFile
+from gpt2ml_torch.modelfile.writer import save
+from gpt2ml_torch.precision import PACKABLE, Precision
+
+if TYPE_CHECKING:
+    from gpt2ml_torch.tokenizer import Tokenizer
+
+AUTO = "auto"
+SAFE = Precision.INT8  # costs no measurable perplexity, and half of bfloat16's time
+
+_Model = TypeVar("_Model", bound="Pretrained")  # typing.Self, before Python 3.11
+
+
+class Pretrained(nn.Module):
+    """A model made from a `GPT2MLConfig` that model files can be loaded into and saved from."""
+
+    def __init__(self, config: GPT2MLConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.generation_defaults: dict[str, Any] = {}  # for `Generator`; kept in the file
+        self.packed: Precision | None = None  # of the large matrices, where they are packed
+
+    @property
+    def quantization(self) -> str | None:
+        """The name of `packed`."""
+        return None if self.packed is None else self.packed.value
+
+    @classmethod
+    def from_pretrained(
+        cls: type[_Model],
+        path: str | os.PathLike[str],
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        quantize: Precision | str | None = None,
+    ) -> _Model:
+        """Load a model file, as `from_file` does with `quantize` as its `precision`.
+
+        Raises `OSError` where there is no file to read, and `ValueError` where it is damaged, not a
+        model file, or packed otherwise.
+        """
+        with ModelFile.open(path) as file:
+            return cls.from_file(file, device=device, dtype=dtype, precision=quantize)
+
+    @classmethod
+    def from_file(
+        cls: type[_Model],
+        file: ModelFile,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        precision: Precision | str | None = None,
+    ) -> _Model:
+        """The model in an open file, in evaluation mode; `dtype` defaults to the file's.
+
+        On the CPU weights in the file's dtype are memory-mapped. `precision` packs the large
+        matrices on the way, "bfloat16", "int8" or "int4", for fast decoding on the CPU
+        (`gpt2ml_torch.kernels`); `dtype` is then the dtype of the activations. "auto" chooses both,
+        as `fastest` says. Raises `ValueError` for a damaged file, a device that is not there, and a
+        file that is packed otherwise.
+        """
+        device = choose_device(device)
+        if precision == AUTO:
+            precision, dtype = fastest(file, device=device, dtype=dtype)
+        wanted = None if precision is None else Precision.of(precision)
+        if file.packed is not None and wanted not in (None, file.packed):
+            raise ValueError(
+                f"{file.path} holds {file.packed} weights, which can't become {wanted}; convert "
+                "the original again, or load it without quantize"
+            )
+        with torch.device("meta"):
+            model = cls(file.config).to(dtype or file.dtype.dtype)
+        model.generation_defaults = file.generation
+        model.packed = file.packed or wanted
+        if model.packed is not None:
+            kernels.pack_model(model, model.packed)
+        if model.packed == file.packed:
+            tensors = file.state_dict(device=device, dtype=dtype)
+            model.load_state_dict(tensors, strict=True, assign=True)
+        else:
+            for name, first, rows in file.rows():
+                kernels.fill_rows(model, name, rows, first, dtype or file.dtype.dtype)
+            model.to(device)
+        file.check_unchanged()
+        return model.eval()
+
+    def save_pretrained(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        tokenizer: Tokenizer | None = None,
+        source: Mapping[str, Any] | None = None,
+        generation: Mapping[str, Any] | None = None,
+        overwrite: bool = True,
+        allow_non_finite: bool = False,
+    ) -> None:
+        """Write a model file: weights, configuration, and the tokenizer's vocabulary if given.
+
+        `source` says where the weights come from; `generation` holds defaults for `Generator` (the
+        model's own, if None). An older file is replaced only when the new one is complete. Raises
+        `OSError` where it can't be written, and `ValueError` for a weight that is NaN or infinite,
+        unless `allow_non_finite`.
+        """
+        save(
+            path,
+            self.state_dict(),
+            self.config,
+            vocab=None if tokenizer is None else tokenizer.vocab_text,
+            source=source,
+            generation=self.generation_defaults if generation is None else generation,
+            packed=self.packed,
+            overwrite=overwrite,
+            allow_non_finite=allow_non_finite,
+        )
+
+
+def fastest(
+    file: ModelFile, *, device: torch.device, dtype: torch.dtype | None = None
+) -> tuple[Precision | None, torch.dtype | None]:
+    """The fastest safe way to generate with a file on a device: packed precision and dtype.
+
+    Packs the large matrices as int8 on a CPU with kernels, or in `dtype` where one is asked for;
+    elsewhere leaves them as they are. A file of packed weights keeps them. Activations are bfloat16
+    by default, except where nothing is packed on the CPU.
+    """
+    on_cpu = device.type == "cpu"
+    fast = not on_cpu or kernels.load_kernels()  # asked here only: kernels may have to be built
+    precision = None
+    if fast and on_cpu and file.packed is None:
+        wanted = SAFE if dtype is None else Precision.of(dtype)
+        precision = wanted if wanted in PACKABLE else None
+    if fast and dtype is None:
+        dtype = torch.bfloat16
+    return precision, dtype
+
+
+def activation_dtype(precision: Precision | str) -> torch.dtype:
+    """The dtype to compute in beside packed weights, where none is asked for."""
+    precision = Precision.of(precision)
+    return torch.bfloat16 if precision.is_integer else precision.dtype
