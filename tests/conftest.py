@@ -8,13 +8,12 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
 
-if TYPE_CHECKING:
-    from tests.tf_reference import Sizes, Weights
+from tests.helpers.weights import Sizes, Weights, loud_weights
 
 # TensorFlow reads this when it is first imported, which TensorBoard's writer may do before the
 # converter, which silences it too, gets to.
@@ -43,8 +42,7 @@ def tf_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> TFCheckpoint:
     """The published layout at odd sizes and with loud weights, written by TensorFlow's own Saver;
     don't write into it.
     """
-    from tests.tf_reference import Sizes, loud_weights, write_checkpoint  # TensorFlow takes seconds
-
+    write_checkpoint = pytest.importorskip("tests.tf_reference").write_checkpoint  # takes seconds
     sizes = Sizes(layers=4, width=60, heads=5, mlp=141, vocab=233, positions=37)
     weights = loud_weights(sizes, seed=7)
     folder = tmp_path_factory.mktemp("checkpoint")

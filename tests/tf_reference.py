@@ -17,106 +17,44 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
-import ml_dtypes
 import numpy as np
 import tensorflow as tf
 
-Array = np.ndarray[Any, Any]
-Weights = dict[str, Array]
-
-SCOPE = "newslm"
-PREFIX = "model.ckpt-100000"
-DENSE = (
-    "query_layer",
-    "key_layer",
-    "value_layer",
-    "context_projection_layer",
-    "intermediate",
-    "output",
+from tests.helpers.reference import Case
+from tests.helpers.tf_adafactor import TFAdafactor
+from tests.helpers.weights import (
+    DENSE,
+    SCOPE,
+    Array,
+    Sizes,
+    Weights,
+    adafactor_slots,
+    loud_weights,
 )
 
+PREFIX = "model.ckpt-100000"
 
-@dataclass(frozen=True)
-class Sizes:
-    """The sizes of a model; the defaults are odd on purpose, so that no two dimensions can be
-    confused.
-    """
-
-    layers: int = 3
-    width: int = 36
-    heads: int = 3
-    mlp: int = 100
-    vocab: int = 211
-    positions: int = 40
-
-
-def weight_shapes(sizes: Sizes) -> dict[str, tuple[int, ...]]:
-    """Published name -> shape of each weight, optimiser slots left out."""
-    D, M = sizes.width, sizes.mlp
-    shapes: dict[str, tuple[int, ...]] = {
-        f"{SCOPE}/embeddings/word_embed": (sizes.vocab, D),
-        f"{SCOPE}/embeddings/pos_embed": (sizes.positions, D),
-        f"{SCOPE}/embeddings/LayerNorm_embed_norm/gamma": (D,),
-        f"{SCOPE}/embeddings/LayerNorm_embed_norm/beta": (D,),
-    }
-    for index in range(sizes.layers):
-        layer = f"{SCOPE}/layer{index:02d}"
-        for name in DENSE:
-            rows, columns = {"intermediate": (D, M), "output": (M, D)}.get(name, (D, D))
-            shapes[f"{layer}/{name}/kernel"] = (rows, columns)
-            shapes[f"{layer}/{name}/bias"] = (columns,)
-        for name in ("LayerNorm_mlp_ln0", "LayerNorm_mlp_ln1"):
-            shapes[f"{layer}/{name}/gamma"] = (D,)
-            shapes[f"{layer}/{name}/beta"] = (D,)
-    return shapes
-
-
-def loud_weights(sizes: Sizes, *, seed: int = 0) -> Weights:
-    """Random float32 weights that hide nothing: activations near 1, no gamma of 1, no beta or bias
-    of 0.
-
-    At the published initialiser (std 0.014) the two kinds of gelu agree within 3e-7; here they do
-    not.
-    """
-    rng = np.random.default_rng(seed)
-
-    def draw(name: str, shape: tuple[int, ...]) -> Array:
-        noise = rng.standard_normal(shape)
-        if name.endswith("_embed"):
-            noise *= 0.25
-        elif name.endswith("gamma"):
-            noise = 1 + 0.3 * noise
-        elif name.endswith(("beta", "bias")):
-            noise *= 0.3
-        else:
-            sharper = 1.5 if "query" in name or "key" in name else 1.0  # uneven attention
-            noise *= sharper / math.sqrt(shape[0])
-        return noise.astype(np.float32)
-
-    return {name: draw(name, shape) for name, shape in weight_shapes(sizes).items()}
-
-
-def round_to(weights: Mapping[str, Array], dtype: str) -> Weights:
-    """The weights as `dtype` holds them ("float64", "float32", "float16" or "bfloat16")."""
-    target = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
-    return {name: weight.astype(target) for name, weight in weights.items()}
+# The reference is a CPU's. Said to TensorFlow, since CUDA_VISIBLE_DEVICES would hide the GPU from
+# PyTorch too.
+tf.config.set_visible_devices([], "GPU")
 
 
 class TFReference:
-    """The original's forward pass, in the dtype of the weights it is given, on the CPU and without
-    dropout.
+    """The original's forward pass on the CPU, without dropout, in `dtype` (by default the one of
+    the weights it is given).
     """
 
-    def __init__(self, weights: Mapping[str, Any], *, heads: int) -> None:
-        self.weights = {name: tf.convert_to_tensor(value) for name, value in weights.items()}
+    def __init__(self, weights: Mapping[str, Any], *, heads: int, dtype: str | None = None) -> None:
+        self.weights = {
+            name: tf.cast(value, dtype or tf.convert_to_tensor(value).dtype)
+            for name, value in weights.items()
+        }
         self.heads = heads
         self.layers = sum(name.endswith("/query_layer/kernel") for name in weights)
 
@@ -219,14 +157,33 @@ class TFReference:
         return normed * self.weights[f"{scope}/gamma"] + self.weights[f"{scope}/beta"]
 
 
-def adafactor_slots(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of each optimiser slot: factored for matrices, no momentum."""
-    for name, shape in shapes.items():
-        if len(shape) == 2:
-            yield f"{name}/adafactor_vr", shape[:1]
-            yield f"{name}/adafactor_vc", shape[1:]
-        else:
-            yield f"{name}/adafactor_v", shape
+def results(case: Case, what: str, dtype: str) -> Weights:
+    """What `Case` gives out under these words, by name; low-precision logits as float32 arrays,
+    which hold them exactly.
+    """
+    weights, ids = case.weights, case.ids
+    reference = TFReference(weights, heads=case.sizes.heads, dtype=dtype)
+    if what == "logits":
+        wide = "float64" if dtype == "float64" else "float32"
+        return {"logits": tf.cast(reference.logits(ids[:, :-1]), wide).numpy()}
+    if what == "cached":
+        return {"logits": _decode_stepwise(reference, ids[:, :-1])}
+    loss, gradients = reference.loss_and_gradients(ids)
+    if what == "gradients":
+        return {"loss": np.array(loss), **gradients}
+    optimizer = TFAdafactor({name: weight.astype(dtype) for name, weight in weights.items()})
+    optimizer.step(gradients, 1e-2)
+    return {**optimizer.weights, **optimizer.slots}
+
+
+def _decode_stepwise(reference: TFReference, ids: Array) -> Array:
+    """Logits through the reference's own cache: five tokens at once, then one by one."""
+    logits, cache = reference.decode(ids[:, :5], cache=None)
+    pieces = [logits]
+    for at in range(5, ids.shape[1]):
+        logits, cache = reference.decode(ids[:, at : at + 1], cache=cache)
+        pieces.append(logits)
+    return np.asarray(tf.concat(pieces, axis=1).numpy())
 
 
 def write_checkpoint(
@@ -325,7 +282,10 @@ def main() -> None:
     sizes = Sizes(**{name: getattr(args, name) for name in vars(Sizes())})
     if sizes.width % sizes.heads:
         parser.error(f"--width {sizes.width} is not divisible by --heads {sizes.heads}")
-    weights = round_to(loud_weights(sizes, seed=args.seed), args.dtype)
+    weights = {
+        name: tf.cast(weight, args.dtype).numpy()
+        for name, weight in loud_weights(sizes, seed=args.seed).items()
+    }
     path = write_checkpoint(args.folder, sizes, weights, prefix=args.prefix, slots=args.slots)
     print(path)
 

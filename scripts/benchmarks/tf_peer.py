@@ -15,7 +15,8 @@ from scripts.benchmarks.peers import PROMPT, random_ids
 class TensorFlowReference:
     def __init__(self, config: GPT2MLConfig, precision: str, folder: Path) -> None:
 
-        from tests.tf_reference import Sizes, TFReference, weight_shapes
+        from tests.helpers.weights import Sizes, weight_shapes
+        from tests.tf_reference import TFReference
 
         sizes = Sizes(
             vocab=config.vocab_size,

@@ -11,8 +11,7 @@ from gpt2ml_torch import GPT2ML
 from gpt2ml_torch.finetuning import Adafactor, parameter_groups
 from gpt2ml_torch.finetuning.optimizers import sliced
 from tests.helpers.parity import make_model, state_dict_of, tf_weights_of
-from tests.helpers.tf_adafactor import TFAdafactor
-from tests.tf_reference import Sizes, loud_weights
+from tests.helpers.weights import Sizes, loud_weights
 
 SIZES = Sizes(layers=2, width=10, heads=2, mlp=12, vocab=13, positions=7)
 STEPS = 20
@@ -58,6 +57,7 @@ def test_every_step_and_statistic_is_the_originals(
     dtype: torch.dtype, atol: float, slice_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In one piece and in slices of two rows; float32 within a few roundings of weights up to 4."""
+    TFAdafactor = pytest.importorskip("tests.helpers.tf_adafactor").TFAdafactor
     monkeypatch.setattr(sliced, "SLICE", slice_size)
     model = small_model(dtype)
     optimizer = Adafactor(parameter_groups(model))

@@ -16,8 +16,10 @@ from gpt2ml_torch.finetuning.optimizers import start_from
 from gpt2ml_torch.modelfile import ModelFile
 from tests.helpers.finetuning_runs import metrics
 from tests.helpers.parity import make_model, state_dict_of, tf_weights_of
-from tests.helpers.tf_adafactor import TFAdafactor
-from tests.tf_reference import Array, Sizes, TFReference, Weights, loud_weights, write_checkpoint
+from tests.helpers.weights import Array, Sizes, Weights, loud_weights
+
+tf_adafactor = pytest.importorskip("tests.helpers.tf_adafactor", reason="needs TensorFlow")
+tf_reference = pytest.importorskip("tests.tf_reference", reason="needs TensorFlow")
 
 SIZES = Sizes(layers=2, width=12, heads=2, mlp=20, vocab=211, positions=16)
 RATE = 1e-2
@@ -30,7 +32,7 @@ def trained_slots(weights: Weights) -> Weights:
     averages of the same squares.
     """
     draw = np.random.default_rng(0)
-    optimizer = TFAdafactor(weights)
+    optimizer = tf_adafactor.TFAdafactor(weights)
     for _ in range(3):
         scales = {name: np.exp(draw.standard_normal(w.shape)) for name, w in weights.items()}
         gradients = {
@@ -71,7 +73,7 @@ def our_slots(slots: Weights, weights: Weights) -> dict[str, Tensor]:
 def test_the_next_step_from_given_statistics_is_the_originals(size: float) -> None:
     weights = {name: w.astype(np.float64) for name, w in loud_weights(SIZES).items()}
     slots = trained_slots(weights)
-    model, reference = make_model(SIZES, weights), TFAdafactor(weights, slots)
+    model, reference = make_model(SIZES, weights), tf_adafactor.TFAdafactor(weights, slots)
     optimizer = Adafactor(parameter_groups(model), lr=RATE)
     start_from(optimizer, model, our_slots(slots, weights))
     torch.manual_seed(0)
@@ -110,7 +112,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a TensorFlow checkpoint, and model.safetensors that kept its optimizer."""
     folder = tmp_path_factory.mktemp("keep-optimizer")
     weights = loud_weights(SIZES)
-    write_checkpoint(folder, SIZES, weights | trained_slots(weights), slots=False)
+    tf_reference.write_checkpoint(folder, SIZES, weights | trained_slots(weights), slots=False)
     try:
         assert convert([str(folder), str(folder / "model.safetensors"), "--keep-optimizer"]) == 0
     except SystemExit:  # unknown option
@@ -149,9 +151,13 @@ def test_a_run_on_a_converted_file_that_kept_its_optimizer_takes_the_originals_n
     finetune(config)
     started = next(row for row in metrics(out) if row["kind"] == "start")
     assert started["fresh_optimizer"] is fresh
-    reference = TFAdafactor(loud_weights(SIZES), None if fresh else _slots_in(converted))
+    reference = tf_adafactor.TFAdafactor(
+        loud_weights(SIZES), None if fresh else _slots_in(converted)
+    )
     ids = np.array([[int(t) for t in _ids(model, text)]])
-    _, gradients = TFReference(reference.weights, heads=SIZES.heads).loss_and_gradients(ids)
+    _, gradients = tf_reference.TFReference(
+        reference.weights, heads=SIZES.heads
+    ).loss_and_gradients(ids)
     reference.step(gradients, RATE)
     found = tf_weights_of(ModelFile.open(out).state_dict())
     for name, expected in reference.weights.items():

@@ -17,14 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt2ml_torch import GPT2ML, GPT2MLConfig
-from tests.tf_reference import Array, Sizes, TFReference, Weights, loud_weights, round_to
+from tests.helpers.reference import Case
+from tests.helpers.weights import Array, Sizes, Weights, short_weights
 
-DTYPES = {
-    torch.float64: "float64",
-    torch.float32: "float32",
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-}
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Sizes no two dimensions of which agree, with one head and five, wide and narrow MLPs, and more
 # layers than 3.
 ODD_SIZES = [
@@ -37,11 +33,7 @@ ODD_SIZES = [
 
 
 def to_torch(array: Array) -> Tensor:
-    """A copy as a tensor; NumPy's own types lack bfloat16, so that one goes through float32, which
-    holds it exactly.
-    """
-    if array.dtype.name == "bfloat16":
-        return torch.from_numpy(array.astype(np.float32)).bfloat16()
+    """A copy as a tensor."""
     return torch.from_numpy(np.array(array))
 
 
@@ -119,20 +111,37 @@ def config_of(sizes: Sizes, *, dropout: float = 0.1) -> GPT2MLConfig:
     )
 
 
-def make_model(sizes: Sizes, weights: Mapping[str, Array], *, dropout: float = 0.1) -> GPT2ML:
-    """GPT2ML with these weights, in their dtype, in evaluation mode."""
+def make_model(
+    sizes: Sizes,
+    weights: Mapping[str, Array],
+    *,
+    dtype: torch.dtype | None = None,
+    dropout: float = 0.1,
+) -> GPT2ML:
+    """GPT2ML with these weights, in `dtype` or their own, in evaluation mode."""
     with torch.device("meta"):
         model = GPT2ML(config_of(sizes, dropout=dropout))
-    model.load_state_dict(state_dict_of(weights), strict=True, assign=True)
+    state = {name: weight.to(dtype) for name, weight in state_dict_of(weights).items()}
+    model.load_state_dict(state, strict=True, assign=True)
     return model.eval()
+
+
+def model_of(case: Case, dtype: torch.dtype = torch.float64) -> GPT2ML:
+    """GPT2ML with the weights of a case, which `dtype` holds exactly."""
+    return make_model(case.sizes, case.weights, dtype=dtype)
+
+
+def inputs_of(case: Case) -> Tensor:
+    """The ids whose logits the case knows, (3, positions)."""
+    return to_torch(case.ids[:, :-1])
 
 
 def loud_model(
     sizes: Sizes, *, dtype: torch.dtype = torch.float64, seed: int = 0
 ) -> tuple[GPT2ML, Weights]:
-    """A model with loud weights rounded to `dtype`, and these weights."""
-    weights = round_to(loud_weights(sizes, seed=seed), DTYPES[dtype])
-    return make_model(sizes, weights), weights
+    """A model with loud weights that `dtype` holds exactly, and these weights."""
+    weights = short_weights(sizes, seed=seed)
+    return make_model(sizes, weights, dtype=dtype), weights
 
 
 def random_ids(sizes: Sizes, *, rows: int = 2, tokens: int | None = None, seed: int = 0) -> Array:
@@ -144,14 +153,6 @@ def random_ids(sizes: Sizes, *, rows: int = 2, tokens: int | None = None, seed: 
     ids[0, :2] = sizes.vocab - 1, 0
     ids[-1, -1] = 0
     return ids
-
-
-def exact_logits(sizes: Sizes, weights: Mapping[str, Array], ids: Array) -> Tensor:
-    """The TensorFlow reference in float64 on the given weights, whatever their dtype: the truth for
-    that dtype.
-    """
-    reference = TFReference(round_to(weights, "float64"), heads=sizes.heads)
-    return to_float64(reference.logits(ids))
 
 
 def plain_logits(state: Mapping[str, Tensor], token_ids: Tensor, *, heads: int) -> Tensor:
@@ -216,6 +217,6 @@ def assert_within_twice(found: Any, plain: Any, exact: Tensor, dtype: torch.dtyp
     ):
         ours, theirs = error(found, exact), error(plain, exact)
         assert ours <= times * theirs + rounding * scale, (
-            f"{error.__name__} {ours:.3g}, that of the plain implementation {theirs:.3g}, "
+            f"{error.__name__} {ours:.3g}, the plain implementation's {theirs:.3g}, "
             f"one rounding {rounding * scale:.3g}"
         )

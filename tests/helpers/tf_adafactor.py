@@ -2,7 +2,7 @@
 against.
 
 Written op by op after imcaspar/gpt2-ml, train/optimization_adafactor.py (AdaFactorOptimizer, with
-the settings of train/train.py: no momentum, beta2 0.999, clipping at 1, decay 0.01 but for names
+the settings of train/train.py: no momentum, beta2 0.999, clipping at 1, decay 0.01 except for names
 with LayerNorm or bias), apart from gpt2ml_torch. Left out is its hack against XLA's fusing, which
 adds 1e-30 times the mean square gradient to rate and decay.
 """
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 import tensorflow as tf
 
-from tests.tf_reference import Array, Weights, adafactor_slots
+from tests.helpers.weights import Array, Weights, adafactor_slots
 
 EPSILON = 1e-30
 BETA2 = 0.999

@@ -15,14 +15,22 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gpt2ml_torch import GPT2ML, KVCache
-from tests.helpers.parity import assert_within_twice, exact_logits, loud_model, random_ids, to_torch
-from tests.tf_reference import Sizes
+from tests.helpers.parity import (
+    assert_within_twice,
+    inputs_of,
+    loud_model,
+    model_of,
+    to_float64,
+)
+from tests.helpers.reference import GOLDEN
+from tests.helpers.weights import Sizes
 
-SIZES = Sizes(layers=3, width=36, heads=3, mlp=100, vocab=211, positions=24)
+CASE = GOLDEN["odd"]
+SIZES = CASE.sizes
 T = SIZES.positions
 
-MODEL, WEIGHTS = loud_model(SIZES)
-IDS = to_torch(random_ids(SIZES, rows=3))
+MODEL = model_of(CASE)
+IDS = inputs_of(CASE)
 with torch.no_grad():
     FULL = MODEL(IDS)
 
@@ -123,8 +131,8 @@ def test_rows_do_not_see_each_other() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_a_row_alone_has_the_logits_it_has_in_a_batch(dtype: torch.dtype) -> None:
     """Another batch size may add in another order: the 2x rule, against the row in the batch."""
-    model, weights = loud_model(SIZES, dtype=dtype)
-    exact = exact_logits(SIZES, weights, IDS.numpy())[1:2]
+    model = model_of(CASE, dtype)
+    exact = to_float64(CASE.logits())[1:2]
     assert_within_twice(model(IDS[1:2]), model(IDS)[1:2], exact, dtype)
     alone = feed(new_cache(model, rows=1), [4, 9], model=model, ids=IDS[1:2])
     batch = feed(new_cache(model), [4, 9], model=model)[1:2]
@@ -134,8 +142,8 @@ def test_a_row_alone_has_the_logits_it_has_in_a_batch(dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_the_cache_costs_no_accuracy(dtype: torch.dtype) -> None:
     """Compared: errors against float64, through the cache and without, in the same dtype."""
-    model, weights = loud_model(SIZES, dtype=dtype)
-    exact = exact_logits(SIZES, weights, IDS.numpy())
+    model = model_of(CASE, dtype)
+    exact = to_float64(CASE.logits())
     steps = feed(new_cache(model, garbage=1e4), [7, *range(8, T + 1)], model=model)
     assert_within_twice(steps, model(IDS), exact, dtype)
 
@@ -159,7 +167,7 @@ def test_the_cache_keeps_its_buffers_and_stays_out_of_the_state_dict() -> None:
 
 
 def test_the_cache_is_used_with_gradient_checkpointing_in_training_too() -> None:
-    model, _ = loud_model(SIZES)
+    model = model_of(CASE)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -197,6 +205,6 @@ def test_a_cache_of_another_dtype_is_refused() -> None:
 
 
 def test_a_cache_of_another_model_is_refused() -> None:
-    other, _ = loud_model(Sizes(layers=2, width=36, heads=3, mlp=100, vocab=211, positions=24))
+    other, _ = loud_model(Sizes(layers=2, width=30, heads=3, mlp=50, vocab=101, positions=24))
     with pytest.raises(ValueError, match="cache"):
         feed(new_cache(other), [4])

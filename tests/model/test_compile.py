@@ -2,7 +2,7 @@
 cache.
 
 Compared: compiled against eager PyTorch, same weights and dtype. What compilation does to the
-accuracy of the logits is in test_parity_precision.py.
+accuracy of the logits is in tests/parity/test_precision.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.helpers.parity import (
     random_ids,
     to_torch,
 )
-from tests.tf_reference import Sizes, loud_weights, round_to
+from tests.helpers.weights import Sizes, short_weights
 
 SIZES = Sizes(layers=1, width=36, heads=3, mlp=100, vocab=211, positions=24)
 IDS = to_torch(random_ids(SIZES))
@@ -39,8 +39,7 @@ def gradients(model: GPT2ML, *, compile_with: str | None) -> list[torch.Tensor]:
 
 
 def new_model(dtype: torch.dtype, *, dropout: float) -> GPT2ML:
-    weights = round_to(loud_weights(SIZES), DTYPES[dtype])
-    return make_model(SIZES, weights, dropout=dropout).train()
+    return make_model(SIZES, short_weights(SIZES), dtype=dtype, dropout=dropout).train()
 
 
 @pytest.mark.parametrize("recompute", [False, True])

@@ -11,7 +11,6 @@ import re
 from pathlib import Path
 
 import pytest
-import tensorflow as tf
 import torch
 from torch import Tensor, nn
 
@@ -24,7 +23,7 @@ from tests.helpers.parity import (
     state_dict_of,
     to_torch,
 )
-from tests.tf_reference import loud_weights
+from tests.helpers.weights import loud_weights
 
 SIZES = ODD_SIZES[0]
 KEYS_OF_A_BLOCK = [
@@ -185,6 +184,7 @@ def test_nothing_but_these_dropouts_is_random(ids: Tensor) -> None:
 
 def test_initial_weights_are_drawn_as_tensorflow_draws_them() -> None:
     """Truncated at two standard deviations, which leaves 0.88 of the one asked for."""
+    tf = pytest.importorskip("tensorflow")
     config = GPT2MLConfig(
         vocab_size=5000,
         hidden_size=128,
