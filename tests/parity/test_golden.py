@@ -61,7 +61,8 @@ def test_parity_of_logits_gradients_and_optimizer_runs_without_tensorflow() -> N
     code = (
         "import sys, pytest; sys.modules['tensorflow'] = None; "
         "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', 'tests/parity/test_logits.py', "
-        "'tests/parity/test_gradients.py', 'tests/parity/test_optimizer.py']))"
+        "'tests/parity/test_gradients.py', 'tests/parity/test_optimizer.py', "
+        "'-k', 'agree or decodes or adafactor']))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
