@@ -158,7 +158,8 @@ def test_every_page_stands_in_both_languages() -> None:
 @pytest.mark.parametrize(("english", "chinese"), PAIRS, ids=str)
 def test_both_languages_hold_the_same_commands_and_figures(english: Path, chinese: Path) -> None:
     texts = [page.read_text("utf-8") for page in (english, chinese)]
-    code, sums, figures = r"```(?:bash|python|json)\n(.*?)```", r"\b[0-9a-f]{64}\b", r"\d[\d.,]*"
+    code, sums = r"```(?:bash|python|json)\n(.*?)```", r"\b[0-9a-f]{64}\b"
+    figures = r"\d+(?:[.,]\d+)*"
     tables = ["\n".join(re.findall(r"^\|.*$", text, re.M)) for text in texts]
     for pattern, (first, second) in ((code, texts), (sums, texts), (figures, tables)):
         found = [
