@@ -187,7 +187,7 @@ def to_config(arguments: argparse.Namespace) -> FinetuneConfig:
 
 
 def _dry_run(config: FinetuneConfig, memory: str | None) -> int:
-    from gpt2ml_torch.finetuning.prediction import parse_size, predict, suggestion
+    from gpt2ml_torch.finetuning.memory import parse_size, predict, suggestion
 
     available = parse_size(memory) if memory is not None else None
     prediction = predict(config)
@@ -201,8 +201,8 @@ def _dry_run(config: FinetuneConfig, memory: str | None) -> int:
 
 def _finetune(config: FinetuneConfig, *, quiet: bool) -> int:
     from gpt2ml_torch.commands.common import show_log
+    from gpt2ml_torch.finetuning.distributed import process_rank, processes
     from gpt2ml_torch.finetuning.memory import tune_allocator
-    from gpt2ml_torch.finetuning.processes import process_rank, processes
     from gpt2ml_torch.finetuning.run import finetune
 
     tune_allocator()

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from gpt2ml_torch.finetuning.data.batches import BatchStream
     from gpt2ml_torch.finetuning.data.cache import tokenize_files
     from gpt2ml_torch.finetuning.data.rows import RowDataset, Rows, next_token_rows
-    from gpt2ml_torch.finetuning.loop import Trainer, TrainResult
+    from gpt2ml_torch.finetuning.memory import Prediction, predict
     from gpt2ml_torch.finetuning.objective import Objective
     from gpt2ml_torch.finetuning.optimizers import (
         Adafactor,
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
         StepInBackward,
         parameter_groups,
     )
-    from gpt2ml_torch.finetuning.prediction import Prediction, predict
+    from gpt2ml_torch.finetuning.optimizers.rounding import round_stochastically_
     from gpt2ml_torch.finetuning.reporting import Event
-    from gpt2ml_torch.finetuning.rounding import round_stochastically_
     from gpt2ml_torch.finetuning.run import FinetuneResult, finetune
+    from gpt2ml_torch.finetuning.trainer import Trainer, TrainResult
 
 # Imported when first used: the workers that tokenise need none of it.
 _PLACES = {
@@ -40,18 +40,18 @@ _PLACES = {
     "FinetuneConfig": "config",
     "FinetuneResult": "run",
     "Objective": "objective",
-    "Prediction": "prediction",
+    "Prediction": "memory",
     "RowDataset": "data.rows",
     "Rows": "data.rows",
     "StepInBackward": "optimizers",
     "TrainConfig": "config",
-    "TrainResult": "loop",
-    "Trainer": "loop",
+    "TrainResult": "trainer",
+    "Trainer": "trainer",
     "finetune": "run",
     "next_token_rows": "data.rows",
     "parameter_groups": "optimizers",
-    "predict": "prediction",
-    "round_stochastically_": "rounding",
+    "predict": "memory",
+    "round_stochastically_": "optimizers.rounding",
     "tokenize_files": "data.cache",
 }
 

@@ -11,7 +11,7 @@ import torch
 from gpt2ml_torch.config import GPT2MLConfig
 from gpt2ml_torch.finetuning.checkpoints import CheckpointFolder
 from gpt2ml_torch.finetuning.config import FinetuneConfig
-from gpt2ml_torch.finetuning.processes import process_count
+from gpt2ml_torch.finetuning.distributed import process_count
 from gpt2ml_torch.modelfile import ModelFile
 from gpt2ml_torch.tokenizer import Tokenizer
 

@@ -82,7 +82,7 @@ def _flops(layers: int, tokens: int, *, adapter: bool) -> int:
 
 def _ours(setting: str, path: str, tokens: int) -> tuple[int, int, Step]:
     from gpt2ml_torch.finetuning import Objective, next_token_rows
-    from gpt2ml_torch.finetuning.preparation import load_model, make_optimizer
+    from gpt2ml_torch.finetuning.components import load_model, make_optimizer
     from gpt2ml_torch.finetuning.step import Stepper
 
     config = settings_of(setting, model=path, length=tokens)

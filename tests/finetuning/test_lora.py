@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from gpt2ml_torch import GPT2ML, GPT2MLConfig, kernels
 from gpt2ml_torch.__main__ import main
 from gpt2ml_torch.finetuning import Objective, next_token_rows
+from gpt2ml_torch.finetuning.components import pack_blocks
 from gpt2ml_torch.finetuning.lora import add_adapter
-from gpt2ml_torch.finetuning.preparation import pack_blocks
 from gpt2ml_torch.kv_cache import KVCache
 from gpt2ml_torch.modelfile import ModelFile
 from tests.helpers.finetuning_runs import metrics, run

@@ -15,8 +15,8 @@ from gpt2ml_torch import GPT2ML, Generator, Tokenizer
 from gpt2ml_torch.__main__ import main
 from gpt2ml_torch.finetuning import Event, FinetuneConfig, Objective, finetune, upcasting
 from gpt2ml_torch.finetuning.checkpoints import CheckpointFolder
+from gpt2ml_torch.finetuning.components import load_data, load_model, make_optimizer
 from gpt2ml_torch.finetuning.data.batches import evaluation_batches
-from gpt2ml_torch.finetuning.preparation import load_data, load_model, make_optimizer
 from gpt2ml_torch.modelfile import ModelFile
 from tests.helpers.finetuning_runs import metrics, run, settings
 

@@ -7,8 +7,8 @@ import torch
 
 from gpt2ml_torch import GPT2ML, Generator, GPT2MLConfig
 from gpt2ml_torch.finetuning import FinetuneConfig, Objective, next_token_rows, upcasting
+from gpt2ml_torch.finetuning.components import upcasts
 from gpt2ml_torch.finetuning.lora import add_adapter
-from gpt2ml_torch.finetuning.preparation import upcasts
 from tests.helpers.tiny import tiny_model, tiny_tokenizer
 
 

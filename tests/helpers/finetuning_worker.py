@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from gpt2ml_torch.finetuning.config import FinetuneConfig
+from gpt2ml_torch.finetuning.distributed import processes
 from gpt2ml_torch.finetuning.memory import peak_gib, tune_allocator
-from gpt2ml_torch.finetuning.processes import processes
 from gpt2ml_torch.finetuning.reporting import read_metrics
 from gpt2ml_torch.finetuning.run import finetune
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from gpt2ml_torch.finetuning.rounding import round_stochastically_
+from gpt2ml_torch.finetuning.optimizers.rounding import round_stochastically_
 
 SLICE = 1 << 18  # elements in flight: 1 MB in float32, which a cache holds
 

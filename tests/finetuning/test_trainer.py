@@ -23,7 +23,7 @@ from gpt2ml_torch.finetuning import (
     parameter_groups,
 )
 from gpt2ml_torch.finetuning.config import parse_layers
-from gpt2ml_torch.finetuning.spikes import LossWatch
+from gpt2ml_torch.finetuning.step import LossWatch
 
 
 def small_model() -> GPT2ML:

@@ -16,16 +16,15 @@ from typing import Any, Protocol
 
 import torch
 
-from gpt2ml_torch.finetuning.checkpoints import CheckpointFolder
+from gpt2ml_torch.finetuning.checkpoints import CheckpointFolder, RunState, Snapshots
 from gpt2ml_torch.finetuning.config import TrainConfig
 from gpt2ml_torch.finetuning.data.rows import Rows
+from gpt2ml_torch.finetuning.distributed import process_rank, total
 from gpt2ml_torch.finetuning.memory import used_gib
 from gpt2ml_torch.finetuning.objective import Objective
 from gpt2ml_torch.finetuning.optimizers import SlicedOptimizer
 from gpt2ml_torch.finetuning.optimizers.sliced import local
-from gpt2ml_torch.finetuning.processes import process_rank, total
 from gpt2ml_torch.finetuning.reporting import Callback, Event, MetricsFile, draw_losses
-from gpt2ml_torch.finetuning.snapshots import Progress, Snapshots
 from gpt2ml_torch.finetuning.step import Stepper, learned_tokens
 
 Sampler = Callable[[Sequence[str]], Sequence[str]]
@@ -112,7 +111,7 @@ class Trainer:
                 data_key=data_key,
             )
         self._callbacks = [callback] if callback else []
-        self._progress = Progress()
+        self._progress = RunState()
         self._losses: list[float] = []
         self._saved_at = time.monotonic()
         self._device = objective.model.device

@@ -16,10 +16,10 @@ from gpt2ml_torch.finetuning.data.cache import tokenize_files
 from gpt2ml_torch.finetuning.data.corpus import Corpus
 from gpt2ml_torch.finetuning.data.rows import RowDataset
 from gpt2ml_torch.finetuning.data.summary import Summary, summarize
+from gpt2ml_torch.finetuning.distributed import process_count, process_rank
 from gpt2ml_torch.finetuning.lora import add_adapter
 from gpt2ml_torch.finetuning.objective import Objective
 from gpt2ml_torch.finetuning.optimizers import Adafactor, AdamW, SlicedOptimizer, parameter_groups
-from gpt2ml_torch.finetuning.processes import process_count, process_rank
 from gpt2ml_torch.finetuning.upcasting import cpu_lacks_bfloat16, upcast_products
 from gpt2ml_torch.model import GPT2ML
 from gpt2ml_torch.modelfile import ModelFile

@@ -13,7 +13,7 @@ import torch
 from gpt2ml_torch import GPT2ML, GPT2MLConfig
 from gpt2ml_torch.__main__ import main
 from gpt2ml_torch.finetuning import FinetuneConfig, predict
-from gpt2ml_torch.finetuning.prediction import parse_size, suggestion
+from gpt2ml_torch.finetuning.memory import parse_size, suggestion
 from gpt2ml_torch.modelfile.writer import save
 from tests.helpers.finetuning_runs import SPECIAL, python, settings
 
