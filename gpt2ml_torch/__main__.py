@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
 import gpt2ml_torch
 from gpt2ml_torch.commands.parsing import Parser, flags_of, parse
+from gpt2ml_torch.commands.paths import find_model
 from gpt2ml_torch.commands.program import run_program
 from gpt2ml_torch.options import OptionError, OptionFileExistsError, suggestion
 
@@ -44,7 +46,10 @@ def _run(words: list[str]) -> int:
     parser = Parser(prog=f"gpt2ml {command}", description=summary, examples=module.EXAMPLES)
     module.add_arguments(parser)
     try:
-        status: int = module.run(parse(parser, words[1:]))
+        arguments = parse(parser, words[1:])
+        if "model" in arguments:
+            arguments.model = find_model(os.path.expanduser(arguments.model))
+        status: int = module.run(arguments)
     except (OptionError, OptionFileExistsError) as error:
         raise ValueError(error.render(flags_of(parser))) from error
     return status

@@ -1,68 +1,88 @@
-"""What several commands share: loading a model, and log lines on stderr."""
+"""What several commands share: finding and loading a model, reading texts, log lines on stderr."""
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import logging
+import os
 import sys
 import time
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from gpt2ml_torch import GPT2ML, Generator, Tokenizer
+from gpt2ml_torch.commands.output import one_line
+from gpt2ml_torch.commands.streams import read_input
 from gpt2ml_torch.devices import choose_device
 from gpt2ml_torch.modelfile import ModelFile
+from gpt2ml_torch.options import check_options, check_text, option
 from gpt2ml_torch.precision import PACKABLE
+
+# Far more threads than cores are only slower, and PyTorch crashes where it can't start them.
+MAX_THREADS = max(16, 2 * (os.cpu_count() or 1))
+PACKED = tuple(precision.value for precision in PACKABLE)
 
 _logger = logging.getLogger(__name__)
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, *, quantize: str) -> None:
-    """What says which model to load, and how; `quantize` is the default of that option."""
-    parser.add_argument("model", metavar="MODEL", help="a .safetensors file made by the converter")
-    parser.add_argument("--vocab", metavar="FILE", help="vocabulary, where the model holds none")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: auto)")
-    parser.add_argument(
-        "--quantize",
-        choices=["auto", "none", *(precision.value for precision in PACKABLE)],
-        default=quantize,
-        help="precision of the weights (default: %(default)s; auto: the fastest safe one)",
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """Which model to load, and how. Raises `ValueError` for values that make no sense."""
+
+    model: str = option(positional=True, path=True, help="a model file, or a folder with one")
+    vocab: str | None = option(
+        None, path=True, metavar="FILE", help="the vocabulary, where the model file holds none"
     )
-    parser.add_argument(
-        "--dtype",
-        choices=["float32", "bfloat16", "float16"],
-        help="of the activations, and of weights that are not quantised",
+    device: str = option(
+        "auto", default_text="the first GPU, or else the CPU", help="cpu, cuda, cuda:1 ..."
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
-    parser.add_argument("--no-compile", action="store_true", help="start at once, run slower")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="texts decoded at once")
-    parser.add_argument("--quiet", action="store_true", help="no progress lines")
+    quantize: str = option(
+        "auto",
+        choices=("auto", "none", *PACKED),
+        help="precision of the weights; auto is the fastest safe one",
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] | None = option(
+        None,
+        default_text="fits the weights",
+        help="precision of the activations, and of weights that are not quantised",
+    )
+    threads: int | None = option(
+        None, low=1, high=MAX_THREADS, metavar="N", default_text="all cores", help="CPU threads"
+    )
+    compile: bool = option(
+        True, flags="--no-compile", inverted=True, help="start at once, run slower"
+    )
+    batch_size: int | None = option(
+        None, low=1, high=2**16, metavar="N", help="texts decoded at once"
+    )
+    quiet: bool = option(False, flags="--quiet", help="no progress lines")
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
-def load_generator(arguments: argparse.Namespace, *, assistant: str | None = None) -> Generator:
-    show_log(quiet=arguments.quiet)
-    if arguments.threads is not None:
-        if arguments.threads < 1:
-            raise ValueError(f"--threads is {arguments.threads}; expected 1 or more")
-        torch.set_num_threads(arguments.threads)
+def load_generator(options: LoadOptions, *, assistant: str | None = None) -> Generator:
+    show_log(quiet=options.quiet)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     began = time.perf_counter()
-    device = choose_device(arguments.device)
-    dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
-    with ModelFile.open(arguments.model) as file:
+    device = choose_device(options.device)
+    with ModelFile.open(options.model) as file:
         generator = Generator.from_file(
             file,
             device=device,
-            dtype=dtype,
-            precision=None if arguments.quantize == "none" else arguments.quantize,
-            compile=not arguments.no_compile,
-            batch_size=arguments.batch_size,
-            tokenizer=Tokenizer.from_pretrained(arguments.vocab) if arguments.vocab else None,
+            dtype=None if options.dtype is None else getattr(torch, options.dtype),
+            precision=None if options.quantize == "none" else options.quantize,
+            compile=options.compile,
+            batch_size=options.batch_size,
+            tokenizer=Tokenizer.from_pretrained(options.vocab) if options.vocab else None,
             assistant=assistant,
         )
     _logger.info(
         "loaded %s (%s) in %.1f s",
-        *(arguments.model, precision_of(generator.model), time.perf_counter() - began),
+        *(options.model, precision_of(generator.model), time.perf_counter() - began),
     )
     return generator
 
@@ -71,6 +91,17 @@ def precision_of(model: GPT2ML) -> str:
     """The precision of the weights, in words."""
     dtype = str(model.dtype).removeprefix("torch.")
     return dtype if model.packed is None else f"{model.packed}, activations {dtype}"
+
+
+def read_texts(name: str, words: tuple[str, ...], file: str | None) -> list[str]:
+    """The texts of the arguments called `name`, "-" being standard input, and the lines of a file.
+
+    Raises `ValueError` for bytes that aren't UTF-8.
+    """
+    for word in words:
+        check_text(name, word)
+    texts = [read_input() if word == "-" else word for word in words]
+    return texts if file is None else texts + read_lines(file)
 
 
 def read_lines(path: str) -> list[str]:
@@ -85,10 +116,18 @@ def read_lines(path: str) -> list[str]:
     return lines
 
 
+class _OneLine(logging.Formatter):
+    """Log lines name files and quote texts, which could steer a terminal."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = one_line(record.message)
+        return super().formatMessage(record)
+
+
 def show_log(*, quiet: bool) -> None:
     """The package's log lines on stderr; warnings only, if quiet."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("gpt2ml: %(message)s"))
+    handler.setFormatter(_OneLine("gpt2ml: %(message)s"))
     logger = logging.getLogger("gpt2ml_torch")
     logger.handlers = [handler]
     logger.propagate = False

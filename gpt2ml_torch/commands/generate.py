@@ -5,15 +5,20 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import json
+import logging
 import sys
 from collections.abc import Iterator
 from typing import Any
 
-from gpt2ml_torch.commands.common import add_model_arguments, load_generator, read_lines
+from gpt2ml_torch.commands.common import PACKED, LoadOptions, load_generator, read_texts
+from gpt2ml_torch.commands.output import printable, write_json
+from gpt2ml_torch.commands.parsing import add_options, given
+from gpt2ml_torch.commands.streams import read_input_line
 from gpt2ml_torch.generation import GenerationConfig, Generator
 from gpt2ml_torch.generation.stats import Stats, read_bandwidth
-from gpt2ml_torch.precision import PACKABLE
+from gpt2ml_torch.options import check_text, option
+
+_logger = logging.getLogger(__name__)
 
 _OPTIONS = {  # flag: (field of GenerationConfig, type, help)
     "--max-new-tokens": ("max_new_tokens", int, "tokens to write at most (default 256)"),
@@ -49,92 +54,108 @@ EXAMPLES = (
 )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser, quantize="auto")
-    parser.add_argument(
-        "prompts", nargs="*", metavar="PROMPT", help="- reads one from stdin; none: interactive"
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateOptions(LoadOptions):
+    """Which texts to continue with which model, and what to print."""
+
+    prompts: tuple[str, ...] = option(
+        (),
+        positional=True,
+        metavar="PROMPT",
+        help="- reads one from standard input; without any, each line of it is one",
     )
-    parser.add_argument("--file", metavar="FILE", help="prompts, one a line")
+    file: str | None = option(None, path=True, metavar="FILE", help="prompts, one a line")
+    assistant: str | None = option(
+        None,
+        choices=PACKED,
+        help="also load the weights in this precision as a draft model (speculative decoding)",
+    )
+    full_text: bool = option(
+        True, flags="--no-prompt", inverted=True, help="print the continuation alone"
+    )
+    logprobs: bool = option(False, flags="--logprobs", help="with --json: for each token")
+    json: bool = option(False, flags="--json", help="one JSON object a line")
+    stats: bool = option(False, flags="--stats", help="speed, on standard error")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The model, the prompts, and every field of `GenerationConfig`."""
+    add_options(parser, GenerateOptions)
     parser.add_argument("-n", type=int, dest="num_return_sequences", help="texts for each prompt")
     for flag, (field, kind, text) in _OPTIONS.items():
         parser.add_argument(flag, dest=field, type=kind, help=text)
     for flag, (field, kind, text) in _LISTS.items():
         parser.add_argument(flag, dest=field, type=kind, action="append", help=text)
-    parser.add_argument(
-        "--assistant",
-        choices=[precision.value for precision in PACKABLE],
-        help="also load the weights so, to guess with: a single text comes sooner",
-    )
     parser.add_argument("--greedy", action="store_true", help="always the most probable token")
     parser.add_argument("--top-p-rule", choices=["huggingface", "grover"])
     parser.add_argument("--on-long-prompt", choices=["cut", "error"])
-    parser.add_argument("--no-prompt", action="store_true", help="print the continuation alone")
-    parser.add_argument("--logprobs", action="store_true", help="with --json: for each token")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
-    parser.add_argument("--stats", action="store_true", help="speed, on stderr")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    options = _given_options(arguments)
-    GenerationConfig(**options)  # bad values are reported before the model is loaded
-    prompts = _prompts(arguments)
-    generator = load_generator(arguments, assistant=arguments.assistant)
+    """Print the continuations; without a prompt, of each line of standard input."""
+    options = GenerateOptions(**given(arguments, GenerateOptions))
+    config = _given_config(arguments)
+    GenerationConfig(**config)  # bad values are reported before the model is loaded
+    prompts = read_texts("prompts", options.prompts, options.file)
+    generator = load_generator(options, assistant=options.assistant)
     stats = Stats()
     if prompts:
-        _write(generator, prompts, options, arguments, stats)
+        _warn_of_unknown(generator, prompts)
+        _write(generator, prompts, config, options, stats)
     else:
-        _interact(generator, options, arguments, stats)
-    if arguments.stats:
+        _interact(generator, config, options, stats)
+    if options.stats:
         print(_summary(generator, stats), file=sys.stderr)
     return 0
 
 
-def _given_options(arguments: argparse.Namespace) -> dict[str, Any]:
+def _given_config(arguments: argparse.Namespace) -> dict[str, Any]:
     fields = {field.name for field in dataclasses.fields(GenerationConfig)}
     values = {name: value for name, value in vars(arguments).items() if name in fields}
-    options = {name: value for name, value in values.items() if value is not None}
+    config = {name: value for name, value in values.items() if value is not None}
+    for name, value in config.items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str):
+                check_text(name, text)
     if arguments.greedy:
-        options["do_sample"] = False
-    return options
+        config["do_sample"] = False
+    return config
 
 
-def _prompts(arguments: argparse.Namespace) -> list[str]:
-    prompts = [
-        sys.stdin.read().rstrip("\r\n") if prompt == "-" else prompt for prompt in arguments.prompts
-    ]
-    if arguments.file is not None:
-        prompts += read_lines(arguments.file)
-    return prompts
+def _warn_of_unknown(generator: Generator, prompts: list[str]) -> None:
+    """Say which prompts the vocabulary has nothing of: the text can't go on from them."""
+    for prompt in prompts:
+        ids = generator.tokenizer.encode(prompt)
+        if ids and generator.tokenizer.unknown_share(ids) == 1:
+            _logger.warning("the vocabulary has nothing of the prompt %r: all is [UNK]", prompt)
 
 
 def _write(
     generator: Generator,
     prompts: list[str],
-    options: dict[str, Any],
-    arguments: argparse.Namespace,
+    config: dict[str, Any],
+    options: GenerateOptions,
     stats: Stats,
 ) -> None:
-    if arguments.json:
-        completions = generator.complete(
-            prompts, logprobs=arguments.logprobs, stats=stats, **options
-        )
+    if options.json:
+        completions = generator.complete(prompts, logprobs=options.logprobs, stats=stats, **config)
         for completion in completions:
-            print(json.dumps(_as_json(dataclasses.asdict(completion)), ensure_ascii=False))
+            write_json(_given_values(dataclasses.asdict(completion)))
         return
-    with_prompt = not arguments.no_prompt
-    samples = options.get("num_return_sequences", generator.defaults.num_return_sequences)
+    samples = config.get("num_return_sequences", generator.defaults.num_return_sequences)
+    how: dict[str, Any] = {"return_full_text": options.full_text, "stats": stats, **config}
     if len(prompts) == 1 and samples == 1:
-        pieces = generator.stream(prompts[0], return_full_text=with_prompt, stats=stats, **options)
+        pieces = generator.stream(prompts[0], **how)
         # What compiles does so before the third piece: hold two back, and the log's lines stand
         # above the text instead of inside it.
         head = list(itertools.islice(pieces, 3)) if generator.engine.compiled else []
         for piece in itertools.chain(head, pieces):
-            print(piece, end="", flush=True)
+            print(printable(piece), end="", flush=True)
         print()
         return
-    texts = generator.stream_many(prompts, return_full_text=with_prompt, stats=stats, **options)
+    texts = generator.stream_many(prompts, **how)
     for text in _whole_texts(texts, len(prompts) * samples):
-        print(text, flush=True)
+        print(printable(text), flush=True)
 
 
 def _whole_texts(pieces: Iterator[tuple[int, str]], count: int) -> Iterator[str]:
@@ -146,28 +167,35 @@ def _whole_texts(pieces: Iterator[tuple[int, str]], count: int) -> Iterator[str]
 
 
 def _interact(
-    generator: Generator, options: dict[str, Any], arguments: argparse.Namespace, stats: Stats
+    generator: Generator, config: dict[str, Any], options: GenerateOptions, stats: Stats
 ) -> None:
-    """Continue one line after the other; Ctrl-C ends a text, or the program at an empty prompt."""
+    """Continue one line after the other; Ctrl-C ends a text, or the program at an empty prompt.
+
+    A line that can't be continued is reported, and the next one read.
+    """
     terminal = sys.stdin.isatty()
     while True:
         if terminal:
             print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
+        line = read_input_line()
         if not line:
             return
         prompt = line.rstrip("\r\n")
         if not prompt.strip():
             continue
         try:
-            _write(generator, [prompt], options, arguments, stats)
+            check_text("prompts", prompt)
+            _warn_of_unknown(generator, [prompt])
+            _write(generator, [prompt], config, options, stats)
+        except ValueError as error:
+            _logger.error("%s", error)
         except KeyboardInterrupt:
             if not terminal:
                 raise
             print()
 
 
-def _as_json(completion: dict[str, Any]) -> dict[str, Any]:
+def _given_values(completion: dict[str, Any]) -> dict[str, Any]:
     """Without what was not asked for."""
     return {name: value for name, value in completion.items() if value not in (None, ())}
 

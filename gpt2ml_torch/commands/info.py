@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from gpt2ml_torch.commands.output import one_line, write_json
 from gpt2ml_torch.modelfile import ModelFile
 from gpt2ml_torch.modelfile.format import count_lines
 
@@ -24,12 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     values = _describe(arguments.model)
     if arguments.json:
-        print(json.dumps(values, ensure_ascii=False))
+        write_json(values)
         return 0
     width = max(map(len, values))
     for name, value in values.items():
         shown = json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value
-        print(f"{name:{width}}  {shown}")
+        print(f"{name:{width}}  {one_line(str(shown))}")
     return 0
 
 

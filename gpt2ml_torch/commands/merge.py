@@ -6,6 +6,8 @@ import argparse
 import errno
 from pathlib import Path
 
+from gpt2ml_torch.commands.output import one_line
+
 EXAMPLES = (
     "gpt2ml merge out.safetensors adapter --out merged.safetensors",
     "gpt2ml merge out.safetensors adapter --out merged.safetensors --force",
@@ -29,5 +31,5 @@ def run(arguments: argparse.Namespace) -> int:
     from gpt2ml_torch.finetuning.adapters import merge_adapter
 
     merge_adapter(arguments.model, arguments.adapter, arguments.out, overwrite=arguments.force)
-    print(f"wrote {arguments.out}")
+    print(one_line(f"wrote {arguments.out}"))
     return 0

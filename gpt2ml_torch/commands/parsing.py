@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 from gpt2ml_torch.options import Namer, OptionField, option_fields, python_name, suggestion
@@ -70,9 +71,9 @@ def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Nam
             continue
         flags = [flag for action in parser._actions for flag in action.option_strings]
         hint = suggestion(word.split("=")[0], flags) or f"see {parser.prog} --help"
-        takes_text = any(action.nargs in ("*", "+") for action in _positionals(parser))
-        text = "; text that begins with - goes behind --" if takes_text else ""
-        raise ValueError(f"unknown option {word}; {hint}{text}")
+        if any(action.nargs in ("*", "+") for action in _positionals(parser)):
+            hint += " (text that begins with - goes behind --)"
+        raise ValueError(f"unknown option {word}; {hint}")
     if unknown:
         raise ValueError(f"unexpected argument {unknown[0]!r} (see {parser.prog} --help)")
     return arguments
@@ -134,12 +135,15 @@ def _switch(field: OptionField) -> dict[str, Any]:
 
 
 def _conversion(field: OptionField) -> dict[str, Any]:
-    convert = {int: _whole_number, float: _number}.get(field.kind or str)
+    converters: dict[type, Callable[[str], Any]] = {int: _whole_number, float: _number}
+    convert = converters.get(field.kind or str)
     separator = field.option.split
     if separator is not None:
         return {
             "type": lambda text: tuple(map(convert or str, filter(None, text.split(separator))))
         }
+    if field.option.path:
+        convert = os.path.expanduser  # a shell leaves ~ alone in quotes and behind =
     return {} if convert is None else {"type": convert}
 
 

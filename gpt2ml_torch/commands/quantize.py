@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from gpt2ml_torch.commands.output import one_line
 from gpt2ml_torch.modelfile import ModelFile, ModelWriter
 from gpt2ml_torch.precision import INTEGER
 
@@ -44,5 +45,5 @@ def run(arguments: argparse.Namespace) -> int:
     ) as writer:
         for name in file.tensors:
             writer.write_weight(name, file.tensor(name))
-    print(f"wrote {arguments.out}: {arguments.to}, {writer.size:,} bytes")
+    print(one_line(f"wrote {arguments.out}: {arguments.to}, {writer.size:,} bytes"))
     return 0

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
-import math
-import sys
+import dataclasses
 
-from gpt2ml_torch.commands.common import add_model_arguments, load_generator, read_lines
+from gpt2ml_torch.commands.common import PACKED, LoadOptions, load_generator, read_texts
+from gpt2ml_torch.commands.output import printable, write_json
+from gpt2ml_torch.commands.parsing import add_options, given
+from gpt2ml_torch.options import option
 
 EXAMPLES = (
     "gpt2ml score out.safetensors 今天天气不错",
@@ -15,30 +16,46 @@ EXAMPLES = (
 )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoreOptions(LoadOptions):
+    """Which texts to score with which model."""
+
+    quantize: str = option(
+        "none",
+        choices=("auto", "none", *PACKED),
+        help="precision of the weights; auto is the fastest safe one, none the file's own",
+    )
+    texts: tuple[str, ...] = option(
+        (), positional=True, metavar="TEXT", help="- reads one from standard input"
+    )
+    file: str | None = option(None, path=True, metavar="FILE", help="texts, one a line")
+    json: bool = option(False, flags="--json", help="one JSON object a line")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser, quantize="none")
-    parser.add_argument("texts", nargs="*", metavar="TEXT", help="- reads one from stdin")
-    parser.add_argument("--file", metavar="FILE", help="texts, one a line")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    """The model and the texts."""
+    add_options(parser, ScoreOptions)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    texts = [sys.stdin.read().rstrip("\r\n") if text == "-" else text for text in arguments.texts]
-    if arguments.file is not None:
-        texts += read_lines(arguments.file)
+    """Print a line for each text: its log-likelihood, perplexity and itself."""
+    options = ScoreOptions(**given(arguments, ScoreOptions))
+    texts = read_texts("texts", options.texts, options.file)
     if not texts:
-        raise ValueError("no text was given; give one, or - for stdin, or --file")
-    arguments.no_compile = True  # each text is read once: there is nothing to compile for
-    for score in load_generator(arguments).score(texts):
-        perplexity = None if math.isnan(score.perplexity) else score.perplexity
-        if arguments.json:
-            values = {
-                "text": score.text,
-                "log_likelihood": score.log_likelihood,
-                "perplexity": perplexity,
-                "tokens": len(score.token_ids),
-            }
-            print(json.dumps(values, ensure_ascii=False))
+        raise ValueError("no text was given; give one, or - for standard input, or --file")
+    # Each text is read once: there is nothing to compile for.
+    generator = load_generator(dataclasses.replace(options, compile=False))
+    for score in generator.score(texts):
+        if options.json:
+            write_json(
+                {
+                    "text": score.text,
+                    "log_likelihood": score.log_likelihood,
+                    "perplexity": score.perplexity,  # NaN for a text of one token
+                    "tokens": len(score.token_ids),
+                }
+            )
         else:
-            print(f"{score.log_likelihood:.4f}\t{score.perplexity:.4f}\t{score.text}")
+            text = printable(score.text)
+            print(f"{score.log_likelihood:.4f}\t{score.perplexity:.4f}\t{text}")
     return 0

@@ -107,8 +107,9 @@ def _fill_closed() -> None:
 def _readable(stream: TextIO | None) -> TextIO:
     if stream is None:
         return open(0, encoding="utf-8", closefd=False)
-    if _is_ascii(stream.encoding):  # UTF-8 reads ASCII too
-        stream.reconfigure(encoding="utf-8", errors="strict")  # type: ignore[attr-defined]
+    encoding = "utf-8" if _is_ascii(stream.encoding) else stream.encoding  # UTF-8 reads ASCII too
+    # In the C locale Python would let bytes that aren't text pass, as surrogates.
+    stream.reconfigure(encoding=encoding, errors="strict")  # type: ignore[attr-defined]
     return stream
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt2ml_torch import Generator, kernels
+from gpt2ml_torch import Generator, Tokenizer, kernels
 from gpt2ml_torch.__main__ import main
 from tests.helpers.tiny import tiny_model, tiny_tokenizer
 
@@ -92,6 +93,56 @@ def test_without_a_prompt_each_line_is_one(
     monkeypatch.setattr("sys.stdin", io.StringIO("今天\n\n双\n"))
     assert main(["generate", model_file, *QUICK]) == 0
     assert [line[0] for line in capsys.readouterr().out.splitlines()] == ["今", "双"]
+
+
+def test_a_line_that_cannot_be_continued_does_not_end_the_session(
+    model_file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("今天\n\u200b\n\ufeff \n双\n"))
+    assert main(["generate", model_file, *QUICK]) == 0
+    out, err = capsys.readouterr()
+    assert [line[0] for line in out.splitlines()] == ["今", "双"]
+    assert err.count("holds no token") == err.count("\n") == 2
+
+
+def test_a_prompt_that_the_vocabulary_has_nothing_of_is_warned_of(
+    model_file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", model_file, "☃☂", "今☃", *QUICK]) == 0
+    assert capsys.readouterr().err.count("all is [UNK]") == 1
+
+
+def test_a_folder_with_one_model_file_is_that_model(
+    model_file: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "._tiny.safetensors").write_bytes(b"of a Mac")
+    (tmp_path / "models" / "adapter_model.safetensors").write_bytes(b"of peft")
+    assert main(["info", "~/models"]) == 2
+    assert "a folder without a model file" in capsys.readouterr().err
+    shutil.copy(model_file, tmp_path / "models")
+    for name in (str(tmp_path / "models"), "~/models", "~/models/tiny.safetensors"):
+        assert main(["info", name]) == 0
+    shutil.copy(model_file, tmp_path / "models" / "copy.safetensors")
+    assert main(["info", "~/models"]) == 2
+    assert "2 model files (copy.safetensors, tiny.safetensors)" in capsys.readouterr().err
+
+
+def test_control_characters_do_not_reach_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hostile = Tokenizer(["[PAD]", "[UNK]", "今", "\x1b[31m", "\x9b2J", "\x07"])
+    path = tmp_path / "hostile.safetensors"
+    model = tiny_model(hostile)
+    model.save_pretrained(path, tokenizer=hostile)
+    assert main(["generate", str(path), "今", *QUICK[:-1], "50", "-n", "4"]) == 0
+    assert main(["info", str(path) + "\x1b]0;title\x07\x9b"]) == 2
+    out, err = capsys.readouterr()
+    assert not set(map(chr, [*range(10), *range(11, 32), *range(127, 160)])) & set(out + err)
 
 
 def test_stats(model_file: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -175,6 +226,12 @@ def test_the_precision_is_chosen_by_the_device_unless_asked_for(model_file: str)
         (["今", "--ban-id", "100000"], "out of range"),
         (["今", "--vocab", "no-vocab.txt"], "no-vocab.txt"),
         (["今", "--top-k", "many"], "invalid int value"),
+        (["今\udcff"], "PROMPT is '\\u4eca\\udcff', which isn't UTF-8"),
+        (["今", "--stop", "\udcff"], "--stop is '\\udcff', which isn't UTF-8"),
+        (["今", "--ban", "\udcff"], "--ban is '\\udcff', which isn't UTF-8"),
+        (["-今"], "text that begins with - goes behind --"),
+        (["今", "--threads", "100000"], "--threads is 100000; expected a whole number from 1 to"),
+        (["今", "--device", "mps"], "--device is 'mps', which PyTorch can't use here"),
         (["今", "--no-such-flag"], "unknown option --no-such-flag"),
     ],
 )
