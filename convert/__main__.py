@@ -10,12 +10,16 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from convert.locate import locate
-from convert.pipeline import Progress, Report, convert
+from convert import to_safetensors
+from convert.inputs import expanded, locate
 from convert.plan import Options
+from convert.to_safetensors import Progress
 from gpt2ml_torch.precision import INTEGER
+
+if TYPE_CHECKING:
+    from convert import to_tf
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _EXAMPLE_PROMPT = "今天天气不错"
@@ -70,6 +74,11 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="keep Adafactor's statistics, for fine-tuning to go on with; 0.1 %% more",
     )
+    parser.add_argument(
+        "--allow-non-finite",
+        action="store_true",
+        help="convert a model that holds NaN or infinity all the same",
+    )
     parser.add_argument("--force", action="store_true", help="overwrite OUT")
     parser.add_argument(
         "--no-verify", action="store_true", help="accept a published size with another SHA-256"
@@ -85,7 +94,10 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
     if options.keep_optimizer and options.dtype in INTEGER:
         parser.error(f"--keep-optimizer excludes --dtype {options.dtype}, which can't be tuned")
     if options.to_tf:
-        one_way = ("config", "vocab", "no_vocab", "keep_optimizer", "no_verify", "dtype")
+        one_way = (
+            "config", "vocab", "no_vocab", "keep_optimizer", "no_verify", "dtype",
+            "allow_non_finite",
+        )  # fmt: skip
         for name in one_way:
             if getattr(options, name) != parser.get_default(name):
                 option = f"--{name.replace('_', '-')}"
@@ -93,26 +105,28 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
 
 
 def _run(arguments: argparse.Namespace, progress: Progress) -> str:
+    source, out = expanded(arguments.source), expanded(arguments.out)
     if arguments.to_tf:
-        from convert.to_tf import to_tf  # brings PyTorch, which takes seconds to import
+        from convert.to_tf import to_tf
 
-        return to_tf(arguments.source, arguments.out, overwrite=arguments.force, progress=progress)
-    location = locate(arguments.source)
+        report = to_tf(source, out, overwrite=arguments.force, progress=progress)
+        return _summary_of_tf(report)
     options = Options(
         dtype=arguments.dtype if arguments.dtype in _DTYPES else "float32",
         quantization=arguments.dtype if arguments.dtype in INTEGER else None,
-        config=arguments.config,
-        vocab=arguments.vocab,
+        config=arguments.config and expanded(arguments.config),
+        vocab=arguments.vocab and expanded(arguments.vocab),
         with_vocab=not arguments.no_vocab,
         keep_optimizer=arguments.keep_optimizer,
         verify=not arguments.no_verify,
+        allow_non_finite=arguments.allow_non_finite,
         overwrite=arguments.force,
     )
-    report = convert(location, arguments.out, options, progress=progress)
-    return _summary(report, arguments.out, arguments.dtype, location.notes)
+    converted = to_safetensors.convert(locate(source), out, options, progress=progress)
+    return _summary(converted, out, arguments.dtype)
 
 
-def _summary(report: Report, out: Path, dtype: str, notes: Sequence[str]) -> str:
+def _summary(report: to_safetensors.Report, out: Path, dtype: str) -> str:
     config, source = report.config, report.source
     what = source.get("published", "GPT2_ML")
     dropped = (
@@ -129,10 +143,23 @@ def _summary(report: Report, out: Path, dtype: str, notes: Sequence[str]) -> str
         f"  tensors     {report.tensors:,}, {config.num_parameters:,} parameters, {dtype}; "
         f"{kept}dropped: {dropped}",
         f"  vocabulary  {words}",
-        *(f"  note        {note}" for note in (*notes, *report.notes)),
+        *(f"  note        {note}" for note in report.notes),
+        f"  verified    {report.verified}",
         f"  written     {report.size:,} bytes in {report.seconds:.1f} s, each tensor checksummed",
         "next:",
         f"  python -m gpt2ml_torch generate {shlex.quote(str(out))} {_EXAMPLE_PROMPT}",
+    ]
+    return "\n".join(lines)
+
+
+def _summary_of_tf(report: to_tf.Report) -> str:
+    optimizer = ", with its optimizer" if report.has_optimizer else ""
+    lines = [
+        f"{report.prefix}: {report.parameters:,} parameters, float32, step {report.step:,}"
+        f"{optimizer}",
+        f"  files       {', '.join(report.files)}",
+        f"  written     {report.size:,} bytes in {report.seconds:.1f} s",
+        "next: give this folder to the original code, or to python -m convert",
     ]
     return "\n".join(lines)
 

@@ -1,21 +1,35 @@
 """The index of a TensorFlow V2 checkpoint ("tensor bundle"): where in the data files each tensor
 stands, and its checksum.
 
-Read and written here, since importing TensorFlow for it takes longer than copying all of GPT2_ML;
-the tests hold this module against TensorFlow, both ways. Source: tensorflow/core/protobuf/
-tensor_bundle.proto, tensorflow/core/util/tensor_bundle/tensor_bundle.h.
+From the bottom up: protocol buffers, the sorted string table that holds them (its blocks may be
+compressed with Snappy, and each carries a checksum), and the entries. Read and written here, since
+importing TensorFlow for it takes longer than copying all of GPT2_ML; the tests hold this module
+against TensorFlow, both ways. Nothing in a file is believed: what reaches beyond its end is a
+`ValueError`.
+
+Source: tensorflow/core/protobuf/tensor_bundle.proto, tensorflow/core/util/tensor_bundle/
+tensor_bundle.h; tsl/lib/io/format.cc and table_format.txt; google/snappy, format_description.txt.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+import struct
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from convert.sources import storage
-from convert.table import read_table, write_table
-from convert.wire import bytes_field, fields, fixed32_field, number_field
+from crc32c import crc32c
+
+from convert.arrays import storage_dtype
+
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # protocol buffers' wire types
+
+_MAGIC = struct.pack("<Q", 0xDB4775248B80FB57)
+_FOOTER_BYTES = 48
+_PLAIN, _SNAPPY = b"\0", b"\1"
+_MAX_BLOCK = 64 << 20  # bytes, uncompressed; TensorFlow's have 256 KiB
+_MAX_TABLE = 64 << 20  # bytes of all entries; the published ones' have 0.1 MB
 
 # TensorFlow's numbers for its types; what is not here holds no numbers.
 _DTYPES = {
@@ -33,10 +47,207 @@ _DTYPE, _SHAPE, _SHARD, _OFFSET, _SIZE, _CRC32C, _SLICES = 1, 2, 3, 4, 5, 6, 7
 _DIM, _DIM_SIZE, _UNKNOWN_RANK = 2, 1, 3
 
 
+class Cursor:
+    """A place in a byte string that moves as it is read."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self._at = 0
+
+    def __bool__(self) -> bool:
+        """Whether anything is left."""
+        return self._at < len(self._data)
+
+    def take(self, count: int) -> bytes:
+        """The next bytes."""
+        end = self._at + count
+        if end > len(self._data):
+            raise ValueError(f"ends {end - len(self._data)} bytes early")
+        self._at, start = end, self._at
+        return self._data[start:end]
+
+    def varint(self) -> int:
+        """An unsigned number of up to 64 bits, seven of them in each byte."""
+        value = 0
+        for shift in range(0, 70, 7):
+            (byte,) = self.take(1)
+            value |= (byte & 0x7F) << shift
+            if byte < 0x80:
+                return value & (2**64 - 1)
+        raise ValueError("holds an endless number")
+
+
+def varint(value: int) -> bytes:
+    """The inverse of `Cursor.varint`."""
+    out = bytearray()
+    while value >= 0x80:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """A protocol buffer's fields as they come: number, and value or bytes."""
+    cursor = Cursor(message)
+    while cursor:
+        number, kind = divmod(cursor.varint(), 8)
+        if kind == _VARINT:
+            yield number, cursor.varint()
+        elif kind == _BYTES:
+            yield number, cursor.take(cursor.varint())
+        elif kind == _FIXED32:
+            yield number, struct.unpack("<I", cursor.take(4))[0]
+        elif kind == _FIXED64:
+            yield number, struct.unpack("<Q", cursor.take(8))[0]
+        else:
+            raise ValueError(f"holds a field of the unknown kind {kind}")
+
+
+def number_field(number: int, value: int) -> bytes:
+    """A field that holds a number."""
+    return varint(number * 8 + _VARINT) + varint(value)
+
+
+def bytes_field(number: int, value: bytes) -> bytes:
+    """A field that holds bytes or another message."""
+    return varint(number * 8 + _BYTES) + varint(len(value)) + value
+
+
+def fixed32_field(number: int, value: int) -> bytes:
+    """A field that holds four bytes."""
+    return varint(number * 8 + _FIXED32) + struct.pack("<I", value)
+
+
+def masked_crc32c(*pieces: bytes | memoryview) -> int:
+    """The checksum that TensorFlow stores: of data that holds checksums itself, a plain one would
+    say little."""
+    crc = 0
+    for piece in pieces:
+        crc = crc32c(piece, crc)
+    return mask(crc)
+
+
+def mask(crc: int) -> int:
+    """What is stored of a plain CRC-32C."""
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def read_table(data: bytes) -> dict[bytes, bytes]:
+    """All entries, in order; raises `ValueError` for what is damaged or no such table."""
+    if len(data) < _FOOTER_BYTES or not data.endswith(_MAGIC):
+        raise ValueError("it does not end as one should")
+    footer = Cursor(data[-_FOOTER_BYTES:])
+    _handle(footer)  # of the filters, which checkpoints don't have
+    entries: dict[bytes, bytes] = {}
+    end = total = 0
+    for _, handle in _pairs(_block(data, *_handle(footer))):
+        start, size = _handle(Cursor(handle))
+        if start < end:  # else a small file could name one large block many times
+            raise ValueError("its blocks overlap")
+        end = start + size
+        for key, value in _pairs(_block(data, start, size)):
+            total += len(key) + len(value) + 64  # what an entry of nothing takes in memory
+            if total > _MAX_TABLE:  # a few bytes can stand for a long key
+                raise ValueError("it holds more than any checkpoint's index")
+            entries[key] = value
+    return entries
+
+
+def write_table(entries: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """A table of these entries, which must be sorted, in one block as it is."""
+    pairs = list(entries)
+    content = bytearray()
+
+    def append(block: bytes) -> bytes:
+        """Append a block with its trailer; returns the handle that points to it."""
+        handle = varint(len(content)) + varint(len(block))
+        content.extend(block + _PLAIN + struct.pack("<I", masked_crc32c(block, _PLAIN)))
+        return handle
+
+    data = append(_join(pairs))
+    filters = append(_join([]))
+    index = append(_join([(pairs[-1][0], data)]))
+    return bytes(content) + (filters + index).ljust(_FOOTER_BYTES - 8, b"\0") + _MAGIC
+
+
+def _handle(cursor: Cursor) -> tuple[int, int]:
+    """Where a block stands: offset and size."""
+    return cursor.varint(), cursor.varint()
+
+
+def _block(data: bytes, start: int, size: int) -> bytes:
+    """A block's content, checked and uncompressed."""
+    trailer = data[start + size : start + size + 5]
+    if len(trailer) < 5:
+        raise ValueError("a block reaches beyond its end")
+    block, kind = data[start : start + size], trailer[:1]
+    if masked_crc32c(block, kind) != struct.unpack("<I", trailer[1:])[0]:
+        raise ValueError("a block's checksum is wrong")
+    if kind not in (_PLAIN, _SNAPPY):
+        raise ValueError(f"a block is compressed in the unknown way {kind[0]}")
+    return block if kind == _PLAIN else _uncompress(block)
+
+
+def _pairs(block: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """A block's entries: each key begins as the one before it does, for so many bytes."""
+    if len(block) < 4:
+        raise ValueError("a block is too short")
+    restarts = 4 * (1 + struct.unpack("<I", block[-4:])[0])
+    if restarts > len(block):
+        raise ValueError("a block is too short")
+    cursor, key = Cursor(block[:-restarts]), b""
+    while cursor:
+        shared, own, size = cursor.varint(), cursor.varint(), cursor.varint()
+        key = key[:shared] + cursor.take(own)
+        yield key, cursor.take(size)
+
+
+def _join(pairs: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """A block in which every entry is a restart point, so that no key is abbreviated."""
+    content, restarts = bytearray(), []
+    for key, value in pairs:
+        restarts.append(len(content))
+        content += varint(0) + varint(len(key)) + varint(len(value)) + key + value
+    restarts = restarts or [0]
+    return bytes(content) + struct.pack(f"<{len(restarts) + 1}I", *restarts, len(restarts))
+
+
+def _uncompress(block: bytes) -> bytes:
+    """Undo Snappy: literal bytes, and copies of what came before."""
+    cursor, out = Cursor(block), bytearray()
+    length = cursor.varint()
+    if length > _MAX_BLOCK:
+        raise ValueError(f"a block of {length} bytes is too large")
+    while cursor:
+        tag = cursor.take(1)[0]
+        high, kind = tag >> 2, tag & 3
+        if kind == 0:  # literal; a long one's length follows in 1 to 4 bytes
+            count = high if high < 60 else int.from_bytes(cursor.take(high - 59), "little")
+            out += cursor.take(count + 1)
+            continue
+        if kind == 1:
+            count = (high & 7) + 4
+            offset = (high >> 3) << 8 | cursor.take(1)[0]
+        else:
+            count = high + 1
+            offset = int.from_bytes(cursor.take(2 if kind == 2 else 4), "little")
+        if not 0 < offset <= len(out):
+            raise ValueError("a block copies what is not there")
+        start = len(out) - offset
+        piece = out[start : start + count]  # less than `count` where it copies what it writes
+        out += (piece * -(-count // len(piece)))[:count]
+        if len(out) > length:
+            break
+    if len(out) != length:
+        raise ValueError(f"a block should hold {length} bytes")
+    return bytes(out)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Entry:
     """One tensor: `dtype` is None for strings and the like, `offset` and `size` are bytes of the
-    shard's data file, and `crc32c` is masked (`table.mask`)."""
+    shard's data file, and `crc32c` is masked (`mask`)."""
 
     dtype: str | None
     shape: tuple[int, ...]
@@ -97,7 +308,7 @@ def _parse_entry(message: bytes, shards: int) -> Entry:
     if entry.shard >= shards:
         raise ValueError(f"in data file {entry.shard} of {shards}")
     if entry.dtype is not None:
-        expected = math.prod(entry.shape) * storage(entry.dtype).itemsize
+        expected = math.prod(entry.shape) * storage_dtype(entry.dtype).itemsize
         if entry.size != expected:
             raise ValueError(f"{entry.size} bytes; {entry.dtype} {entry.shape} takes {expected}")
     return entry

@@ -1,8 +1,7 @@
 """The two dialects of config.json, both ways.
 
-`hidden_size`, `num_hidden_layers`, ... in the original repository; `n_embd`, `n_layer`, ... with
-the community's PyTorch conversion. Neither is to be trusted about sizes: the tensors' shapes are
-the truth.
+The original repository says `hidden_size`, `num_hidden_layers`, ..., the community's PyTorch
+conversion `n_embd`, `n_layer`, .... Neither can be trusted about sizes: the tensors' shapes decide.
 """
 
 from __future__ import annotations
@@ -12,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from convert import foreign
+from convert.inputs import visible
 from gpt2ml_torch.config import GPT2MLConfig
 
 PUBLISHED_HEAD_SIZE = 64
@@ -43,8 +44,7 @@ def find_config(folder: Path) -> Path | None:
     for name in _USUAL_NAMES:
         if (folder / name).is_file():
             return folder / name
-    files = (path for path in sorted(folder.glob("*.json")) if path.is_file())
-    found = [path for path in files if _looks_like_config(path)]
+    found = [path for path in visible(folder, "*.json") if _looks_like_config(path)]
     if len(found) > 1:
         names = ", ".join(path.name for path in found)
         raise ValueError(f"several configurations in {folder}: {names}; choose one with --config")
@@ -87,11 +87,12 @@ def _load(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no file; give another with --config")
     if path.stat().st_size > _MAX_BYTES:
         raise ValueError(f"{path} is too large for a configuration; give another with --config")
+    foreign.check(path)
     try:
         values = json.loads(path.read_bytes().decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"{path} is not JSON ({error}); mend it or give another with --config"
+            f"{path} is not JSON ({error}); correct it or give another with --config"
         ) from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} is not a JSON object; give another with --config")
@@ -101,10 +102,10 @@ def _load(path: Path) -> dict[str, Any]:
 def merge(
     shapes: Mapping[str, int], given: Mapping[str, Any], *, origin: Path | None
 ) -> tuple[GPT2MLConfig, list[str]]:
-    """The configuration by the tensors' sizes, completed from the file; and what there is to tell
-    about it.
+    """The configuration by the tensors' sizes, completed from the file, with notes on it.
 
-    Raises `ValueError` where the file contradicts the tensors, save for the vocabulary's size.
+    Raises `ValueError` where the file contradicts the tensors in anything except the vocabulary's
+    size.
     """
     notes = []
     wrong = []
@@ -128,14 +129,12 @@ def merge(
         if width % PUBLISHED_HEAD_SIZE:
             raise ValueError(
                 f"no configuration found, and width {width} is no multiple of the published head "
-                "size "
-                f"{PUBLISHED_HEAD_SIZE}, so the number of heads is unknown; give a --config"
+                f"size {PUBLISHED_HEAD_SIZE}, so the number of heads is unknown; give a --config"
             )
         values["num_attention_heads"] = width // PUBLISHED_HEAD_SIZE
         notes.append(
             f"no configuration gives the number of heads; took width {width} / "
-            f"{PUBLISHED_HEAD_SIZE} "
-            f"= {values['num_attention_heads']}, as in all published sizes"
+            f"{PUBLISHED_HEAD_SIZE} = {values['num_attention_heads']}, as in all published sizes"
         )
     try:
         return GPT2MLConfig(**values), notes

@@ -1,7 +1,8 @@
-"""The one table of names: where each weight of the file stands in the two source formats.
+"""The table of names: where each weight of the file stands in the checkpoints that people have.
 
-Everything else is derived from it: the way there, the way back, and what a complete source must
-hold.
+A `Layout` is one family of names. To read another family, add a layout here and to the `layouts` of
+the formats that it comes in. The way there, the way back and the list of what a complete checkpoint
+holds are derived from it.
 """
 
 from __future__ import annotations
@@ -9,73 +10,96 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
-from gpt2ml_torch.precision import FLOATING
+_Array = TypeVar("_Array", bound=Any)  # NumPy's or PyTorch's: both are cut and transposed alike
 
-Format = Literal["tf", "bin"]
-TF_SCOPE = "newslm/"
+# Modules of the file: outside the layers, then inside each of them.
+OUTSIDE = ("token_embedding", "position_embedding", "embedding_norm")
+INSIDE = ("attention.qkv", "attention.output", "mlp_norm", "mlp.up", "mlp.down", "output_norm")
 
-_Array = TypeVar("_Array", bound=Any)  # NumPy's or PyTorch's, which are cut and turned alike
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layout:
+    """One family of names: `scope`, then `layer` with its number inside the layers, then the name
+    of the module, then a suffix.
 
-@dataclasses.dataclass(frozen=True)
-class Weight:
-    """One row: the key in the file; the source's names, `{}` standing for the layer.
-
-    Several TF names are joined along the output axis, in that order. Sources keep linear weights as
-    (in, out), so they are transposed; nothing tells a square one that was forgotten, apart from
-    this table.
+    A module that `modules` gives several names is joined from them along the output axis, in that
+    order. `transposed` says that linear weights are (in, out), where the file has (out, in);
+    nothing else tells a square one whose transpose was forgotten. `ignored` are names dropped on
+    purpose, by the word for them; `tied` is a copy of the token embedding that some files hold.
     """
 
-    key: str
-    tf: tuple[str, ...]
-    bin: str
-    transpose: bool = False
+    name: str
+    scope: str = ""
+    layer: str
+    modules: Mapping[str, tuple[str, ...]]
+    linear: tuple[str, str] = (".weight", ".bias")
+    norm: tuple[str, str] = (".weight", ".bias")
+    embedding: str = ".weight"
+    separator: str = "."
+    transposed: bool
+    ignored: Mapping[str, str] = dataclasses.field(default_factory=dict)  # regular expressions
+    tied: str | None = None
+    has_slots: bool = False  # optimizer state hangs below the weights' names
 
-    def names(self, source: Format) -> tuple[str, ...]:
-        return self.tf if source == "tf" else (self.bin,)
-
-
-def _linear(key: str, tf: tuple[str, ...], bin_: str) -> tuple[Weight, Weight]:
-    return (
-        Weight(f"{key}.weight", tuple(f"{name}/kernel" for name in tf), f"{bin_}.weight", True),
-        Weight(f"{key}.bias", tuple(f"{name}/bias" for name in tf), f"{bin_}.bias"),
-    )
-
-
-def _norm(key: str, tf: str, bin_: str) -> tuple[Weight, Weight]:
-    return (
-        Weight(f"{key}.weight", (f"{tf}/gamma",), f"{bin_}.weight"),
-        Weight(f"{key}.bias", (f"{tf}/beta",), f"{bin_}.bias"),
-    )
+    @property
+    def anchor(self) -> str:
+        """The name, without scope, by which the layout is recognised."""
+        return self.modules["token_embedding"][0] + self.embedding
 
 
-_LAYER = TF_SCOPE + "layer{:02d}/"
-_QKV = tuple(f"{_LAYER}{part}_layer" for part in ("query", "key", "value"))
-
-TABLE: tuple[Weight, ...] = (
-    Weight("token_embedding.weight", (TF_SCOPE + "embeddings/word_embed",), "wte.weight"),
-    Weight("position_embedding.weight", (TF_SCOPE + "embeddings/pos_embed",), "wpe.weight"),
-    *_norm("embedding_norm", TF_SCOPE + "embeddings/LayerNorm_embed_norm", "emb_norm"),
-    *_linear("blocks.{}.attention.qkv", _QKV, "h.{}.attn.c_attn"),
-    *_linear(
-        "blocks.{}.attention.output", (_LAYER + "context_projection_layer",), "h.{}.attn.c_proj"
-    ),
-    # The community's ln_1 and ln_2 are not OpenAI's: they stand before and after the MLP.
-    *_norm("blocks.{}.mlp_norm", _LAYER + "LayerNorm_mlp_ln0", "h.{}.ln_1"),
-    *_linear("blocks.{}.mlp.up", (_LAYER + "intermediate",), "h.{}.mlp.c_fc"),
-    *_linear("blocks.{}.mlp.down", (_LAYER + "output",), "h.{}.mlp.c_proj"),
-    *_norm("blocks.{}.output_norm", _LAYER + "LayerNorm_mlp_ln1", "h.{}.ln_2"),
+TENSORFLOW = Layout(
+    name="the original TensorFlow code",
+    scope="newslm/",
+    layer="layer{:02d}/",
+    modules={
+        "token_embedding": ("embeddings/word_embed",),
+        "position_embedding": ("embeddings/pos_embed",),
+        "embedding_norm": ("embeddings/LayerNorm_embed_norm",),
+        "attention.qkv": ("query_layer", "key_layer", "value_layer"),
+        "attention.output": ("context_projection_layer",),
+        "mlp_norm": ("LayerNorm_mlp_ln0",),
+        "mlp.up": ("intermediate",),
+        "mlp.down": ("output",),
+        "output_norm": ("LayerNorm_mlp_ln1",),
+    },
+    linear=("/kernel", "/bias"),
+    norm=("/gamma", "/beta"),
+    embedding="",
+    separator="/",
+    transposed=True,
+    has_slots=True,
 )
 
-# Dropped on purpose: optimiser slots of known weights and the step counter; causal masks kept as
-# buffers; the tied output.
-TF_SLOT = re.compile(r"(?P<weight>.+)/(?:adafactor_(?:v|vr|vc|m)|adam_(?:m|v))")
+COMMUNITY = Layout(
+    name="the community's PyTorch code",
+    layer="h.{}.",
+    modules={
+        "token_embedding": ("wte",),
+        "position_embedding": ("wpe",),
+        "embedding_norm": ("emb_norm",),
+        "attention.qkv": ("attn.c_attn",),
+        "attention.output": ("attn.c_proj",),
+        # ln_1 and ln_2 are not OpenAI's: they stand before and after the MLP.
+        "mlp_norm": ("ln_1",),
+        "mlp.up": ("mlp.c_fc",),
+        "mlp.down": ("mlp.c_proj",),
+        "output_norm": ("ln_2",),
+    },
+    transposed=True,
+    ignored={"mask buffers": r"h\.\d+\.attn\.(?:bias|masked_bias)"},
+    tied="lm_head.weight",
+)
+
+OURS = Layout(
+    name="gpt2ml_torch",
+    layer="blocks.{}.",
+    modules={module: (module,) for module in (*OUTSIDE, *INSIDE)},
+    transposed=False,
+)
+
 TF_STEP = "global_step"
-_BIN_BUFFER = re.compile(r"h\.\d+\.attn\.(?:bias|masked_bias)")
-BIN_TIED = "lm_head.weight"
-BIN_PREFIX = "transformer."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,22 +123,37 @@ class Recipe:
             yield name, part.T if self.transpose else part
 
 
-def recipes(layers: int, source: Format) -> dict[str, Recipe]:
+def recipes(layers: int, layout: Layout) -> dict[str, Recipe]:
     """The recipe of each weight of a model with so many layers, in the order of the file."""
-    result = {}
-    for weight in TABLE:
-        if "{" not in weight.key:
-            result[weight.key] = Recipe(weight.names(source), weight.transpose)
+    result = dict(_module_recipes(OUTSIDE, "", layout.scope, layout))
     for layer in range(layers):
-        for weight in TABLE:
-            if "{" in weight.key:
-                names = tuple(name.format(layer) for name in weight.names(source))
-                result[weight.key.format(layer)] = Recipe(names, weight.transpose)
+        theirs = layout.scope + layout.layer.format(layer)
+        result.update(_module_recipes(INSIDE, f"blocks.{layer}.", theirs, layout))
     return result
 
 
+def _module_recipes(
+    modules: Iterable[str], ours: str, theirs: str, layout: Layout
+) -> Iterator[tuple[str, Recipe]]:
+    """The recipes of these modules' weights, `ours` and `theirs` standing before their names."""
+    for module in modules:
+        for suffix, source_suffix, transpose in _suffixes(module, layout):
+            names = (f"{theirs}{name}{source_suffix}" for name in layout.modules[module])
+            yield f"{ours}{module}{suffix}", Recipe(tuple(names), transpose)
+
+
+def _suffixes(module: str, layout: Layout) -> list[tuple[str, str, bool]]:
+    """Of each weight of a module: our suffix, the layout's, and whether it is transposed."""
+    if module.endswith("embedding"):
+        return [(".weight", layout.embedding, False)]
+    if module.endswith("norm"):
+        return [(".weight", layout.norm[0], False), (".bias", layout.norm[1], False)]
+    weight, bias = layout.linear
+    return [(".weight", weight, layout.transposed), (".bias", bias, False)]
+
+
 def slot_recipes(weights: Mapping[str, Recipe], slots: Iterable[str]) -> dict[str, Recipe]:
-    """The recipes of the optimizer's statistics, named `<weight>.<slot>`, as flat vectors."""
+    """The recipes of Adafactor's statistics, named `<weight>.<slot>`, as flat vectors."""
     result = {}
     for name in slots:
         key, _, slot = name.rpartition(".")
@@ -125,94 +164,17 @@ def slot_recipes(weights: Mapping[str, Recipe], slots: Iterable[str]) -> dict[st
     return result
 
 
-@dataclasses.dataclass(frozen=True)
-class Inventory:
-    """The names of a source, sorted: the highest layer plus one, what is dropped, and what nobody
-    knows."""
-
-    layers: int
-    dropped: dict[str, list[str]]
-    unknown: list[str]
-
-
-def take_inventory(names: Iterable[str], source: Format) -> Inventory:
-    """Sort the source's names (without a `transformer.` prefix) by what they are."""
-    layers = 0
-    dropped: dict[str, list[str]] = {}
-    unknown = []
-    for name in names:
-        layer = _weight_layer(name, source)
-        if layer is not None:
-            layers = max(layers, layer + 1)
-        elif reason := _drop_reason(name, source):
-            dropped.setdefault(reason, []).append(name)
-        else:
-            unknown.append(name)
-    return Inventory(layers, dropped, sorted(unknown))
-
-
-def _weight_layer(name: str, source: Format) -> int | None:
-    """The layer of a weight, -1 for one outside the layers, None for what is no weight."""
-    for weight in TABLE:
-        for template in weight.names(source):
-            head, brace, tail = template.partition("{")
-            if not brace:
-                if name == template:
-                    return -1
-                continue
-            tail = tail.partition("}")[2]
-            digits = name[len(head) : len(name) - len(tail)]
-            plausible = digits.isascii() and digits.isdigit() and len(digits) < 7
-            if plausible and template.format(int(digits)) == name:
-                return int(digits)
-    return None
-
-
-def _drop_reason(name: str, source: Format) -> str | None:
-    if source == "tf":
-        if name == TF_STEP:
-            return "step counter"
-        slot = TF_SLOT.fullmatch(name)
-        known = slot is not None and _weight_layer(slot["weight"], source) is not None
-        return "optimiser slots" if known else None
-    if _BIN_BUFFER.fullmatch(name):
-        return "mask buffers"
-    return "tied output layer" if name == BIN_TIED else None
-
-
-def find_faults(
-    entries: Mapping[str, tuple[str | None, tuple[int, ...]]],
-    plan: Mapping[str, Recipe],
-    shapes: Mapping[str, tuple[int, ...]],
-    unknown: Iterable[str],
-) -> list[str]:
-    """Every reason why a source is not a complete model of these shapes, one phrase each."""
-    faults = [f"unknown tensor {name!r}" for name in unknown]
-    missing = []
-    for key, recipe in plan.items():
-        expected = recipe.source_shape(shapes[key])
-        for name in recipe.sources:
-            if name not in entries:
-                missing.append(name)
-                continue
-            dtype, shape = entries[name]
-            if dtype not in FLOATING:
-                faults.append(f"{name!r} holds {dtype or 'no numbers'}, expected floating point")
-            if shape != expected:
-                faults.append(f"{name!r} has shape {shape}, expected {expected}")
-    return faults + _describe_missing(missing, plan)
-
-
-def _describe_missing(missing: list[str], plan: Mapping[str, Recipe]) -> list[str]:
-    """Whole layers as one phrase, the rest by name."""
-    by_layer: dict[str, list[str]] = {}
-    for key, recipe in plan.items():
-        if key.startswith("blocks."):
-            by_layer.setdefault(key.split(".")[1], []).extend(recipe.sources)
-    gone = set(missing)
-    faults = []
-    for layer, names in by_layer.items():
-        if gone.issuperset(names):
-            faults.append(f"layer {layer} is missing altogether ({len(names)} tensors)")
-            gone.difference_update(names)
-    return faults + [f"missing tensor {name!r}" for name in missing if name in gone]
+def weight_pattern(layout: Layout) -> str:
+    """A regular expression for the names of weights; its one group is the layer's number."""
+    digits = {"{}": "0|[1-9][0-9]{0,5}", "{:02d}": "[0-9]{2}|[1-9][0-9]{2,5}"}
+    head, brace, tail = re.split(r"(\{.*?\})", layout.layer)
+    number = f"{re.escape(head)}({digits[brace]}){re.escape(tail)}"
+    outside, inside = (
+        "|".join(
+            re.escape(name)
+            for _, recipe in _module_recipes(modules, "", "", layout)
+            for name in recipe.sources
+        )
+        for modules in (OUTSIDE, INSIDE)
+    )
+    return f"{re.escape(layout.scope)}(?:(?:{outside})|{number}(?:{inside}))"

@@ -1,19 +1,25 @@
-"""What a conversion is to do, once the source is known to be a complete model with its
-configuration and vocabulary."""
+"""From a source's names and shapes to what a conversion is to do, or all reasons why it can't."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from convert import configs, mapping
-from convert.sources import Source
+from convert.mapping import Layout, Recipe
+from convert.source import Source, Stored
 from convert.vocabulary import Vocabulary, find_vocabulary
 from gpt2ml_torch.config import MAX_LAYERS, GPT2MLConfig
 from gpt2ml_torch.modelfile.format import expected_shapes, slot_shapes
+from gpt2ml_torch.precision import FLOATING
 
 _MAX_FAULTS = 200  # named in one error; a hostile file may have millions
+_SLOTS, _AVERAGES, _TIED = "optimiser slots", "moving averages", "tied output layer"
+_STEP, _SCALARS = "step counter", "scalars"
+_TIED_ROWS = 4096  # compared at a time
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,6 +33,7 @@ class Options:
     with_vocab: bool = True
     keep_optimizer: bool = False
     verify: bool = True
+    allow_non_finite: bool = False
     overwrite: bool = False
 
 
@@ -34,61 +41,208 @@ class Options:
 class Plan:
     """Which tensors are made of what, and what goes with them."""
 
-    recipes: dict[str, mapping.Recipe]
-    slots: dict[str, mapping.Recipe]  # those of the optimizer that are kept
+    recipes: dict[str, Recipe]
+    slots: dict[str, Recipe]  # of the optimizer's statistics that are kept
     config: GPT2MLConfig
     vocabulary: Vocabulary | None
-    dropped: dict[str, list[str]]
+    dropped: dict[str, int]
     notes: list[str]
     inputs: list[Path]
 
 
+@dataclasses.dataclass(frozen=True)
+class Inventory:
+    """A source's tensors under the names of the layout that was recognised.
+
+    `original` gives their names in the source; `layers` is the highest layer's number plus one;
+    `dropped` holds names by the reason for it, `unknown` what nothing explains.
+    """
+
+    layout: Layout
+    tensors: dict[str, Stored]
+    original: dict[str, str]
+    layers: int
+    dropped: dict[str, list[str]]
+    unknown: list[str]
+
+
 def make_plan(source: Source, folder: Path, options: Options) -> Plan:
-    """Raises `ValueError` for a source that is no complete model, naming all faults; `OSError`."""
-    inventory = mapping.take_inventory(source.entries, source.format)
-    recipes = mapping.recipes(min(inventory.layers, MAX_LAYERS), source.format)
+    """Plan a conversion.
+
+    Raises `ValueError` for a source that is no complete model, naming all faults, and `OSError`.
+    """
+    inventory = take_inventory(source)
+    recipes = mapping.recipes(min(inventory.layers, MAX_LAYERS), inventory.layout)
     sizes = _sizes(source, recipes, inventory)
     origin = options.config or configs.find_config(folder)
     given = configs.read_config(origin) if origin else {}
     config, notes = configs.merge(sizes, given, origin=origin)
     shapes = expected_shapes(config)
-    faults = mapping.find_faults(source.entries, recipes, shapes, inventory.unknown)
+    faults = find_faults(inventory.tensors, recipes, shapes, inventory.unknown)
     if faults:
         raise ValueError(f"{source.name} is no complete GPT2_ML: {_enumerate(faults)}")
-    source.check()
-    slots = _plan_slots(source, recipes, config) if options.keep_optimizer else {}
-    kept = {name for recipe in slots.values() for name in recipe.sources}
+    _check_tied(source, inventory)
+    slots = _plan_slots(source, inventory, recipes, config) if options.keep_optimizer else {}
     vocabulary = None
     if options.with_vocab:
         vocabulary = find_vocabulary(folder, options.vocab, config.vocab_size)
+        notes = [*notes, *vocabulary.notes]
+    dropped = _count_dropped(inventory, slots)
     return Plan(
-        recipes={key: recipes[key] for key in shapes},
-        slots=slots,
+        recipes={key: _renamed(recipes[key], inventory) for key in shapes},
+        slots={name: _renamed(recipe, inventory) for name, recipe in slots.items()},
         config=config,
         vocabulary=vocabulary,
-        dropped={
-            reason: dropped
-            for reason, names in inventory.dropped.items()
-            if (dropped := [name for name in names if name not in kept])
-        },
-        notes=notes,
+        dropped=dropped,
+        notes=[*notes, *_notes_on(inventory)],
         inputs=[path for path in (origin, vocabulary and vocabulary.path) if path],
     )
 
 
+def _renamed(recipe: Recipe, inventory: Inventory) -> Recipe:
+    """The recipe under the names that the source uses."""
+    names = tuple(inventory.original[name] for name in recipe.sources)
+    return dataclasses.replace(recipe, sources=names)
+
+
+def _count_dropped(inventory: Inventory, slots: Mapping[str, Recipe]) -> dict[str, int]:
+    kept = {name for recipe in slots.values() for name in recipe.sources}
+    counts = {
+        reason: sum(name not in kept for name in names)
+        for reason, names in inventory.dropped.items()
+    }
+    return {reason: count for reason, count in counts.items() if count}
+
+
+def _notes_on(inventory: Inventory) -> list[str]:
+    """What the user should know about the names."""
+    notes = []
+    anchor = inventory.layout.scope + inventory.layout.anchor
+    scope = inventory.original[anchor].removesuffix(inventory.layout.anchor)
+    if inventory.layout.has_slots and scope != inventory.layout.scope:
+        notes.append(f"the weights stand under {scope!r}, not {inventory.layout.scope!r}")
+    if averages := inventory.dropped.get(_AVERAGES):
+        notes.append(
+            f"{len(averages)} moving averages of weights were dropped; the weights themselves were "
+            "taken"
+        )
+    return notes
+
+
+def take_inventory(source: Source) -> Inventory:
+    """Recognise the layout and sort the tensors by what they are.
+
+    Raises `ValueError` where the weights are there twice, under different scopes.
+    """
+    layout, scope = _recognise(source)
+    tensors: dict[str, Stored] = {}
+    original: dict[str, str] = {}
+    for raw, stored in source.tensors.items():
+        name = _without_scope(raw, scope, layout)
+        if name in original:
+            raise ValueError(f"{source.name} has {name!r} twice: {original[name]!r} and {raw!r}")
+        tensors[name], original[name] = stored, raw
+    weight = re.compile(mapping.weight_pattern(layout))
+    below = re.compile(f"(?:.*/)?(?:{weight.pattern})/(.+)", re.DOTALL)
+    layers, dropped, unknown = 0, dict[str, list[str]](), []
+    for name, stored in tensors.items():
+        if match := weight.fullmatch(name):
+            layers = max(layers, int(match[1] or -1) + 1)
+        elif reason := _drop_reason(name, stored, layout, below):
+            dropped.setdefault(reason, []).append(name)
+        else:
+            raw = original[name]
+            unknown.append(name if raw.endswith(name) else raw)
+    return Inventory(layout, tensors, original, layers, dropped, sorted(unknown))
+
+
+def _recognise(source: Source) -> tuple[Layout, str]:
+    """The layout of a source, and the scope that its names stand under."""
+    for layout in source.layouts:
+        end = layout.separator + layout.anchor
+        scopes = {
+            name.removesuffix(layout.anchor)
+            for name in source.tensors
+            if name == layout.anchor or name.endswith(end)
+        }
+        if len(scopes) > 1:
+            names = " and ".join(repr(scope + layout.anchor) for scope in sorted(scopes)[:2])
+            raise ValueError(
+                f"{source.name} has {layout.anchor!r} twice: {names}; keep one set of weights"
+            )
+        if scopes:
+            return layout, scopes.pop()
+    return source.layouts[0], source.layouts[0].scope
+
+
+def _without_scope(name: str, scope: str, layout: Layout) -> str:
+    """The layout's own name of a tensor under `scope`; of others, without the part of the scope
+    that they share: an output layer may stand beside `transformer.`, both inside `module.`."""
+    if name.startswith(scope):
+        return layout.scope + name.removeprefix(scope)
+    parts = scope.split(layout.separator)[:-1]
+    for count in range(len(parts), 0, -1):
+        shared = layout.separator.join(parts[:count]) + layout.separator
+        if name.startswith(shared):
+            return name.removeprefix(shared)
+    return name
+
+
+def _drop_reason(name: str, stored: Stored, layout: Layout, below: re.Pattern[str]) -> str | None:
+    """Why a tensor that is no weight is left out, None if nothing explains it.
+
+    Other optimizers leave their own state in TensorFlow's checkpoints: variables that hang below a
+    weight's name, and lone scalars such as beta1_power or loss_scale.
+    """
+    if name == layout.tied:
+        return _TIED
+    for reason, pattern in layout.ignored.items():
+        if re.fullmatch(pattern, name):
+            return reason
+    if not layout.has_slots:
+        return None
+    if match := below.fullmatch(name):
+        last = match[match.re.groups].rpartition("/")[2]
+        return _AVERAGES if last == "ExponentialMovingAverage" else _SLOTS
+    if stored.shape == ():
+        return _STEP if name.endswith(mapping.TF_STEP) else _SCALARS
+    return None
+
+
+def _check_tied(source: Source, inventory: Inventory) -> None:
+    """Raise `ValueError` unless a stored output layer is the embedding: the file has no room for
+    another."""
+    layout = inventory.layout
+    if layout.tied not in inventory.original:
+        return
+    tied, embedding = layout.tied, layout.scope + layout.anchor
+    same = inventory.tensors[tied] == inventory.tensors[embedding]
+    if same:
+        a, b = (source.read(inventory.original[name]) for name in (tied, embedding))
+        same = all(
+            a[start : start + _TIED_ROWS].tobytes() == b[start : start + _TIED_ROWS].tobytes()
+            for start in range(0, len(a), _TIED_ROWS)
+        )
+    if not same:
+        raise ValueError(
+            f"{source.name}: {tied} differs from {embedding}; in GPT2_ML they are one tensor"
+        )
+
+
 def _plan_slots(
-    source: Source, recipes: dict[str, mapping.Recipe], config: GPT2MLConfig
-) -> dict[str, mapping.Recipe]:
-    """The optimizer's statistics, all of them.
+    source: Source, inventory: Inventory, recipes: dict[str, Recipe], config: GPT2MLConfig
+) -> dict[str, Recipe]:
+    """The recipes of Adafactor's statistics.
 
     Raises `ValueError` where any is missing, for half of them would continue no training.
     """
     shapes = slot_shapes(config)
     slots = mapping.slot_recipes(recipes, shapes)
-    if not any(name in source.entries for recipe in slots.values() for name in recipe.sources):
-        raise ValueError(f"{source.name} holds no optimizer; go without --keep-optimizer")
+    if not any(name in inventory.tensors for r in slots.values() for name in r.sources):
+        other = " of Adafactor, only another's state" if _SLOTS in inventory.dropped else ""
+        raise ValueError(f"{source.name} holds no optimizer{other}; go without --keep-optimizer")
     flat = {name: (math.prod(shape),) for name, shape in shapes.items()}
-    faults = mapping.find_faults(source.entries, slots, flat, ())
+    faults = find_faults(inventory.tensors, slots, flat, ())
     if faults:
         raise ValueError(
             f"the optimizer in {source.name} is not complete: {_enumerate(faults)}; go without "
@@ -97,14 +251,12 @@ def _plan_slots(
     return slots
 
 
-def _sizes(
-    source: Source, recipes: dict[str, mapping.Recipe], inventory: mapping.Inventory
-) -> dict[str, int]:
-    """The model's dimensions by its tensors' shapes."""
+def _sizes(source: Source, recipes: dict[str, Recipe], inventory: Inventory) -> dict[str, int]:
+    """The model's dimensions, from its tensors' shapes."""
 
     def shape(key: str, dimensions: int) -> tuple[int, ...]:
         name = recipes[key].sources[0]
-        found = source.entries[name][1] if name in source.entries else None
+        found = inventory.tensors[name].shape if name in inventory.tensors else None
         if found is None or len(found) != dimensions:
             what = "is missing" if found is None else f"has shape {found}"
             others = [f"unknown tensor {other!r}" for other in inventory.unknown]
@@ -118,8 +270,8 @@ def _sizes(
     if not inventory.layers:
         raise ValueError(f"{source.name} is no GPT2_ML: it has no layers")
     biases = [recipe.sources[0] for key, recipe in recipes.items() if key.endswith("mlp.up.bias")]
-    name = next((name for name in biases if name in source.entries), biases[0])
-    mlp = source.entries[name][1] if name in source.entries else ()
+    name = next((name for name in biases if name in inventory.tensors), biases[0])
+    mlp = inventory.tensors[name].shape if name in inventory.tensors else ()
     return {
         "vocab_size": rows,
         "hidden_size": width,
@@ -129,6 +281,45 @@ def _sizes(
     }
 
 
-def _enumerate(faults: list[str]) -> str:
+def find_faults(
+    tensors: Mapping[str, Stored],
+    plan: Mapping[str, Recipe],
+    shapes: Mapping[str, tuple[int, ...]],
+    unknown: Iterable[str],
+) -> list[str]:
+    """Every reason why these are not the tensors of the plan, one phrase each."""
+    faults = [f"unknown tensor {name!r}" for name in unknown]
+    missing = []
+    for key, recipe in plan.items():
+        expected = recipe.source_shape(shapes[key])
+        for name in recipe.sources:
+            if name not in tensors:
+                missing.append(name)
+                continue
+            found = tensors[name]
+            if found.dtype not in FLOATING:
+                what = found.dtype or found.instead
+                faults.append(f"{name!r} holds {what}, expected floating point")
+            elif found.shape != expected:
+                faults.append(f"{name!r} has shape {found.shape}, expected {expected}")
+    return faults + _describe_missing(missing, plan)
+
+
+def _describe_missing(missing: Sequence[str], plan: Mapping[str, Recipe]) -> list[str]:
+    """Whole layers as one phrase, the rest by name."""
+    by_layer: dict[str, list[str]] = {}
+    for key, recipe in plan.items():
+        if key.startswith("blocks."):
+            by_layer.setdefault(key.split(".")[1], []).extend(recipe.sources)
+    gone = set(missing)
+    faults = []
+    for layer, names in by_layer.items():
+        if gone.issuperset(names):
+            faults.append(f"layer {layer} is missing altogether ({len(names)} tensors)")
+            gone.difference_update(names)
+    return faults + [f"missing tensor {name!r}" for name in missing if name in gone]
+
+
+def _enumerate(faults: Sequence[str]) -> str:
     more = f"; and {len(faults) - _MAX_FAULTS} more" if len(faults) > _MAX_FAULTS else ""
     return "; ".join(faults[:_MAX_FAULTS]) + more

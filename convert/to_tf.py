@@ -15,15 +15,26 @@ from pathlib import Path
 import numpy as np
 
 from convert import configs, mapping
-from convert.rounding import round_to
-from convert.sources import Array, storage, widened
-from convert.tf_writer import Variable, write_tf_checkpoint
-from convert.transpose import rows_in_order
+from convert.arrays import Array, round_to, rows_in_order, storage_dtype, widened
+from convert.tensorflow import Variable, write_checkpoint
+from gpt2ml_torch.modelfile import ModelFile
 from gpt2ml_torch.modelfile.format import SLOT
 from gpt2ml_torch.modelfile.header import TensorInfo
-from gpt2ml_torch.modelfile.reader import ModelFile
 
 _STATE = 'model_checkpoint_path: "{0}"\nall_model_checkpoint_paths: "{0}"\n'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """What was done, for the summary."""
+
+    prefix: Path
+    parameters: int
+    step: int
+    has_optimizer: bool
+    files: list[str]
+    size: int
+    seconds: float
 
 
 def to_tf(
@@ -32,37 +43,48 @@ def to_tf(
     *,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
-) -> str:
-    """Write `model.ckpt-STEP.*`, `checkpoint`, config.json and vocab.txt into a folder; returns the
-    summary.
+) -> Report:
+    """Write `model.ckpt-STEP.*`, `checkpoint`, config.json and vocab.txt into a folder.
 
     The weights are float32, whatever the file's dtype; the optimizer's statistics go along where
-    the file kept them. Raises as `ModelFile.open` does, `ValueError` for a tensor that
-    is damaged, and `FileExistsError`.
+    the file kept them. Raises as `ModelFile.open` does, `ValueError` for a tensor that is damaged,
+    and `FileExistsError`.
     """
     started = time.monotonic()
-    metadata = ModelFile.open(source)
-    if metadata.packed is not None:
-        raise ValueError(
-            f"{source} is quantised ({metadata.packed}), which TensorFlow's checkpoints "
-            "don't know; give the file that it was made from"
+    with ModelFile.open(source) as file:
+        step = _check_file(file)
+        prefix = f"model.ckpt-{step}"
+        names = _file_names(prefix, file)
+        _check_folder(folder, names, overwrite)
+        with _scratch(folder, prefix) as scratch:
+            _write_all(scratch, prefix, file, step, progress)
+            for name in names:
+                (scratch / name).replace(folder / name)
+        return Report(
+            prefix=folder / prefix,
+            parameters=file.config.num_parameters,
+            step=step,
+            has_optimizer=bool(file.slots),
+            files=names,
+            size=sum((folder / name).stat().st_size for name in names),
+            seconds=time.monotonic() - started,
         )
-    step = metadata.source.get("step", 0)
-    if type(step) is not int or not 0 <= step < 2**63:
-        raise ValueError(f"{source}: step {step!r} in its source is no step of a training")
-    prefix = f"model.ckpt-{step}"
-    names = _file_names(prefix, metadata)
-    _check_folder(folder, names, overwrite)
+
+
+@contextlib.contextmanager
+def _scratch(folder: Path, prefix: str) -> Iterator[Path]:
+    """A folder for unfinished files inside `folder`, so that the last step is a rename.
+
+    It is removed afterwards, and after an error `folder` too if it was made here; a killed run
+    leaves it to the next one.
+    """
     created = not folder.exists()
     folder.mkdir(exist_ok=True)
-    # In the folder itself, so that the last step is a rename. A killed run leaves it to the next.
     scratch = folder / f".{prefix}.partial"
     shutil.rmtree(scratch, ignore_errors=True)
     try:
         scratch.mkdir()
-        _write_all(scratch, prefix, metadata, step, progress)
-        for name in names:
-            (scratch / name).replace(folder / name)
+        yield scratch
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         if created:
@@ -70,17 +92,19 @@ def to_tf(
                 folder.rmdir()
         raise
     scratch.rmdir()
-    size = sum((folder / name).stat().st_size for name in names)
-    return "\n".join(
-        [
-            f"{folder / prefix}: {metadata.config.num_parameters:,} parameters, float32, "
-            f"step {step:,}{', with its optimizer' if metadata.slots else ''}",
-            f"  files       {', '.join(names)}",
-            f"  written     {size:,} bytes in {time.monotonic() - started:.1f} s, "
-            "read back and compared",
-            "next: give this folder to the original code, or to python -m convert",
-        ]
-    )
+
+
+def _check_file(file: ModelFile) -> int:
+    """The step of the training; raises `ValueError` for what TensorFlow's format can't hold."""
+    if file.packed is not None:
+        raise ValueError(
+            f"{file.path} is quantised ({file.packed}), which TensorFlow's checkpoints can't hold; "
+            "give the file that it was made from"
+        )
+    step = file.source.get("step", 0)
+    if type(step) is not int or not 0 <= step < 2**63:
+        raise ValueError(f"{file.path}: its source gives step {step!r}; expected a whole number")
+    return step
 
 
 def _check_folder(folder: Path, names: Sequence[str], overwrite: bool) -> None:
@@ -95,9 +119,9 @@ def _check_folder(folder: Path, names: Sequence[str], overwrite: bool) -> None:
         raise FileExistsError(f"{folder} has {', '.join(existing)} already")
 
 
-def _file_names(prefix: str, metadata: ModelFile) -> list[str]:
+def _file_names(prefix: str, file: ModelFile) -> list[str]:
     """All files, in the order in which they get their names."""
-    vocabulary = ["vocab.txt"] if metadata.vocab is not None else []
+    vocabulary = ["vocab.txt"] if file.vocab is not None else []
     files = (f"{prefix}.data-00000-of-00001", f"{prefix}.index", "config.json")
     return [*files, *vocabulary, "checkpoint"]  # which is last: until then nothing points to them
 
@@ -112,7 +136,7 @@ def _write_all(
     variables = dict(_variables(file))
     variables[mapping.TF_STEP] = Variable.of(np.array(step, np.int64))
     total = sum(math.prod(variable.shape) * 4 for variable in variables.values())
-    write_tf_checkpoint(
+    write_checkpoint(
         folder / prefix,
         variables,
         progress=(lambda done: progress(done, total)) if progress else None,
@@ -126,7 +150,7 @@ def _write_all(
 
 def _variables(file: ModelFile) -> Iterator[tuple[str, Variable]]:
     """The variables by their TensorFlow names, each read from the file when it is wanted."""
-    recipes = mapping.recipes(file.config.num_hidden_layers, "tf")
+    recipes = mapping.recipes(file.config.num_hidden_layers, mapping.TENSORFLOW)
     slots = mapping.slot_recipes(recipes, file.slots)
     flat = {
         name: dataclasses.replace(info, shape=(math.prod(info.shape),))
@@ -149,7 +173,7 @@ def _pieces(
         file.verify_tensor(name)
     rows = info.shape[0] // len(recipe.sources)
     shape = (rows, *info.shape[1:])
-    dtype = storage(info.dtype)
+    dtype = storage_dtype(info.dtype)
     size = math.prod(shape) * dtype.itemsize
     values = np.frombuffer(file.read_bytes(name, index * size, size), dtype).reshape(shape)
     for piece in rows_in_order(values.T if recipe.transpose else values):

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from convert.configs import original_dialect
-from convert.mapping import Recipe, recipes
-from convert.tf_writer import Variable, write_tf_checkpoint
+from convert.mapping import TENSORFLOW, Recipe, recipes
+from convert.tensorflow import Variable, write_checkpoint
 from gpt2ml_torch.kv_cache import KVCache
 from gpt2ml_torch.model import GPT2ML
 
@@ -42,7 +42,7 @@ def tf_variables(
     """Weights, Adafactor slots and `global_step` under the original's names; kernels are (in, out)
     there.
     """
-    plan = recipes(model.config.num_hidden_layers, "tf")
+    plan = recipes(model.config.num_hidden_layers, TENSORFLOW)
     variables: dict[str, NDArray[Any]] = {"global_step": np.array(step, dtype=np.int64)}
     for key, parameter in model.named_parameters():
         for name, value in plan[key].parts(parameter.detach()):
@@ -72,7 +72,7 @@ def save_tf(folder: Path, variables: Mapping[str, NDArray[Any]]) -> None:
     for old in (*folder.glob("model.ckpt-*"), *folder.glob("checkpoint")):
         old.unlink()
     prefix = folder / f"model.ckpt-{variables['global_step']}"
-    write_tf_checkpoint(prefix, {name: Variable.of(value) for name, value in variables.items()})
+    write_checkpoint(prefix, {name: Variable.of(value) for name, value in variables.items()})
     with tf.Graph().as_default() as graph:
         # Only what a Saver needs: `import_meta_graph(...).restore(...)` brings every variable back.
         saver = tf.compat.v1.train.Saver(

@@ -14,11 +14,10 @@ import tensorflow as tf
 from crc32c import crc32c
 from numpy.typing import NDArray
 
-from convert import bundle, table
-from convert.locate import Location
-from convert.tf_source import TFSource
-from convert.tf_writer import Variable, write_tf_checkpoint
-from convert.wire import Cursor, bytes_field, fields, fixed32_field, number_field, varint
+from convert import bundle
+from convert.bundle import Cursor, bytes_field, fields, fixed32_field, number_field, varint
+from convert.source import Stored
+from convert.tensorflow import TensorFlowCheckpoint, Variable, write_checkpoint
 from tests.helpers.checkpoint_factory import write_tf
 
 DTYPES = ("float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint8")
@@ -37,16 +36,16 @@ def some_tensors() -> dict[str, Any]:
     return {**tensors, "empty": numbers("float32", 0, 7), "名字": numbers("float32", 2)}
 
 
-def source(prefix: Path) -> TFSource:
-    return TFSource(Location(prefix, "tf"))
+def source(prefix: Path) -> TensorFlowCheckpoint:
+    return TensorFlowCheckpoint(prefix)
 
 
 def assert_holds(prefix: Path, tensors: Mapping[str, Any]) -> None:
     found = source(prefix)
-    assert found.entries.keys() == tensors.keys()
+    assert found.tensors.keys() == tensors.keys()
     for name, value in tensors.items():
         value = np.asarray(value)
-        assert found.entries[name] == (value.dtype.name, value.shape)
+        assert found.tensors[name] == Stored(value.dtype.name, value.shape)
         read = found.read(name)
         assert read.dtype == value.dtype
         assert np.array_equal(read, value)
@@ -62,7 +61,7 @@ def test_an_index_of_several_blocks_is_read(tmp_path: Path) -> None:
     index = Path(f"{prefix}.index").read_bytes()
     footer = Cursor(index[-48:])
     _, _, place = footer.varint(), footer.varint(), (footer.varint(), footer.varint())
-    assert len(list(table._pairs(table._block(index, *place)))) > 1
+    assert len(list(bundle._pairs(bundle._block(index, *place)))) > 1
     assert_holds(prefix, tensors)
 
 
@@ -71,7 +70,7 @@ def test_a_compressed_index_is_read_as_tensorflow_reads_it(tmp_path: Path) -> No
     tensors = {f"{'name/' * (i % 40)}{i:04d}": np.array([i], np.float32) for i in range(999)}
     prefix = write_tf(tmp_path, tensors)
     path = Path(f"{prefix}.index")
-    block = table._join(table.read_table(path.read_bytes()).items())
+    block = bundle._join(bundle.read_table(path.read_bytes()).items())
     compressed = a_table_of(snappy(block), b"\1", last_key=max(tensors).encode())
     assert len(compressed) < len(block) / 2
     path.write_bytes(compressed)
@@ -116,19 +115,19 @@ def snappy(text: bytes) -> bytes:
 def test_bfloat16_is_read_as_the_float32_that_it_stands_for(tmp_path: Path) -> None:
     value = tf.cast(numbers("float32", 4, 6), tf.bfloat16)
     found = source(write_tf(tmp_path, {"x": value}))
-    assert found.entries["x"] == ("bfloat16", (4, 6))
+    assert found.tensors["x"] == Stored("bfloat16", (4, 6))
     assert np.array_equal(found.read("x"), tf.cast(value, tf.float32))
 
 
 def test_what_holds_no_numbers_is_seen_to(tmp_path: Path) -> None:
     tensors = {"text": np.array([b"x", b"yy"]), "x": numbers("float32", 2)}
     found = source(write_tf(tmp_path, tensors))
-    assert found.entries == {"text": (None, (2,)), "x": ("float32", (2,))}
+    assert found.tensors == {"text": Stored(None, (2,)), "x": Stored("float32", (2,))}
 
 
 def test_what_is_written_is_what_tensorflow_reads(tmp_path: Path) -> None:
     tensors = some_tensors()
-    write_tf_checkpoint(tmp_path / "x", {n: Variable.of(value) for n, value in tensors.items()})
+    write_checkpoint(tmp_path / "x", {n: Variable.of(value) for n, value in tensors.items()})
     reader = tf.train.load_checkpoint(str(tmp_path / "x"))
     assert reader.get_variable_to_shape_map().keys() == tensors.keys()
     for name, value in tensors.items():
@@ -139,7 +138,7 @@ def test_what_is_written_is_what_tensorflow_reads(tmp_path: Path) -> None:
 
 def test_tensorflow_checks_our_checksums(tmp_path: Path) -> None:
     """So that the test above says something about them."""
-    write_tf_checkpoint(tmp_path / "x", {"x": Variable.of(numbers("float32", 9))})
+    write_checkpoint(tmp_path / "x", {"x": Variable.of(numbers("float32", 9))})
     data = tmp_path / "x.data-00000-of-00001"
     data.write_bytes(bytes([data.read_bytes()[0] ^ 1]) + data.read_bytes()[1:])
     with pytest.raises(tf.errors.DataLossError):
@@ -204,7 +203,7 @@ def test_a_truncated_index_is_an_error(tmp_path: Path) -> None:
 
 def a_table(pairs: list[tuple[bytes, bytes]]) -> bytes:
     header = number_field(1, 1)
-    return table.write_table([(b"", header), *pairs])
+    return bundle.write_table([(b"", header), *pairs])
 
 
 def a_table_of(block: bytes, kind: bytes, *, again: int = 1, last_key: bytes = b"") -> bytes:
@@ -213,30 +212,30 @@ def a_table_of(block: bytes, kind: bytes, *, again: int = 1, last_key: bytes = b
 
     def append(block: bytes, kind: bytes = b"\0") -> bytes:
         handle = varint(len(content)) + varint(len(block))
-        checksum = table.mask(crc32c(block + kind))
+        checksum = bundle.mask(crc32c(block + kind))
         content.extend(block + kind + struct.pack("<I", checksum))
         return handle
 
     data = append(block, kind)
-    filters = append(table._join([]))
-    index = append(table._join([(last_key, data)] * again))
+    filters = append(bundle._join([]))
+    index = append(bundle._join([(last_key, data)] * again))
     magic = struct.pack("<Q", 0xDB4775248B80FB57)
     return bytes(content) + (filters + index).ljust(40, b"\0") + magic
 
 
 HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
-    "no header": (lambda: table.write_table([(b"x", b"")]), "no header"),
+    "no header": (lambda: bundle.write_table([(b"x", b"")]), "no header"),
     "big-endian": (
-        lambda: table.write_table([(b"", number_field(1, 1) + number_field(2, 1))]),
+        lambda: bundle.write_table([(b"", number_field(1, 1) + number_field(2, 1))]),
         "big-endian",
     ),
-    "no data files": (lambda: table.write_table([(b"", b"")]), "counts 0 data files"),
+    "no data files": (lambda: bundle.write_table([(b"", b"")]), "counts 0 data files"),
     "many data files": (
-        lambda: table.write_table([(b"", number_field(1, 10**9))]),
+        lambda: bundle.write_table([(b"", number_field(1, 10**9))]),
         "counts 1000000000 data files",
     ),
     "header no number": (
-        lambda: table.write_table([(b"", bytes_field(1, b"x"))]),
+        lambda: bundle.write_table([(b"", bytes_field(1, b"x"))]),
         "counts b'x' data files",
     ),
     "entry of bytes": (lambda: a_table([(b"x", bytes_field(4, b"12"))]), "not described"),
@@ -271,7 +270,7 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     "a Snappy bomb": (lambda: a_table_of(varint(2**31) + b"\x00a", b"\1"), "is too large"),
     "an unknown compression": (lambda: a_table_of(b"x", b"\5"), "unknown way 5"),
     "one block many times": (
-        lambda: a_table_of(table._join([(b"", number_field(1, 1))]), b"\0", again=9),
+        lambda: a_table_of(bundle._join([(b"", number_field(1, 1))]), b"\0", again=9),
         "overlap",
     ),
     "long keys of few bytes": (
@@ -294,14 +293,14 @@ def test_a_hostile_index_is_a_clear_error(name: str) -> None:
 
 
 def test_snappy_copies_of_what_they_write_repeat_it() -> None:
-    assert table._uncompress(b"\x0a" + b"\x04ab" + b"\x1e\x02\x00") == b"ababababab"
+    assert bundle._uncompress(b"\x0a" + b"\x04ab" + b"\x1e\x02\x00") == b"ababababab"
 
 
 def test_long_literals_and_far_copies_are_uncompressed() -> None:
     text = bytes(range(256)) * 256
     literal = b"\xf4" + struct.pack("<H", len(text) - 1) + text
     far = b"\xff" + struct.pack("<I", len(text))  # 64 bytes from the start
-    assert table._uncompress(varint(len(text) + 64) + literal + far) == text + text[:64]
+    assert bundle._uncompress(varint(len(text) + 64) + literal + far) == text + text[:64]
 
 
 def test_fields_come_back() -> None:

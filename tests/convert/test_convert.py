@@ -111,19 +111,7 @@ def test_more_than_a_hundred_layers_are_read(folder: Path, out: Path) -> None:
 
 
 def test_several_shards_are_read(folder: Path, out: Path) -> None:
-    import tensorflow as tf
-
-    tensors = factory.with_slots(factory.tf_weights())
-    halves = [dict(list(tensors.items())[part::2]) for part in range(2)]
-    for name in (DATA, INDEX):
-        (folder / name).unlink()
-    prefixes = [factory.write_tf(folder, half, name=f"part{i}") for i, half in enumerate(halves)]
-    tf.raw_ops.MergeV2Checkpoints(
-        checkpoint_prefixes=[str(prefix) for prefix in prefixes],
-        destination_prefix=str(folder / PREFIX),
-        delete_old_dirs=False,
-    )
-    run(folder / PREFIX, out)
+    run(factory.write_shards(folder, factory.with_slots(factory.tf_weights())), out)
     assert_identical(out, factory.expected_tensors(factory.tf_weights()))
 
 

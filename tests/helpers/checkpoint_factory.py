@@ -84,13 +84,35 @@ def write_tf(folder: Path, tensors: Mapping[str, Any], *, name: str = f"model.ck
     return folder / name
 
 
+def write_shards(folder: Path, tensors: Arrays) -> Path:
+    """Write a checkpoint of two data files, in place of the one in the folder."""
+    import tensorflow as tf
+
+    halves = [dict(list(tensors.items())[part::2]) for part in range(2)]
+    prefix = folder / f"model.ckpt-{STEP}"
+    for path in folder.glob(f"{prefix.name}.*"):
+        path.unlink()
+    prefixes = [write_tf(folder, half, name=f"part{i}") for i, half in enumerate(halves)]
+    tf.raw_ops.MergeV2Checkpoints(
+        checkpoint_prefixes=[str(prefix) for prefix in prefixes],
+        destination_prefix=str(prefix),
+        delete_old_dirs=False,
+    )
+    return prefix
+
+
 def write_folder(folder: Path, tensors: Mapping[str, Any] | None = None) -> Path:
     """A folder as people keep them: checkpoint, configuration, vocabulary."""
     folder.mkdir(exist_ok=True)
     write_tf(folder, with_slots(tf_weights()) if tensors is None else tensors)
+    write_beside(folder)
+    return folder
+
+
+def write_beside(folder: Path) -> None:
+    """Write the configuration and the vocabulary that belong to the weights."""
     (folder / "config.json").write_text(json.dumps(CONFIG))
     (folder / "vocab.txt").write_text(VOCAB)
-    return folder
 
 
 def community_state_dict(weights: Arrays, *, prefix: str = "transformer.") -> dict[str, Tensor]:

@@ -44,7 +44,7 @@ def bin_is_empty(folder: Path) -> list[str]:
     return [str(folder / "pytorch_model.bin")]
 
 
-@case("is damaged or truncated")
+@case("pytorch_model.bin is a zip archive, not a checkpoint: unpack it")
 def bin_is_another_zip(folder: Path) -> list[str]:
     shutil.make_archive(str(folder / "x"), "zip", folder, "vocab.txt")
     (folder / "x.zip").rename(folder / "pytorch_model.bin")

@@ -36,9 +36,10 @@ def source_is_a_pipe(folder: Path) -> list[str]:
     return [str(folder / "pipe")]
 
 
-@case("safetensors file already")
+@case("a converted safetensors file already: `gpt2ml generate` takes it")
 def source_is_converted_already(folder: Path) -> list[str]:
-    (folder / "x.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")
+    header = b'{"__metadata__":{"gpt2ml_format":"1"}}'
+    (folder / "x.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
     return [str(folder / "x.safetensors")]
 
 
@@ -105,19 +106,20 @@ def index_has_a_flipped_bit(folder: Path) -> None:
     flip(folder / INDEX, 100)
 
 
-@case("is damaged|can't read|is no TensorFlow")
+@case(f"{INDEX} is a web page, not a checkpoint: .*; fetch it again")
 def index_is_a_web_page(folder: Path) -> None:
     (folder / INDEX).write_text("<html>404 Not Found</html>\n" * 100)
 
 
-@case("missing in .*data-00001-of-00002")
-def a_shard_is_missing(folder: Path) -> None:
+@case(f"{DATA} is missing; found {PREFIX}.data-00000-of-00002, which is of another count")
+def data_file_is_of_another_count(folder: Path) -> None:
     (folder / DATA).rename(folder / f"{PREFIX}.data-00000-of-00002")
 
 
-@case("belong to several checkpoints")
-def shards_of_two_checkpoints(folder: Path) -> None:
-    shutil.copy(folder / DATA, folder / f"{PREFIX}.data-00000-of-00002")
+@case(f"{PREFIX}.data-00001-of-00002 is missing; the index expects")
+def a_shard_is_missing(folder: Path) -> None:
+    factory.write_shards(folder, factory.with_slots(factory.tf_weights()))
+    (folder / f"{PREFIX}.data-00001-of-00002").unlink()
 
 
 def second_checkpoint(folder: Path) -> None:

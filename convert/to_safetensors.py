@@ -1,5 +1,5 @@
-"""Source to file: read, transpose, round, write and hash, in a few threads that each take one
-tensor at a time."""
+"""From a checkpoint to the one file: read, transpose, round, write and hash, in a few threads that
+each take one tensor at a time."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ from typing import Any
 import numpy as np
 
 from convert import published
-from convert.locate import Location
-from convert.mapping import Recipe
+from convert.arrays import Array, count_non_finite, round_to, rows_in_order, storage_dtype
+from convert.inputs import Location
+from convert.mapping import TENSORFLOW, Recipe
 from convert.plan import Options, Plan, make_plan
-from convert.rounding import round_to
-from convert.sources import Array, Source, storage
-from convert.transpose import rows_in_order
+from convert.source import Joined, Source
 from convert.vocabulary import Vocabulary
 from gpt2ml_torch.config import GPT2MLConfig
 from gpt2ml_torch.modelfile.disk import resolve_target
@@ -42,6 +41,7 @@ class Report:
     kept: int  # optimiser slots
     dropped: dict[str, int]
     vocabulary: Vocabulary | None
+    verified: str  # what of the source was compared with a checksum, in words
     notes: list[str]
     size: int
     seconds: float
@@ -58,11 +58,11 @@ def convert(
     Raises `ValueError` for a source that is damaged or no complete model, and `OSError`.
     """
     started = time.monotonic()
-    check_target(out, location.files(), overwrite=options.overwrite)
-    with _hashing(location, options) as digest:  # it takes as long as all the rest
-        source = open_source(location)
+    check_target(out, location.files, overwrite=options.overwrite)
+    source = open_source(location)
+    with _hashing(source, options) as digest:  # it takes as long as all the rest
         plan = make_plan(source, location.folder, options)
-        check_target(out, plan.inputs, overwrite=options.overwrite)
+        check_target(out, [*source.files, *plan.inputs], overwrite=options.overwrite)
         with ModelWriter(
             out,
             plan.config,
@@ -71,20 +71,22 @@ def convert(
             vocab=plan.vocabulary.text if plan.vocabulary else None,
             slots=options.keep_optimizer,
             overwrite=options.overwrite,
+            allow_non_finite=True,  # checked before rounding and packing
         ) as writer:
-            _copy(source, plan, writer, options, progress)
+            non_finite = _copy(source, plan, writer, options, progress)
             origin = _identify(source, digest())
             writer.set_source(origin)
-    notes = plan.notes
+    notes = [*location.notes, *source.notes, *plan.notes, *non_finite]
     if plan.vocabulary:
-        notes = notes + _vocabulary_notes(plan.vocabulary, plan.config, origin)
+        notes += _vocabulary_notes(plan.vocabulary, plan.config, origin)
     return Report(
         config=plan.config,
         source=origin,
         tensors=len(plan.recipes),
         kept=sum(len(recipe.sources) for recipe in plan.slots.values()),
-        dropped={reason: len(names) for reason, names in plan.dropped.items()},
+        dropped=plan.dropped,
         vocabulary=plan.vocabulary,
+        verified=_verified(source, origin),
         notes=notes,
         size=out.stat().st_size,
         seconds=time.monotonic() - started,
@@ -92,20 +94,26 @@ def convert(
 
 
 def open_source(location: Location) -> Source:
-    """Open a checkpoint for reading."""
+    """Open a checkpoint for reading.
+
+    Raises `ValueError` for one that is damaged or hostile, and `OSError`.
+    """
+    if location.kind == "tf":
+        from convert.tensorflow import TensorFlowCheckpoint
+
+        return TensorFlowCheckpoint(location.path)
     if location.kind == "bin":
-        from convert.bin_source import BinSource  # brings PyTorch, which takes seconds to import
-
-        return BinSource(location.path)
-    from convert.tf_source import TFSource
-
-    return TFSource(location)
+        from convert.pytorch_bin import PyTorchFile as File
+    else:
+        from convert.safetensors_file import SafetensorsFile as File  # type: ignore[assignment]
+    sources = [File(path) for path in location.files]
+    return sources[0] if len(sources) == 1 else Joined(location.path.name, sources)
 
 
 def check_target(out: Path, inputs: Iterable[Path], *, overwrite: bool) -> None:
     """Raise `OSError` where the output can't be written, `ValueError` if it is an input itself."""
     for path in inputs:
-        if out.exists() and out.samefile(path):
+        if out.exists() and path.exists() and out.samefile(path):
             raise ValueError(f"{out} is the source itself; give another name")
     resolve_target(out, overwrite=overwrite)
 
@@ -116,13 +124,17 @@ def _copy(
     writer: ModelWriter,
     options: Options,
     progress: Progress | None,
-) -> None:
-    """Make and write all tensors; the first that fails stops the others."""
+) -> list[str]:
+    """Make and write all tensors; the first that fails stops the others.
+
+    Returns a note for each that is not finite, where that is allowed.
+    """
     jobs = collections.deque([(key, recipe, options.dtype) for key, recipe in plan.recipes.items()])
     jobs.extend((SLOT + name, recipe, "float32") for name, recipe in plan.slots.items())
     sizes = {key: _bytes_made(source, recipe, dtype) for key, recipe, dtype in jobs}
     total = sum(sizes.values())
     reporting = threading.Lock()
+    notes: list[str] = []
 
     def work() -> None:
         while jobs:
@@ -130,7 +142,10 @@ def _copy(
                 key, recipe, dtype = jobs.popleft()
             except IndexError:  # another took the last one
                 return
-            _write(writer, key, _pieces(source, key, recipe, dtype), options.quantization)
+            maker = _Maker(source, key, recipe, dtype, allow_non_finite=options.allow_non_finite)
+            _write(writer, key, maker.pieces(), options.quantization)
+            if maker.non_finite:
+                notes.append(f"tensor {key!r} has {maker.non_finite:,} numbers that are not finite")
             if progress:
                 with reporting:
                     progress(sizes[key], total)
@@ -142,24 +157,45 @@ def _copy(
                 worker.result()
         finally:
             jobs.clear()
+    return sorted(notes)
 
 
 def _bytes_made(source: Source, recipe: Recipe, dtype: str) -> int:
-    numbers = sum(math.prod(source.entries[name][1]) for name in recipe.sources)
-    return numbers * storage(dtype).itemsize
+    numbers = sum(math.prod(source.tensors[name].shape) for name in recipe.sources)
+    return numbers * storage_dtype(dtype).itemsize
 
 
-def _pieces(source: Source, key: str, recipe: Recipe, dtype: str) -> Iterator[Array]:
-    """A tensor of the file from the source's, some rows at a time."""
-    for name in recipe.sources:
-        tensor = source.read(name)
-        for rows in rows_in_order(tensor.T if recipe.transpose else tensor):
-            try:
-                yield round_to(dtype, rows)
-            except ValueError as error:
-                raise ValueError(
-                    f"tensor {key!r} has {error}; choose --dtype float32 or bfloat16"
-                ) from None
+class _Maker:
+    """Makes one tensor of the file from the source's, and counts what is not finite in it."""
+
+    def __init__(
+        self, source: Source, key: str, recipe: Recipe, dtype: str, *, allow_non_finite: bool
+    ) -> None:
+        self._source, self._key, self._recipe, self._dtype = source, key, recipe, dtype
+        self._allow = allow_non_finite
+        self.non_finite = 0
+
+    def pieces(self) -> Iterator[Array]:
+        """Some rows at a time, checked while they are in the processor's cache."""
+        for name in self._recipe.sources:
+            tensor = self._source.read(name)
+            for rows in rows_in_order(tensor.T if self._recipe.transpose else tensor):
+                self.non_finite += (found := count_non_finite(rows))
+                if found and not self._allow:
+                    raise ValueError(
+                        f"tensor {name!r} of {self._source.name} has numbers that are not finite "
+                        "(NaN or infinity): such a model writes nothing sensible; fetch or train "
+                        "it again (--allow-non-finite converts it all the same)"
+                    )
+                yield self._rounded(rows)
+
+    def _rounded(self, rows: Array) -> Array:
+        try:
+            return round_to(self._dtype, rows)
+        except ValueError as error:
+            raise ValueError(
+                f"tensor {self._key!r} has {error}; choose --dtype float32 or bfloat16"
+            ) from None
 
 
 def _write(
@@ -174,23 +210,20 @@ def _write(
 
 
 @contextlib.contextmanager
-def _hashing(location: Location, options: Options) -> Iterator[Callable[[], str | None]]:
-    """Hash the data file, if it may be a published one, in a thread of its own."""
-    files = location.data_files()
-    if not options.verify or len(files) != 1 or not _may_be_published(files[0], location):
+def _hashing(source: Source, options: Options) -> Iterator[Callable[[], str | None]]:
+    """Hash the source's one file, if it may be a published one, in a thread of its own."""
+    kind = "tf" if TENSORFLOW in source.layouts else "bin"
+    size = source.files[0].stat().st_size
+    if not options.verify or len(source.files) != 1 or not published.may_be(size, kind):
         yield lambda: None
         return
     stop = threading.Event()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        future = pool.submit(published.file_sha256, files[0], stop)
+        future = pool.submit(published.file_sha256, source.files[0], stop)
         try:
             yield future.result
         finally:
             stop.set()
-
-
-def _may_be_published(file: Path, location: Location) -> bool:
-    return published.may_be(file.stat().st_size, location.kind)
 
 
 def _identify(source: Source, sha256: str | None) -> dict[str, Any]:
@@ -207,14 +240,23 @@ def _identify(source: Source, sha256: str | None) -> dict[str, Any]:
     if known := published.by_hash(sha256):
         # The same words for TensorFlow's and PyTorch's copy, which hold the same weights.
         return known.source()
-    size = sum(path.stat().st_size for path in source.data_files)
-    if source.format == "tf" and (known := published.by_size(size)):
+    size = sum(path.stat().st_size for path in source.files)
+    if TENSORFLOW in source.layouts and (known := published.by_size(size)):
         raise ValueError(
-            f"{source.data_files[0]} has the size of the published {known.name} but another "
+            f"{source.files[0]} has the size of the published {known.name} but another "
             f"SHA-256, {sha256} instead of {known.data_sha256}: the download is damaged (fetch it "
             "again), or this is another training (--no-verify goes on)"
         )
     return {**origin, "sha256": sha256}
+
+
+def _verified(source: Source, origin: dict[str, Any]) -> str:
+    """What of the source was compared with a checksum, and found right."""
+    if "published" in origin:
+        return "the SHA-256 is the published one"
+    if source.checksum:
+        return f"the {source.checksum} of every tensor that was read"
+    return "nothing: this file format has no checksums"
 
 
 def _vocabulary_notes(

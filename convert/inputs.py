@@ -1,0 +1,341 @@
+"""From what the user typed to the files of one checkpoint.
+
+Names that begin with a dot are left alone everywhere: a Mac puts a `._` twin beside every file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal
+
+from convert import foreign
+from convert.safetensors_file import converted_already, is_converted
+
+Kind = Literal["tf", "bin", "safetensors"]
+
+_TF_SHARD = re.compile(r"(?P<prefix>.+)\.data-(?P<index>\d{5})-of-(?P<count>\d{5})")
+_SHARD = re.compile(r"(?P<name>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
+_STATE = re.compile(
+    rb"""^\s*model_checkpoint_path\s*:\s*(?P<quote>["'])(?P<path>(?:[^\\]|\\.)*?)(?P=quote)""",
+    re.MULTILINE | re.DOTALL,
+)
+_ESCAPE = re.compile(rb"\\(?:([0-7]{1,3})|[xX]([0-9a-fA-F]{1,2})|(.))", re.DOTALL)
+_ESCAPES = {b"n": b"\n", b"r": b"\r", b"t": b"\t", b"a": b"\a", b"b": b"\b", b"f": b"\f",
+            b"v": b"\v"}  # fmt: skip
+_STATE_MAX_BYTES = 1 << 20
+_INDEX_MAX_BYTES = 16 << 20
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+_USUAL = ("pytorch_model.bin", "model.safetensors", "model.pt", "pytorch_model.pt")
+# What training programs put beside the weights.
+_BESIDE = re.compile(
+    r"(training_args|optimizer|scheduler|scaler|rng_state|random_states|adapter_model|trainer)\b.*"
+    r"|rng_state_\d+\..*|random_states_\d+\..*"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Location:
+    """A checkpoint on disk: a TensorFlow prefix, or the files of a PyTorch or safetensors one, and
+    what there is to tell about the choice."""
+
+    path: Path
+    kind: Kind
+    files: tuple[Path, ...] = ()  # for `tf`, its index alone; its data files depend on it
+    notes: tuple[str, ...] = ()
+
+    @property
+    def folder(self) -> Path:
+        return self.path.parent
+
+
+def _tf(prefix: Path) -> Location:
+    return Location(prefix, "tf", (prefix.with_name(prefix.name + ".index"),))
+
+
+def locate(source: Path) -> Location:
+    """Find the checkpoint that a folder, prefix or file stands for.
+
+    Raises `OSError` where there is none, `ValueError` where there are several or it is something
+    else.
+    """
+    source = expanded(source)
+    if source.is_dir():
+        return _in_folder(source)
+    if source.exists() and not source.is_file():
+        raise OSError(f"{source} is neither a file nor a folder")
+    if source.is_file():
+        foreign.check(source)
+    prefix = _prefix_of(source)
+    if prefix is not None:
+        return _tf(prefix)
+    if source.with_name(source.name + ".index").is_file():
+        return _tf(source)
+    if source.is_file():
+        return _loose_file(source)
+    return _not_there(source)
+
+
+def expanded(path: Path) -> Path:
+    """The path with a leading `~`, which the shell leaves as it is in quotes, replaced by the home
+    folder."""
+    if path.parts and path.parts[0].startswith("~") and not path.exists():
+        try:
+            return path.expanduser()
+        except RuntimeError:  # no such user
+            return path
+    return path
+
+
+def visible(folder: Path, pattern: str = "*") -> list[Path]:
+    """The files in a folder, sorted, except those whose names begin with a dot."""
+    found = (path for path in folder.glob(pattern) if not path.name.startswith("."))
+    return sorted(path for path in found if path.is_file())
+
+
+def _not_there(source: Path) -> Location:
+    """What a name stands for that no file has: a prefix that the shell completed too far, or an
+    error."""
+    if partial := foreign.unfinished(source):
+        raise FileNotFoundError(f"{source} is not there yet: {partial.name} is its download")
+    if source.parent.is_dir():
+        for index in visible(source.parent, "*.index"):
+            prefix = index.with_suffix("")
+            names = [index.name, *(path.name for path in tf_data_files(prefix))]
+            if source.name.startswith(f"{prefix.name}.") and any(
+                name.startswith(source.name) for name in names
+            ):
+                return _tf(prefix)
+        if tf_data_files(source):
+            raise FileNotFoundError(f"{source}.index is missing; it belongs beside the .data file")
+    raise FileNotFoundError(
+        f"{source} does not exist, nor does {source}.index; give a checkpoint's folder or prefix"
+    )
+
+
+def tf_data_files(prefix: Path) -> list[Path]:
+    """The data files of a TensorFlow checkpoint that are there."""
+    return [
+        path
+        for path in visible(prefix.parent)
+        if (match := _TF_SHARD.fullmatch(path.name)) and match["prefix"] == prefix.name
+    ]
+
+
+def _prefix_of(file: Path) -> Path | None:
+    """The prefix, if this is the name of one of a TensorFlow checkpoint's files."""
+    if file.suffix in (".index", ".meta"):
+        prefix = file.with_suffix("")
+    elif match := _TF_SHARD.fullmatch(file.name):
+        prefix = file.with_name(match["prefix"])
+    else:
+        return None
+    if not prefix.with_name(prefix.name + ".index").is_file():
+        raise FileNotFoundError(f"{prefix}.index is missing; a TensorFlow checkpoint needs it")
+    return prefix
+
+
+def _loose_file(source: Path) -> Location:
+    if source.name == "checkpoint":
+        return _in_folder(source.parent)
+    if source.name.endswith(".index.json"):
+        return _sharded(source)
+    if match := _SHARD.fullmatch(source.name):
+        return _shards(source.parent, match)
+    kind = _kind(source)
+    if kind is None:
+        raise ValueError(
+            f"{source} is neither a TensorFlow checkpoint nor a PyTorch file; expected a folder, "
+            "prefix, .index, .bin or .safetensors"
+        )
+    return Location(source, kind, (source,))
+
+
+def _kind(path: Path) -> Kind | None:
+    """Of a PyTorch or safetensors file, by its first bytes; None for others."""
+    with path.open("rb") as file:
+        start = file.read(16)
+    if start.startswith((b"PK\x03\x04", b"\x80")):
+        return "bin"
+    return "safetensors" if path.suffix == ".safetensors" or start[8:9] == b"{" else None
+
+
+def _sharded(index: Path) -> Location:
+    """The checkpoint whose shards an index.json names: plain names, beside it.
+
+    Raises `ValueError` for an index that is damaged or leads elsewhere, `FileNotFoundError` for
+    shards that are missing.
+    """
+    foreign.check(index)
+    if index.stat().st_size > _INDEX_MAX_BYTES:
+        raise ValueError(f"{index} is too large for an index of shards")
+    try:
+        names = set(json.loads(index.read_bytes())["weight_map"].values())
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        raise ValueError(
+            f"{index} is no index of shards (JSON with a weight_map); fetch it again"
+        ) from None
+    for name in names:
+        if not isinstance(name, str) or not name or re.search(r"[/\\\0:]|^\.", name):
+            raise ValueError(
+                f"{index} names the shard {str(name)[:80]!r}; expected the name of a file beside it"
+            )
+    return _complete(index, sorted(names))
+
+
+def _shards(folder: Path, match: re.Match[str]) -> Location:
+    """The checkpoint that a shard belongs to, by its index.json or else by the shards' numbers."""
+    first, count, suffix = match["name"], match["count"], match["suffix"]
+    index = folder / f"{first}{suffix}.index.json"
+    if index.is_file():
+        return _sharded(index)
+    if int(count) > 10_000:
+        raise ValueError(f"{folder / match.string} is one of {int(count):,} shards: too many")
+    names = [f"{first}-{i + 1:05d}-of-{count}{suffix}" for i in range(int(count))]
+    return _complete(index, names)
+
+
+def _complete(index: Path, names: Sequence[str]) -> Location:
+    """A checkpoint of these shards, all of which must be there."""
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing or not names:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise FileNotFoundError(
+            f"missing in {index.parent}: {', '.join(missing[:5]) or 'any shard'}{more}; fetch the "
+            "shards that are not there"
+        )
+    files = tuple(index.parent / name for name in names)
+    for path in files:
+        foreign.check(path)
+    kinds = {_kind(path) for path in files}
+    kind = kinds.pop() if len(kinds) == 1 else None
+    if kind is None:
+        raise ValueError(f"the shards of {index.name} are not all of one format; fetch them again")
+    return Location(index, kind, files)
+
+
+def _in_folder(folder: Path) -> Location:
+    prefixes = [path.with_suffix("") for path in visible(folder, "*.index")]
+    others = _pytorch_names(folder)
+    if prefixes:
+        location = _choose_prefix(folder, prefixes)
+        return _with_note(location, others)
+    if others:
+        return _choose_pytorch(folder, others)
+    orphans = [path.name for path in visible(folder) if _TF_SHARD.fullmatch(path.name)]
+    if orphans:
+        index = _TF_SHARD.fullmatch(orphans[0])["prefix"] + ".index"  # type: ignore[index]
+        raise FileNotFoundError(f"{folder} has {orphans[0]}, but {index} is missing")
+    raise _nothing_in(folder)
+
+
+def _with_note(location: Location, left: Iterable[str]) -> Location:
+    names = ", ".join(left)
+    if not names:
+        return location
+    notes = (*location.notes, f"{names} beside it was left alone")
+    return dataclasses.replace(location, notes=notes)
+
+
+def _nothing_in(folder: Path) -> Exception:
+    """The error for a folder without a checkpoint: what there is instead, if anything tells."""
+    for path in visible(folder)[:200]:
+        if fault := foreign.fault_of(path):
+            return ValueError(f"no checkpoint in {folder}: {fault}")
+        if path.name.startswith("adapter_model."):
+            return ValueError(f"{path} is an adapter (LoRA), not a model; see gpt2ml merge")
+        if path.suffix == ".safetensors" and is_converted(path):
+            return ValueError(f"no checkpoint in {folder}: {converted_already(path)}")
+    inner = (path for path in sorted(folder.iterdir()) if not path.name.startswith((".", "__")))
+    for path in inner:
+        if path.is_dir() and (visible(path, "*.index") or _pytorch_names(path)):
+            return FileNotFoundError(f"no checkpoint in {folder} itself; give {path}")
+    return FileNotFoundError(
+        f"no checkpoint (*.index with *.data-*, pytorch_model.bin or model.safetensors) in {folder}"
+    )
+
+
+def _choose_prefix(folder: Path, prefixes: list[Path]) -> Location:
+    named = _named_by_state_file(folder)
+    for prefix in prefixes:
+        if prefix.name in named:
+            return _tf(prefix)
+    if len(prefixes) == 1:
+        return _tf(prefixes[0])
+    names = ", ".join(prefix.name for prefix in prefixes)
+    why = (
+        f"the file `checkpoint` names {named[0]}, which is not there"
+        if named
+        else "no file `checkpoint` names one"
+    )
+    raise ValueError(
+        f"several checkpoints in {folder}: {names}, and {why}; give one as {folder}/NAME"
+    )
+
+
+def _named_by_state_file(folder: Path) -> list[str]:
+    """The checkpoint that `checkpoint` names, as it may be read.
+
+    Only the last part of the path counts: its folder is often one on someone else's machine. The
+    path is escaped as a protocol buffer's text is, unless somebody wrote it by hand.
+    """
+    state = folder / "checkpoint"
+    if not state.is_file() or state.stat().st_size > _STATE_MAX_BYTES:
+        return []
+    match = _STATE.search(state.read_bytes())
+    if match is None:
+        return []
+    paths = (_ESCAPE.sub(_unescaped, match["path"]), match["path"])
+    return [re.split(r"[/\\]+", path.decode("utf-8", errors="replace"))[-1] for path in paths]
+
+
+def _unescaped(match: re.Match[bytes]) -> bytes:
+    octal, hexadecimal, other = match.groups()
+    if octal or hexadecimal:
+        return bytes([int(octal or hexadecimal, 8 if octal else 16) & 0xFF])
+    return _ESCAPES.get(other, other if other in b"\\'\"?" else b"\\" + other)
+
+
+def _pytorch_names(folder: Path) -> list[str]:
+    """Files in a folder that may each be a model's weights; of shards, their index or the first."""
+    names: dict[str, str] = {}
+    for path in visible(folder):
+        shard = _SHARD.fullmatch(path.name)
+        if _BESIDE.fullmatch(path.name) or path.suffix not in (*_PICKLED, ".safetensors", ".json"):
+            continue
+        if path.suffix == ".json" and not path.name.endswith(".index.json"):
+            continue
+        if path.suffix == ".safetensors" and is_converted(path):
+            continue
+        if path.suffix == ".ckpt" and _kind(path) != "bin":
+            continue
+        group = f"{shard['name']}{shard['suffix']}.index.json" if shard else path.name
+        names.setdefault(group, path.name)
+        if not shard:
+            names[group] = path.name
+    return sorted(names.values())
+
+
+def _choose_pytorch(folder: Path, names: list[str]) -> Location:
+    by_rank = sorted(names, key=_rank)
+    usual = [name for name in by_rank if _rank(name) < len(_USUAL)]
+    if not usual and len(names) > 1:
+        suffixes = {Path(name).suffix for name in names}
+        kind = suffixes.pop() if len(suffixes) == 1 else "PyTorch"
+        raise ValueError(
+            f"several {kind} files in {folder}: {', '.join(names)}; give the one to convert"
+        )
+    chosen = by_rank[0]
+    foreign.check(folder / chosen)
+    return _with_note(_loose_file(folder / chosen), (name for name in names if name != chosen))
+
+
+def _rank(name: str) -> int:
+    """How usual a name is for a model's weights: 0 is the most usual."""
+    if shard := _SHARD.fullmatch(name):
+        name = shard["name"] + shard["suffix"]
+    name = name.removesuffix(".index.json")
+    return _USUAL.index(name) if name in _USUAL else len(_USUAL)
