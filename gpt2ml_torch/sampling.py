@@ -5,7 +5,7 @@ its own, a counter-based hash of (key of the row, number of the token, id) in in
 that what a row draws depends neither on its neighbours nor on the order of execution.
 
 Shapes:
-    B  batch rows       V  vocabulary       L  tokens of history
+    B  batch rows       V  vocabulary
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ _SMALL = 1024  # tokens among which looking for candidates takes longer than dra
 
 
 class Knobs(NamedTuple):
-    """What shapes the distribution, as 0-dimensional tensors, so that new values recompile nothing.
+    """What shapes the distribution, as tensors, so that new values recompile nothing.
 
-    None leaves a rule out; without `sample`, a bool, or where it is False, the best token is taken.
+    Each is 0-dimensional, for all rows, or (B, 1), for each row its own. None leaves a rule out;
+    without `sample`, a bool, or where it is False, the best token is taken.
     """
 
     sample: Tensor | None = None
@@ -36,30 +37,18 @@ class Knobs(NamedTuple):
     grover_top_p: Tensor | None = None  # the same, with the original's rule
     min_p: Tensor | None = None  # float32, in [0, 1]
     typical_p: Tensor | None = None  # float32, in (0, 1]
-    repetition_penalty: Tensor | None = None  # float32, > 0
 
 
-def choose(
-    logits: Tensor,
-    knobs: Knobs,
-    *,
-    keys: Tensor,
-    steps: Tensor,
-    blocked: Tensor | None = None,
-    seen: Tensor | None = None,
-) -> Tensor:
-    """The next token of each row, (B, V) logits -> (B,) int64.
+def choose(scores: Tensor, knobs: Knobs, *, keys: Tensor, steps: Tensor) -> Tensor:
+    """The next token of each row, (B, V) scores from `process` -> (B,) int64.
 
     `keys` and `steps`, (B,) int64, are the row's random stream and the number of the token in it.
-    `blocked`, bool, (V,) or (B, V), is never chosen; `seen`, (B, V), is what the repetition
-    penalty applies to.
     """
-    scores = process(logits, knobs, blocked=blocked, seen=seen)
     if knobs.sample is None:
         return scores.argmax(-1)  # of equal scores the lowest id
     if knobs.temperature is not None:
         scores = torch.where(knobs.sample, scores / knobs.temperature, scores)
-    if scores.device.type == "cpu" and scores.shape[-1] > _SMALL:
+    if scores.device.type == "cpu" and scores.shape[-1] > _SMALL and knobs.sample.ndim == 0:
         rows = zip(scores.split(1), keys.split(1), steps.split(1), strict=True)
         return torch.cat([_draw_from_few(*row, knobs) for row in rows])
     noise = exponential(keys, steps, torch.arange(scores.shape[-1], device=scores.device))
@@ -100,12 +89,20 @@ def candidates(row: Tensor, knobs: Knobs) -> tuple[Tensor, Tensor | None]:
 
 
 def process(
-    logits: Tensor, knobs: Knobs, *, blocked: Tensor | None = None, seen: Tensor | None = None
+    logits: Tensor,
+    *,
+    blocked: Tensor | None = None,
+    seen: Tensor | None = None,
+    penalty: Tensor | None = None,
 ) -> Tensor:
-    """The logits, in float32, after what applies to greedy and beam search too."""
+    """The logits, in float32, after what applies to greedy and beam search too.
+
+    `blocked`, bool, (V,) or (B, V), is never chosen; `penalty`, 0-dimensional or (B, 1), is the
+    repetition penalty of the tokens in `seen`, (B, V).
+    """
     scores = logits.float()
-    if knobs.repetition_penalty is not None and seen is not None:
-        scores = penalize_repetition(scores, seen, knobs.repetition_penalty)
+    if penalty is not None and seen is not None:
+        scores = penalize_repetition(scores, seen, penalty)
     if blocked is not None:
         scores = scores.masked_fill(blocked, -torch.inf)
     return scores
@@ -114,7 +111,7 @@ def process(
 def keep(scores: Tensor, knobs: Knobs, *, log_total: Tensor | None = None) -> Tensor:
     """Each rule in the order in which transformers applies them, after the temperature.
 
-    `log_total`, (B, 1), is the logarithm of the sum of all exponentials, where `scores` are but
+    `log_total`, (B, 1), is the logarithm of the sum of all exponentials, where `scores` are only
     some of them and top-p is the first rule.
     """
     if knobs.top_k is not None:
@@ -200,27 +197,8 @@ def penalize_repetition(scores: Tensor, seen: Tensor, penalty: Tensor) -> Tensor
     return torch.where(seen, penalized, scores)
 
 
-def repeated_ngrams(history: Tensor, lengths: Tensor, size: int, vocab_size: int) -> Tensor:
-    """The tokens that would complete an n-gram that the row already holds, (B, V) bool.
-
-    `history` is (B, L), of which the first `lengths`, (B,), tokens of a row count.
-    Source: transformers, NoRepeatNGramLogitsProcessor.
-    """
-    B, L = history.shape
-    starts = max(L - size + 1, 0)
-    place = torch.arange(starts, device=history.device)
-    match = place + size <= lengths[:, None]  # (B, starts): an n-gram begins here
-    for offset in range(size - 1):
-        recent = (lengths - (size - 1) + offset).clamp(min=0)[:, None]
-        match &= history[:, offset : offset + starts] == history.gather(1, recent)
-    completing = history[:, size - 1 : size - 1 + starts]
-    counts = torch.zeros(B, vocab_size, dtype=torch.int32, device=history.device)
-    counts.scatter_add_(1, completing, match.int())
-    return counts > 0
-
-
 def row_key(seed: int, row: int) -> int:
-    """The random stream of a row; those of different (seed, row) are unrelated."""
+    """The key of a row's random stream; streams of different (seed, row) are unrelated."""
     mixed = _mix_int(seed % 2**64)
     mixed = _mix_int((mixed + (row + 1) * (_GAMMA % 2**64)) % 2**64)
     return mixed - 2**64 if mixed >= 2**63 else mixed

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from gpt2ml_torch.generation.choosing import Chooser
-from gpt2ml_torch.generation.config import GenerationConfig
 from gpt2ml_torch.generation.engine import Engine
+from gpt2ml_torch.generation.sampler import Sampler, SamplingParams
 from gpt2ml_torch.generation.stats import Stats
 from gpt2ml_torch.generation.text import Text
 
@@ -22,40 +21,21 @@ class Batch:
     """Texts that are decoded together: row r of every tensor belongs to `texts[r]`."""
 
     def __init__(
-        self,
-        engine: Engine,
-        texts: list[Text],
-        config: GenerationConfig,
-        *,
-        banned: Tensor,
-        forced: Mapping[int, int],
-        end_ids: frozenset[int],
-        logprobs: bool,
-        stats: Stats,
+        self, engine: Engine, texts: list[Text], *, logprobs: bool = False, stats: Stats
     ) -> None:
         self._engine = engine
         self._texts = texts
-        self._config = config
         self._logprobs = logprobs
         self._stats = stats
-        assert config.seed is not None
-        rows = engine.padded_rows(len(texts))
-        self._chooser = Chooser(
-            config,
-            texts,
-            seed=config.seed,
-            banned=banned,
-            end_ids=end_ids,
-            forced=forced,
-            rows=rows,
-            full=engine.on_cuda,
-        )
+        self._sampler = sampler_for(engine, texts, rows=engine.padded_rows(len(texts)))
         needed = max(len(text.ids) - text.start for text in texts)
         # Compiled steps may have a graph for each length: one from the start beats several on the
         # way. Elsewhere the cache grows with the text, a block of slots at a time.
-        grows = not engine.compiled and not engine.on_kernels
-        to_come = 1 if grows else config.max_new_tokens
-        self._cache = engine.new_cache(len(texts), min(needed + to_come, engine.limit))
+        if engine.compiled or engine.on_kernels:
+            needed = max(len(text.ids) - text.start + text.to_come for text in texts)
+        else:
+            needed += 1
+        self._cache = engine.new_cache(len(texts), min(needed, engine.limit))
 
     def write(self) -> Iterator[tuple[Text, str]]:
         """Decode to the end of every text; yields what each token adds."""
@@ -124,10 +104,10 @@ class Batch:
         return torch.stack(chosen), logprobs
 
     def _choose(self, logits: Tensor) -> Tensor:
-        ids = self._chooser.choose(logits)
-        if self._config.bad_words:
+        ids = self._sampler.choose(logits)
+        if any(text.constraints.bad_words for text in self._texts):
             ids = self._avoid_bad_words(logits, ids)
-        self._chooser.advance(ids)
+        self._sampler.advance(ids)
         return ids
 
     def _avoid_bad_words(self, logits: Tensor, ids: Tensor) -> Tensor:
@@ -143,14 +123,14 @@ class Batch:
                 return ids
             for row, id_ in offenders:
                 blocked[row, id_] = True
-            ids = self._chooser.choose(logits, blocked=blocked)
+            ids = self._sampler.choose(logits, blocked=blocked)
 
     def _burst(self) -> int:
-        if not self._engine.on_cuda or self._config.bad_words or self._config.no_repeat_ngram_size:
-            return 1
         open_texts = [text for text in self._texts if not text.finished]
+        if not self._engine.on_cuda or any(_needs_a_look(text) for text in open_texts):
+            return 1
         room = self._cache.length - 1 - max(text.position for text in open_texts)
-        left = self._config.max_new_tokens - min(text.count for text in open_texts)
+        left = max(text.to_come for text in open_texts)
         return max(1, min(CUDA_BURST, room, left))
 
     def _decode(self, ids: Tensor, *, ahead: int = 0) -> Tensor:
@@ -171,7 +151,7 @@ class Batch:
         for to, row in enumerate(going):
             self._cache.copy_row(row, smaller, to, self._texts[row].position)
         self._cache = smaller
-        self._chooser.select(going, padded)
+        self._sampler.select(going, padded)
         self._texts = [self._texts[row] for row in going]
         return ids[[*going, *[going[0]] * (padded - len(going))]]
 
@@ -186,15 +166,39 @@ class Batch:
         self._cache = grown
 
     def _slide(self, logits: Tensor) -> Tensor:
-        """Where a text has outgrown the model's window, read its end anew, from position 0."""
+        """Where a text has outgrown the model's window, read its end again, from position 0."""
         for row, text in enumerate(self._texts):
             if text.finished or text.position < self._engine.limit:
                 continue
-            text.start = len(text.ids) - (self._config.window_keep or (self._engine.limit + 1) // 2)
+            text.slide(self._engine.limit)
             logits = logits.clone()
             logits[row] = self._engine.read_into(self._cache, row, text.ids[text.start :])[0]
         return logits
 
 
+def sampler_for(engine: Engine, texts: Sequence[Text], *, rows: int) -> Sampler:
+    """A sampler whose first rows are these texts'."""
+    model = engine.model
+    sampler = Sampler(
+        rows, vocab_size=model.config.vocab_size, device=model.device, per_row=engine.on_cuda
+    )
+    for row, text in enumerate(texts):
+        sampler.add(
+            row,
+            text.constraints,
+            SamplingParams.of(text.config),
+            key=text.key,
+            history=text.ids,
+            step=text.count,
+        )
+    return sampler
+
+
 def logprobs_of(logits: Tensor, ids: Tensor) -> Tensor:
+    """The log-probabilities of chosen ids under the model itself, (B, V), (B,) -> (B,)."""
     return logits.float().log_softmax(-1).gather(-1, ids[:, None])[:, 0]
+
+
+def _needs_a_look(text: Text) -> bool:
+    """Whether what may come next depends on the characters or ids that came last."""
+    return bool(text.constraints.bad_words or text.constraints.no_repeat_ngram_size)

@@ -7,13 +7,10 @@ The search ends when no beam can still beat the worst of the hypotheses wanted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
-from gpt2ml_torch.generation.choosing import Chooser
-from gpt2ml_torch.generation.config import GenerationConfig
+from gpt2ml_torch.generation.batch import sampler_for
 from gpt2ml_torch.generation.engine import Engine
 from gpt2ml_torch.generation.text import Text
 from gpt2ml_torch.kv_cache import KVCache
@@ -26,23 +23,12 @@ class BeamSearch:
     penalty.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        prompt: Text,
-        config: GenerationConfig,
-        *,
-        banned: Tensor,
-        forced: Mapping[int, int],
-        end_ids: frozenset[int],
-    ) -> None:
+    def __init__(self, engine: Engine, prompt: Text) -> None:
         self._engine = engine
-        self._config = config
-        self._forced = forced
-        self._end_ids = end_ids
-        self._banned = banned
+        self._config = prompt.config
         self._beams = [prompt]
         self._scores = [0.0]
+        self._sampler = sampler_for(engine, self._beams, rows=1)
         self._finished: list[Text] = []
         self._spare: KVCache | None = None
 
@@ -50,35 +36,26 @@ class BeamSearch:
         config = self._config
         prompt = self._beams[0]
         logits = self._read([prompt])
-        for number in range(config.max_new_tokens):
-            parents = self._extend(self._log_probabilities(logits, number))
+        for _ in range(config.max_new_tokens):
+            logits = logits[: len(self._beams)]  # what pads the batch is no beam
+            parents = self._extend(self._sampler.process(logits).log_softmax(-1))
             if not self._beams or self._is_settled():
                 break
+            self._choose(parents)
             logits = self._step(parents)
-        return self._best(config.num_return_sequences)
+        return self._finished[: config.num_return_sequences]
 
-    def _log_probabilities(self, logits: Tensor, number: int) -> Tensor:
-        """Those of each beam's next token, (beams, V); what may not come has -inf."""
-        logits = logits[: len(self._beams)]
-        forced = self._forced.get(number)
-        if forced is not None:
-            allowed = torch.full_like(logits, -torch.inf, dtype=torch.float32)
-            allowed[:, forced] = logits[:, forced].float()
-            return allowed.log_softmax(-1)
-        chooser = Chooser(
-            self._config,
-            self._beams,
-            seed=0,
-            banned=self._banned,
-            end_ids=self._end_ids,
-            forced=self._forced,
-            rows=len(self._beams),
-            step=number,
-        )
-        return chooser.process(logits).log_softmax(-1)
+    def _choose(self, parents: list[int]) -> None:
+        """Let row r of the sampler go on from parents[r], by the last token of beam r."""
+        histories = [text.ids for text in self._beams]
+        self._sampler.select(parents, len(parents), histories=histories)
+        last = [text.ids[-1] for text in self._beams]
+        self._sampler.advance(torch.tensor(last, device=self._engine.model.device))
 
     def _extend(self, log_probabilities: Tensor) -> list[int]:
-        """Take the best continuations of all beams; returns the rows that the new beams extend."""
+        """Take the best continuations of all beams, (beams, V); returns the rows that the new
+        beams extend.
+        """
         width = self._config.num_beams
         totals = torch.tensor(self._scores, dtype=torch.float64)[:, None]
         totals = totals + log_probabilities.double().cpu()
@@ -127,9 +104,6 @@ class BeamSearch:
         worst = self._finished[wanted - 1].score
         return worst is not None and max(self._scores) / length**penalty <= worst
 
-    def _best(self, count: int) -> list[Text]:
-        return self._finished[:count]
-
     # -- the model --------------------------------------------------------------------------------
 
     def _read(self, texts: list[Text]) -> Tensor:
@@ -174,12 +148,11 @@ class BeamSearch:
             target[:, row, :length] = source[:, parent, :length]
 
     def _slide(self) -> Tensor:
-        """Read the end of each beam anew, from position 0, when the window is full."""
-        keep = self._config.window_keep or (self._engine.limit + 1) // 2
+        """Read the end of each beam again, from position 0, when the window is full."""
         rows = []
         cache = self._engine.new_cache(len(self._beams), self._engine.limit)
         for row, text in enumerate(self._beams):
-            text.start = len(text.ids) - keep
+            text.slide(self._engine.limit)
             rows.append(self._engine.read_into(cache, row, text.ids[text.start :]))
         self._cache = cache
         return torch.cat(rows)

@@ -9,13 +9,13 @@ from os import PathLike
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from gpt2ml_torch.generation.batch import Batch
 from gpt2ml_torch.generation.beam_search import BeamSearch
 from gpt2ml_torch.generation.config import GenerationConfig
+from gpt2ml_torch.generation.constraints import Constraints
+from gpt2ml_torch.generation.draft import Draft, DraftModel, PromptLookup
 from gpt2ml_torch.generation.engine import Engine
-from gpt2ml_torch.generation.guessing import Assistant, Guesser, PromptLookup
 from gpt2ml_torch.generation.scoring import Score, token_logprobs
 from gpt2ml_torch.generation.speculative import SpeculativeBatch
 from gpt2ml_torch.generation.stats import Stats
@@ -29,6 +29,9 @@ from gpt2ml_torch.tokenizer import Tokenizer
 _logger = logging.getLogger(__name__)
 
 
+Configs = GenerationConfig | Sequence[GenerationConfig] | None
+
+
 class Generator:
     """Continues texts: `Generator(model, tokenizer).generate("今天天气不错", top_k=5)`.
 
@@ -39,8 +42,8 @@ class Generator:
     of its own, made of the seed and its number, so what it draws depends on nothing else.
 
     An `assistant` is a cheaper model with the same vocabulary, such as this one in int4. Where one
-    text is decoded, it guesses tokens that `model` then checks several at a time: the text is that
-    of `model`, only sooner (see `num_assistant_tokens`).
+    text is decoded, it drafts tokens that `model` then checks several at a time: the text is the
+    model's own, only sooner (see `num_assistant_tokens`).
     """
 
     def __init__(
@@ -136,7 +139,7 @@ class Generator:
     def generate(
         self,
         prompts: str | Sequence[str],
-        config: GenerationConfig | None = None,
+        config: Configs = None,
         *,
         return_full_text: bool = True,
         **options: Any,
@@ -144,7 +147,10 @@ class Generator:
         """The prompts, as typed, with their continuations: `num_return_sequences` for each, in
         order; without `return_full_text` the continuations alone.
 
-        Raises `ValueError` for options that make no sense and for prompts without a token.
+        `config` may be a list, one configuration for each prompt: they are decoded together, and
+        each text is the one that `generate` writes for its prompt and configuration alone.
+        `options` change all of them. Raises `ValueError` for options that make no sense and for
+        prompts without a token.
         """
         completions = self.complete(prompts, config, **options)
         return [text.full_text if return_full_text else text.text for text in completions]
@@ -152,15 +158,15 @@ class Generator:
     def complete(
         self,
         prompts: str | Sequence[str],
-        config: GenerationConfig | None = None,
+        config: Configs = None,
         *,
         logprobs: bool = False,
         stats: Stats | None = None,
         **options: Any,
     ) -> list[Completion]:
         """As `generate`, with token ids, the reason to stop and, on request, log-probabilities."""
-        texts, config = self._begin(prompts, config, options)
-        for _ in self._write_all(texts, config, stats, logprobs=logprobs):
+        texts = self._begin(prompts, config, options)
+        for _ in self._write_all(texts, stats, logprobs=logprobs):
             pass
         return [text.completion() for text in texts]
 
@@ -187,26 +193,22 @@ class Generator:
     def stream_many(
         self,
         prompts: str | Sequence[str],
-        config: GenerationConfig | None = None,
+        config: Configs = None,
         *,
         return_full_text: bool = True,
         stats: Stats | None = None,
         **options: Any,
     ) -> Iterator[tuple[int, str]]:
         """As `stream` for several texts: pairs of the text's number in `generate` and a piece."""
-        texts, config = self._begin(prompts, config, options)
-        return self._pieces(texts, config, return_full_text, stats)
+        texts = self._begin(prompts, config, options)
+        return self._pieces(texts, return_full_text, stats)
 
     def _pieces(
-        self,
-        texts: list[Text],
-        config: GenerationConfig,
-        with_prompt: bool,
-        stats: Stats | None,
+        self, texts: list[Text], with_prompt: bool, stats: Stats | None
     ) -> Iterator[tuple[int, str]]:
         if with_prompt:
             yield from ((text.row, text.prompt) for text in texts)
-        for text, piece in self._write_all(texts, config, stats):
+        for text, piece in self._write_all(texts, stats):
             if piece:
                 yield text.row, piece
 
@@ -227,51 +229,69 @@ class Generator:
     # -- options and prompts ----------------------------------------------------------------------
 
     def _begin(
-        self,
-        prompts: str | Sequence[str],
-        config: GenerationConfig | None,
-        options: Mapping[str, Any],
-    ) -> tuple[list[Text], GenerationConfig]:
-        config = (self.defaults if config is None else config).replace(**options)
-        self._check_ids(config)
-        if config.seed is None:
-            config = config.replace(seed=secrets.randbits(63))
+        self, prompts: str | Sequence[str], config: Configs, options: Mapping[str, Any]
+    ) -> list[Text]:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        return self._texts(prompts, config), config
+        if config is None or isinstance(config, GenerationConfig):
+            config = self._complete_config(config, options)
+            return self._texts(prompts, [config] * len(prompts))
+        configs = [self._complete_config(one, options) for one in config]
+        if len(configs) != len(prompts):
+            raise ValueError(
+                f"config holds {len(configs)} configurations for {len(prompts)} prompts; give one "
+                "for each prompt, or a single one for all"
+            )
+        return self._texts(prompts, configs, separate=True)
 
-    def _check_ids(self, config: GenerationConfig) -> None:
-        forced = [id_ for _, id_ in config.forced_ids]
-        for id_ in (*config.eos_token_id, *config.suppress_tokens, *config.allow_tokens, *forced):
-            if id_ >= self.model.config.vocab_size:
-                raise ValueError(
-                    f"token id {id_} is out of range; the model has ids 0 to "
-                    f"{self.model.config.vocab_size - 1}"
-                )
+    def _complete_config(
+        self, config: GenerationConfig | None, options: Mapping[str, Any]
+    ) -> GenerationConfig:
+        config = (self.defaults if config is None else config).replace(**options)
         keep = config.window_keep
         if keep is not None and keep >= self.engine.limit:
             raise ValueError(
                 f"window_keep is {keep}; expected less than the model's {self.engine.limit} "
                 "positions, so that the text can go on"
             )
+        return config if config.seed is not None else config.replace(seed=secrets.randbits(63))
 
-    def _texts(self, prompts: Sequence[str], config: GenerationConfig) -> list[Text]:
-        end_ids = self._end_ids(config)
+    def _texts(
+        self,
+        prompts: Sequence[str],
+        configs: Sequence[GenerationConfig],
+        *,
+        separate: bool = False,
+    ) -> list[Text]:
+        """The texts to write; `separate` prompts number their random streams from 0 each."""
+        constraints: dict[GenerationConfig, Constraints] = {}
         texts: list[Text] = []
-        for prompt in prompts:
+        for prompt, config in zip(prompts, configs, strict=True):
+            if config not in constraints:
+                constraints[config] = self._constraints(config)
             ids = self._encode(prompt)
             start = self._window_start(len(ids), config)
+            first = len(texts)
             for _ in range(config.num_return_sequences):
                 text = Text(
                     row=len(texts),
+                    stream=len(texts) - (first if separate else 0),
                     prompt=prompt,
                     prompt_ids=ids,
                     tokenizer=self.tokenizer,
                     config=config,
-                    end_ids=end_ids,
+                    constraints=constraints[config],
                 )
                 text.start = start
                 texts.append(text)
         return texts
+
+    def _constraints(self, config: GenerationConfig) -> Constraints:
+        return Constraints.of(
+            config,
+            self.tokenizer,
+            vocab_size=self.model.config.vocab_size,
+            device=self.model.device,
+        )
 
     def _encode(self, prompt: str) -> list[int]:
         if not isinstance(prompt, str):
@@ -299,85 +319,55 @@ class Generator:
         )
         return excess
 
-    def _end_ids(self, config: GenerationConfig) -> frozenset[int]:
-        """End tokens given by id, or as a stop string that is a special token such as [SEP]."""
-        special = {self.tokenizer.id_to_token(id_): id_ for id_ in self.tokenizer.special_ids}
-        return frozenset(config.eos_token_id) | {special[s] for s in config.stop if s in special}
-
-    def _forced(self, config: GenerationConfig) -> dict[int, int]:
-        """The number of a new token -> its id."""
-        start = self.tokenizer.encode(config.forced_start)
-        end = self.tokenizer.encode(config.forced_end)
-        first_of_end = config.max_new_tokens - len(end)
-        if len(start) > first_of_end:
-            raise ValueError(
-                f"max_new_tokens is {config.max_new_tokens}; forced_start and forced_end take "
-                f"{len(start) + len(end)} tokens: raise it"
-            )
-        forced = dict(enumerate(start)) | dict(enumerate(end, start=first_of_end))
-        for place, id_ in config.forced_ids:
-            forced[place if place >= 0 else config.max_new_tokens + place] = id_
-        return forced
-
-    def _banned(self, config: GenerationConfig) -> Tensor:
-        vocab_size = self.model.config.vocab_size
-        banned = torch.zeros(vocab_size, dtype=torch.bool)
-        banned[self.tokenizer.num_embeddings :] = True
-        banned[list(self.tokenizer.banned_ids)] = True
-        banned[[*config.allow_tokens, *self._end_ids(config)]] = False
-        banned[list(config.suppress_tokens)] = True
-        if banned.all():
-            raise ValueError("every token is banned; leave some out of suppress_tokens")
-        return banned.to(self.model.device)
-
     # -- the loop ---------------------------------------------------------------------------------
 
     def _write_all(
-        self,
-        texts: list[Text],
-        config: GenerationConfig,
-        stats: Stats | None,
-        *,
-        logprobs: bool = False,
+        self, texts: list[Text], stats: Stats | None, *, logprobs: bool = False
     ) -> Iterator[tuple[Text, str]]:
-        rules: dict[str, Any] = {
-            "banned": self._banned(config),
-            "forced": self._forced(config),
-            "end_ids": self._end_ids(config),
-        }
-        if config.num_beams > 1:
-            if logprobs:
-                raise ValueError("log-probabilities of beams are not kept; see Completion.score")
-            yield from self._search_all(texts, config, rules)
-            return
-        rules |= {"logprobs": logprobs, "stats": Stats() if stats is None else stats}
-        size = 1 if config.prompt_lookup_num_tokens else self.batch_size
-        for first in range(0, len(texts), size):
-            yield from self._batch(texts[first : first + size], config, rules).write()
+        stats = Stats() if stats is None else stats
+        searched = [text for text in texts if text.config.num_beams > 1]
+        if searched and logprobs:
+            raise ValueError("log-probabilities of beams are not kept; see Completion.score")
+        yield from self._search_all(searched)
+        others = [text for text in texts if text.config.num_beams == 1]
+        looking_up = [text for text in others if text.config.prompt_lookup_num_tokens]
+        for text in looking_up:
+            yield from self._looking_up(text, logprobs, stats).write()
+        together = [text for text in others if not text.config.prompt_lookup_num_tokens]
+        for first in range(0, len(together), self.batch_size):
+            batch = together[first : first + self.batch_size]
+            yield from self._batch(batch, logprobs, stats).write()
 
-    def _batch(self, texts: list[Text], config: GenerationConfig, rules: dict[str, Any]) -> Batch:
-        """The fastest way to decode these texts."""
-        guesses = config.prompt_lookup_num_tokens
-        guesser: Guesser = PromptLookup()
-        if not guesses and self.assistant is not None and len(texts) == 1:
-            guesses = config.num_assistant_tokens
-            length = len(texts[0].ids) - texts[0].start + config.max_new_tokens
-            guesser = Assistant(self.assistant, min(length, self.engine.limit))
-        if not guesses:
-            return Batch(self.engine, texts, config, **rules)
+    def _looking_up(self, text: Text, logprobs: bool, stats: Stats) -> Batch:
         return SpeculativeBatch(
-            self.engine, texts, config, guesser=guesser, guesses=guesses, **rules
+            self.engine,
+            text,
+            draft=PromptLookup(),
+            size=text.config.prompt_lookup_num_tokens,
+            logprobs=logprobs,
+            stats=stats,
         )
 
-    def _search_all(
-        self, texts: list[Text], config: GenerationConfig, rules: dict[str, Any]
-    ) -> Iterator[tuple[Text, str]]:
+    def _batch(self, texts: list[Text], logprobs: bool, stats: Stats) -> Batch:
+        """The fastest way to decode these texts."""
+        size = texts[0].config.num_assistant_tokens
+        if self.assistant is None or len(texts) > 1 or not size:
+            return Batch(self.engine, texts, logprobs=logprobs, stats=stats)
+        length = len(texts[0].ids) - texts[0].start + texts[0].to_come
+        draft: Draft = DraftModel(self.assistant, min(length, self.engine.limit))
+        return SpeculativeBatch(
+            self.engine, texts[0], draft=draft, size=size, logprobs=logprobs, stats=stats
+        )
+
+    def _search_all(self, texts: list[Text]) -> Iterator[tuple[Text, str]]:
         """Beam search for each prompt; its best texts take the places of the prompt's copies."""
-        for first in range(0, len(texts), config.num_return_sequences):
-            found = BeamSearch(self.engine, texts[first].copy(), config, **rules).search()
-            for text, result in zip(texts[first:], found, strict=False):
+        while texts:
+            count = texts[0].config.num_return_sequences
+            found = BeamSearch(self.engine, texts[0].copy()).search()
+            for text, result in zip(texts[:count], found, strict=False):
                 text.become(result)
                 yield text, text.written
+            texts = texts[count:]
 
 
 def _check_assistant(assistant: GPT2ML, model: GPT2ML) -> None:

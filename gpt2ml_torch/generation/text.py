@@ -7,6 +7,8 @@ import dataclasses
 from collections.abc import Sequence
 
 from gpt2ml_torch.generation.config import GenerationConfig
+from gpt2ml_torch.generation.constraints import Constraints
+from gpt2ml_torch.sampling import row_key
 from gpt2ml_torch.tokenizer import Tokenizer
 
 
@@ -64,21 +66,29 @@ class ContinuationDecoder:
 
 
 class Text:
-    """A text in the making: `put` takes the next id and returns what can be shown of it."""
+    """A text in the making: `put` takes the next id and returns what can be shown of it.
+
+    `row` is its number in the output, `stream` the number of its random stream under its
+    configuration's seed.
+    """
 
     def __init__(
         self,
         *,
         row: int,
+        stream: int,
         prompt: str,
         prompt_ids: Sequence[int],
         tokenizer: Tokenizer,
         config: GenerationConfig,
-        end_ids: frozenset[int] = frozenset(),
+        constraints: Constraints,
     ) -> None:
         self.row = row
+        self.stream = stream
         self.prompt = prompt
         self.ids = list(prompt_ids)
+        self.config = config
+        self.constraints = constraints
         self.start = 0  # the first id inside the model's window
         self.logprobs: list[float] = []
         self.written = ""
@@ -86,11 +96,15 @@ class Text:
         self.score: float | None = None
         self.ended_by_token = False
         self._prompt_length = len(prompt_ids)
-        self._config = config
-        self._end_ids = end_ids
         self._decoder = ContinuationDecoder(tokenizer, prompt, prompt_ids)
-        self._stops = _with_lower_case(config.stop)
-        self._bad_words = _with_lower_case(config.bad_words)
+        self._stops = _with_lower_case(constraints.stop)
+        self._bad_words = _with_lower_case(constraints.bad_words)
+
+    @property
+    def key(self) -> int:
+        """The key of its random stream."""
+        assert self.config.seed is not None
+        return row_key(self.config.seed, self.stream)
 
     @property
     def finished(self) -> bool:
@@ -106,24 +120,33 @@ class Text:
         return len(self.ids) - self._prompt_length
 
     @property
+    def to_come(self) -> int:
+        """Tokens that it may still grow by."""
+        return self.constraints.max_new_tokens - self.count
+
+    @property
     def position(self) -> int:
         """Where the last id stands in the model's window."""
         return len(self.ids) - 1 - self.start
 
+    def slide(self, limit: int) -> None:
+        """Let the window of `limit` tokens begin where `window_keep` tokens are left in it."""
+        self.start = len(self.ids) - (self.config.window_keep or (limit + 1) // 2)
+
     def put(self, id_: int) -> str:
         """Take the next id; returns the text that it makes certain."""
-        if id_ in self._end_ids:
+        if id_ in self.constraints.end_ids:
             self.finish_reason, self.ended_by_token = "stop", True
             return self._show(self._decoder.end())
         self.ids.append(id_)
         piece = self._show(self._decoder.put(id_))
-        if not self.finished and self.count >= self._config.max_new_tokens:
+        if not self.finished and self.count >= self.constraints.max_new_tokens:
             piece += self._show(self._decoder.end())
             self.finish_reason = self.finish_reason or "length"
         return piece
 
     def _show(self, piece: str) -> str:
-        if self.count >= self._config.min_new_tokens:
+        if self.count >= self.constraints.min_new_tokens:
             end = _earliest_end(self.written, piece, self._stops)
             if end is not None:
                 self.finish_reason = "stop"
@@ -133,7 +156,7 @@ class Text:
 
     def offends(self, id_: int) -> bool:
         """Whether this id would complete one of the bad words."""
-        if not self._bad_words or id_ in self._end_ids:
+        if not self._bad_words or id_ in self.constraints.end_ids:
             return False
         before = self.prompt.lower() + self.written
         decoder = self._decoder.copy()

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.generation import logits_process as hf
 
 from gpt2ml_torch import sampling
+from gpt2ml_torch.generation.constraints import RepeatedNGrams
 from gpt2ml_torch.sampling import Knobs
 
 V = 50
@@ -114,21 +115,27 @@ def test_the_repetition_penalty_is_that_of_transformers(penalty: float) -> None:
     assert torch.equal(sampling.penalize_repetition(x, seen, scalar(penalty)), expected)
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 40])
 def test_repeated_ngrams_are_those_of_transformers(size: int) -> None:
-    history = torch.randint(4, (100, 30), generator=torch.Generator().manual_seed(2))
-    x = torch.zeros(len(history), V)
-    expected = hf.NoRepeatNGramLogitsProcessor(size)(history, x.clone()) == -torch.inf
-    lengths = torch.full((len(history),), 30)
-    assert torch.equal(sampling.repeated_ngrams(history, lengths, size, V), expected)
+    """At every length of a growing text."""
+    history = torch.randint(4, (20, 45), generator=torch.Generator().manual_seed(2))
+    for row in history.tolist():
+        ids: list[int] = []
+        ngrams = RepeatedNGrams(ids, size)
+        for length, id_ in enumerate(row, start=1):
+            ids.append(id_)
+            x = hf.NoRepeatNGramLogitsProcessor(size)(torch.tensor([ids]), torch.zeros(1, V))
+            expected = (x[0] == -torch.inf).nonzero()[:, 0].tolist() if length >= size - 1 else []
+            assert sorted(ngrams.banned()) == expected
 
 
-@pytest.mark.parametrize("length", [1, 2, 3, 7])
-def test_padding_of_the_history_repeats_nothing(length: int) -> None:
-    history = torch.randint(3, (50, 20), generator=torch.Generator().manual_seed(3))
-    lengths = torch.full((50,), length)
-    short = sampling.repeated_ngrams(history[:, :length], lengths, 3, V)
-    assert torch.equal(sampling.repeated_ngrams(history, lengths, 3, V), short)
+def test_a_copy_of_repeated_ngrams_goes_its_own_way() -> None:
+    ids = [5, 6, 7, 5]
+    ngrams = RepeatedNGrams(ids, 2)
+    assert ngrams.banned() == [6]
+    other = ngrams.follow([5, 6, 7, 5, 8, 5])
+    assert sorted(other.banned()) == [6, 8]
+    assert ngrams.banned() == [6]
 
 
 def draw(x: Tensor, knobs: Knobs, count: int, seed: int = 0) -> Tensor:
@@ -197,7 +204,29 @@ def test_greedy_takes_the_lowest_of_equal_ids_and_no_blocked_one() -> None:
     zero = torch.zeros(1, dtype=torch.int64)
     blocked = torch.tensor([True, False, False, False])
     assert sampling.choose(x, Knobs(), keys=zero, steps=zero).item() == 0
-    assert sampling.choose(x, Knobs(), keys=zero, steps=zero, blocked=blocked).item() == 2
+    scores = sampling.process(x, blocked=blocked)
+    assert sampling.choose(scores, Knobs(), keys=zero, steps=zero).item() == 2
+
+
+@pytest.mark.parametrize("rules", [{}, {"top_k": 4}, {"top_p": 0.6}, {"typical_p": 0.5}])
+def test_each_row_is_drawn_by_its_own_column_of_values(rules: dict[str, float]) -> None:
+    """As CUDA draws them: all rules for all rows, neutral in the rows that have none."""
+    neutral = {"temperature": 1.0, "top_k": 2**31, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0}
+    values = [neutral, {**neutral, "temperature": 0.7, **rules}, neutral]
+    columns: dict[str, Tensor] = {
+        name: torch.tensor([[row[name]] for row in values]) for name in neutral
+    }
+    columns["sample"] = torch.tensor([[True], [True], [False]])
+    x = scores(ties=True, rows=40)
+    keys, steps = torch.arange(3) * 7919, torch.arange(3)
+    for first in range(0, 36, 3):
+        rows = x[first : first + 3]
+        found = sampling.choose(rows, Knobs(**columns), keys=keys, steps=steps)
+        for row in range(3):
+            alone = Knobs(**{name: column[row, 0] for name, column in columns.items()})
+            one = slice(row, row + 1)
+            expected = sampling.choose(rows[one], alone, keys=keys[one], steps=steps[one])
+            assert found[row] == expected
 
 
 LARGE = 5000  # a vocabulary in which candidates are looked for first

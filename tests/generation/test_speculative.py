@@ -1,4 +1,4 @@
-"""Speculative decoding: guesses, from the text or from another model, change the speed alone."""
+"""Speculative decoding: drafts, from the text or from another model, change the speed alone."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from gpt2ml_torch import GPT2ML, GenerationConfig, Generator, Tokenizer
-from gpt2ml_torch.generation.choosing import Chooser
+from gpt2ml_torch import GPT2ML, Generator, Tokenizer
+from gpt2ml_torch.generation.draft import DraftModel
 from gpt2ml_torch.generation.engine import Engine
-from gpt2ml_torch.generation.guessing import Assistant
+from gpt2ml_torch.generation.sampler import Sampler
 from gpt2ml_torch.generation.stats import Stats
 from tests.generation.test_generator import OPTIONS, PROMPTS
 from tests.helpers.tiny import tiny_model, tiny_tokenizer
@@ -39,16 +39,16 @@ def blurred(model: GPT2ML, tokenizer: Tokenizer, noise: float) -> GPT2ML:
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("guessing", ["text", "assistant"])
+@pytest.mark.parametrize("drafting", ["text", "assistant"])
 def test_speculation_changes_no_text(
-    model: GPT2ML, tokenizer: Tokenizer, guessing: str, options: dict[str, Any]
+    model: GPT2ML, tokenizer: Tokenizer, drafting: str, options: dict[str, Any]
 ) -> None:
     """Past the window of 64 too; and so do the log-probabilities."""
     options = {"seed": 4, "max_new_tokens": 90, **options}
     plain = Generator(model, tokenizer, compile=False)
     helper: GPT2ML | None = None
     more: dict[str, Any] = {"prompt_lookup_num_tokens": 3}
-    if guessing == "assistant":
+    if drafting == "assistant":
         helper, more = blurred(model, tokenizer, 0.1), {"num_assistant_tokens": 3}
     helped = Generator(model, tokenizer, compile=False, assistant=helper)
     for prompt in PROMPTS:
@@ -58,13 +58,13 @@ def test_speculation_changes_no_text(
         assert found.token_ids == expected.token_ids
         assert found.text == expected.text
         assert found.logprobs == pytest.approx(expected.logprobs, abs=1e-5)
-        assert (stats.assistant_steps > 0) == (guessing == "assistant")
-        if guessing == "assistant":  # some guesses were right, some wrong
+        assert (stats.assistant_steps > 0) == (drafting == "assistant")
+        if drafting == "assistant":  # some drafted tokens were right, some wrong
             assert 1 < stats.step_tokens / stats.steps < 4
 
 
 @pytest.mark.parametrize("options", [{"do_sample": False}, {"top_k": 5, "seed": 2}])
-def test_all_guesses_of_the_model_itself_are_right(
+def test_all_tokens_that_the_model_itself_drafts_are_right(
     model: GPT2ML, tokenizer: Tokenizer, options: dict[str, Any]
 ) -> None:
     """It has the same random numbers, so that sampling agrees too."""
@@ -90,14 +90,11 @@ def test_several_texts_are_decoded_together_without_the_assistant(
     assert stats.assistant_steps == 0
 
 
-def test_an_assistant_guesses_as_far_as_it_can_read(model: GPT2ML, tokenizer: Tokenizer) -> None:
-    assistant = Assistant(Engine(model, compile=False), length=64)
-    banned = torch.zeros(tokenizer.num_embeddings, dtype=torch.bool)
-    chooser = Chooser(
-        GenerationConfig(), [], seed=1, banned=banned, end_ids=frozenset(), forced={}, rows=1
-    )
-    assert len(assistant.guess([120] * 62, 3, chooser)) == 3
-    assert assistant.guess([120] * 63, 3, chooser) == []
+def test_a_draft_model_proposes_as_far_as_it_can_read(model: GPT2ML, tokenizer: Tokenizer) -> None:
+    draft = DraftModel(Engine(model, compile=False), length=64)
+    sampler = Sampler(1, vocab_size=tokenizer.num_embeddings, device="cpu")
+    assert len(draft.propose([120] * 62, 3, sampler)) == 3
+    assert draft.propose([120] * 63, 3, sampler) == []
 
 
 def test_an_assistant_that_does_not_fit_is_refused(model: GPT2ML, tokenizer: Tokenizer) -> None:

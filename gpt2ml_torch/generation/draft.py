@@ -1,4 +1,4 @@
-"""What speculative decoding guesses with: the text itself, or a cheaper model."""
+"""Drafts for speculative decoding: tokens from the text itself, or from a cheaper model."""
 
 from __future__ import annotations
 
@@ -8,62 +8,64 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from gpt2ml_torch.generation.choosing import Chooser
 from gpt2ml_torch.generation.engine import Engine
+from gpt2ml_torch.generation.sampler import Sampler
 
 LONGEST_MATCH = 4
 
 
-class Guesser(Protocol):
-    steps: int  # that a model took for the guesses so far
+class Draft(Protocol):
+    """Proposes tokens, which the model then checks."""
 
-    def guess(self, ids: Sequence[int], size: int, chooser: Chooser) -> list[int]:
-        """At most `size` tokens that may follow `ids`, the model's window, as `chooser` chooses."""
+    steps: int  # that a model took for the tokens proposed so far
+
+    def propose(self, ids: Sequence[int], size: int, sampler: Sampler) -> list[int]:
+        """At most `size` tokens that may follow `ids`, the model's window, as `sampler` chooses."""
 
 
 class PromptLookup:
-    """Guesses that what was written before is written again."""
+    """Proposes what followed the same tokens earlier in the text."""
 
     steps = 0
 
-    def guess(self, ids: Sequence[int], size: int, chooser: Chooser) -> list[int]:
+    def propose(self, ids: Sequence[int], size: int, sampler: Sampler) -> list[int]:
         return look_up(ids, size)
 
 
-class Assistant:
-    """Guesses what another model of the same vocabulary would write, with the same random numbers.
+class DraftModel:
+    """Proposes what another model of the same vocabulary writes, with the same random numbers.
 
     It remembers the text that it read last, so that one more token costs one step.
     """
 
     def __init__(self, engine: Engine, length: int) -> None:
-        """`length`: tokens that it can read; it guesses nothing beyond."""
+        """`length`: tokens that it can read; it proposes nothing beyond."""
         self._engine = engine
         self._cache = engine.new_cache(1, length)
         self._read: list[int] = []  # what the cache holds
         self.steps = 0
 
-    def guess(self, ids: Sequence[int], size: int, chooser: Chooser) -> list[int]:
+    def propose(self, ids: Sequence[int], size: int, sampler: Sampler) -> list[int]:
         if len(ids) + size - 1 > self._cache.length:
             return []
-        chooser = chooser.copy()
+        sampler = sampler.copy()
         logits = self._after(list(ids))
-        guesses: list[int] = []
+        proposed: list[int] = []
         while True:
-            with torch.inference_mode():
-                chosen = chooser.choose(logits)
-            guesses.append(int(chosen[0]))
-            if len(guesses) == size:
-                return guesses
-            chooser.advance(chosen)
-            logits = self._decode(guesses[-1:])
+            chosen = sampler.choose(logits)
+            proposed.append(int(chosen[0]))
+            if len(proposed) == size:
+                return proposed
+            sampler.advance(chosen)
+            logits = self._decode(proposed[-1:])
 
     def _after(self, ids: list[int]) -> Tensor:
         """Logits after a text, (1, V), most of which was read before."""
         known = 0
         while known < min(len(ids) - 1, len(self._read)) and ids[known] == self._read[known]:
             known += 1
-        # Where all guesses were right, two tokens are new. Other numbers would have to be compiled.
+        # Where the whole draft was right, two tokens are new. Other numbers would have to be
+        # compiled.
         if known and len(ids) - known <= 2:
             del self._read[known:]
             return self._decode(ids[known:])
