@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
 from typing import Any
 
 from gpt2ml_torch.commands.output import one_line, write_json
 from gpt2ml_torch.modelfile import ModelFile
 from gpt2ml_torch.modelfile.format import count_lines
+from gpt2ml_torch.valid_json import to_json
 
 EXAMPLES = (
-    "gpt2ml info out.safetensors",
+    "gpt2ml info out.safetensors --verify",
     "gpt2ml info out.safetensors --json",
 )
 
@@ -20,34 +19,44 @@ EXAMPLES = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a .safetensors file made by the converter")
     parser.add_argument("--json", action="store_true", help="as one JSON object")
+    parser.add_argument(
+        "--verify", action="store_true", help="read all of it and compare every checksum"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    values = _describe(arguments.model)
+    with ModelFile.open(arguments.model) as file:
+        values = _describe(file)
+        if arguments.verify:
+            file.verify()
+            values["verified"] = True
     if arguments.json:
         write_json(values)
         return 0
+    if arguments.verify:
+        values["verified"] = f"{len(file.checksums)} tensors and the metadata match their checksums"
     width = max(map(len, values))
     for name, value in values.items():
-        shown = json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value
-        print(f"{name:{width}}  {one_line(str(shown))}")
+        # A stranger's file may hold anything in the strings of its metadata.
+        shown = one_line(to_json(value) if isinstance(value, dict) else str(value))
+        print(f"{name:{width}}  {shown}")
     return 0
 
 
-def _describe(path: str) -> dict[str, Any]:
-    metadata = ModelFile.open(path)
-    config = metadata.config
+def _describe(file: ModelFile) -> dict[str, Any]:
+    config = file.config
     return {
         "layers": config.num_hidden_layers,
         "width": config.hidden_size,
         "heads": config.num_attention_heads,
         "positions": config.max_position_embeddings,
         "vocabulary": config.vocab_size,
-        "tokens": None if metadata.vocab is None else count_lines(metadata.vocab),
+        "tokens": None if file.vocab is None else count_lines(file.vocab),
         "parameters": config.num_parameters,
-        "dtype": metadata.dtype,
-        "quantization": metadata.packed,
-        "bytes": Path(path).stat().st_size,
-        "source": metadata.source,
-        "generation": metadata.generation,
+        "dtype": file.dtype,
+        "quantization": file.packed,
+        "checksums": "crc32c" if file.checksums else None,
+        "bytes": file.size,
+        "source": file.source,
+        "generation": file.generation,
     }

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import math
 import sys
 import unicodedata
 from collections.abc import Mapping
 from typing import Any
+
+from gpt2ml_torch.valid_json import to_json
 
 _STEERING = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # controls, formats, surrogates, line separators
 
@@ -33,23 +33,12 @@ def write_json(values: Mapping[str, Any]) -> None:
     """Print one JSON object a line: NaN and infinities as null, in ASCII where the encoding of
     standard output lacks a character.
     """
-    finite = _finite(values)
-    text = json.dumps(finite, ensure_ascii=False, allow_nan=False)
+    text = to_json(values)
     try:
         text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
     except UnicodeEncodeError:
-        text = json.dumps(finite, allow_nan=False)
+        text = to_json(values, ascii_only=True)
     print(text)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return value
 
 
 def _escaped(character: str) -> str:

@@ -24,6 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", required=True, help="the file to write")
     parser.add_argument("--force", action="store_true", help="replace an existing file")
+    parser.add_argument(
+        "--allow-non-finite",
+        action="store_true",
+        help="copy NaN and infinity in tensors that stay unpacked, instead of refusing them",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -42,6 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
         generation=file.generation,
         packed=arguments.to,
         overwrite=arguments.force,
+        allow_non_finite=arguments.allow_non_finite,
     ) as writer:
         for name in file.tensors:
             writer.write_weight(name, file.tensor(name))

@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 
-from gpt2ml_torch.modelfile.format import METADATA_CHECKSUM, to_json
+from gpt2ml_torch.modelfile.format import METADATA_CHECKSUM
+from gpt2ml_torch.valid_json import to_json
 
 _fast: Callable[..., int] | None
 try:
@@ -48,4 +49,4 @@ def _table() -> tuple[int, ...]:
 def metadata_checksum(metadata: Mapping[str, str]) -> str:
     """The checksum of all metadata except itself: 8 hexadecimal digits."""
     rest = {key: value for key, value in metadata.items() if key != METADATA_CHECKSUM}
-    return f"{crc32c(to_json(rest).encode()):08x}"
+    return f"{crc32c(to_json(rest, sort_keys=True).encode()):08x}"

@@ -10,7 +10,6 @@ Reader and writer are both built on this module, which needs no PyTorch.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -165,19 +164,3 @@ def count_lines(vocab: str) -> int:
     r"""Tokens in a vocabulary: lines ended by `\n` and nothing else (two tokens hold other line
     separators)."""
     return len(vocab.removesuffix("\n").split("\n")) if vocab else 0
-
-
-def to_json(value: Mapping[str, Any]) -> str:
-    """A metadata value as JSON; NaN and infinity, which JSON lacks, become null."""
-    return json.dumps(finite(value), ensure_ascii=False, sort_keys=True, allow_nan=False)
-
-
-def finite(value: Any) -> Any:
-    """A value of JSON types with None in place of every NaN and infinity."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return value

@@ -36,16 +36,22 @@ from gpt2ml_torch.modelfile.format import (
     expected_tensors,
     packed_precision,
     plain_weights,
-    to_json,
 )
 from gpt2ml_torch.modelfile.header import build_header
+from gpt2ml_torch.options import OptionError
 from gpt2ml_torch.precision import FLOATING, INTEGER, Precision
+from gpt2ml_torch.valid_json import to_json
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 _RESERVE = 2 << 10  # bytes of the header kept free for `ModelWriter.set_source`
+
+_NOT_FINITE = (
+    "tensor {!r} has NaN or infinity, with which a model writes nonsense; take a sound source, or "
+    "give {allow_non_finite} to write it all the same"
+)
 
 _Writer = TypeVar("_Writer", bound="SafetensorsWriter")  # typing.Self, before Python 3.11
 
@@ -115,10 +121,7 @@ class SafetensorsWriter:
                     raise ValueError(f"tensor {name!r} takes {end - start} bytes; more were given")
                 for chunk in disk.chunks(data):
                     if not self._allow_non_finite and not _is_finite(chunk, dtype):
-                        raise ValueError(
-                            f"tensor {name!r} has NaN or infinity, which a model can't compute "
-                            "with; allow_non_finite writes it all the same"
-                        )
+                        raise OptionError(_NOT_FINITE, name)
                     checksum = crc32c(chunk, checksum)
                     self._write(file, chunk)
                 at += len(data)
@@ -240,11 +243,11 @@ class ModelWriter(SafetensorsWriter):
         self._custom = {
             "format": "pt",
             "gpt2ml_format": str(FORMAT_VERSION),
-            "config": to_json(config.to_dict()),
-            "source": to_json(source or {}),
+            "config": to_json(config.to_dict(), sort_keys=True),
+            "source": to_json(source or {}, sort_keys=True),
         }
         if generation:
-            self._custom["generation"] = to_json(generation)
+            self._custom["generation"] = to_json(generation, sort_keys=True)
         if vocab is not None:
             self._custom["vocab"] = vocab
         if self._packed is not None:
@@ -291,7 +294,7 @@ class ModelWriter(SafetensorsWriter):
 
     def set_source(self, source: Mapping[str, Any]) -> None:
         """Say where the weights come from, once that is known (a hash takes as long as reading)."""
-        self._custom["source"] = to_json(source)
+        self._custom["source"] = to_json(source, sort_keys=True)
 
     def commit(self) -> None:
         if len(self.checksums) == len(self._specs):
@@ -302,7 +305,7 @@ class ModelWriter(SafetensorsWriter):
 def _with_checksums(custom: Mapping[str, str], checksums: Mapping[str, int]) -> dict[str, str]:
     """The metadata with the checksums of the tensors, and its own."""
     values = {name: f"{value:08x}" for name, value in checksums.items()}
-    metadata = {**custom, CHECKSUMS: to_json(values)}
+    metadata = {**custom, CHECKSUMS: to_json(values, sort_keys=True)}
     return {**metadata, METADATA_CHECKSUM: metadata_checksum(metadata)}
 
 
