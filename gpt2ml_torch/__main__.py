@@ -24,6 +24,7 @@ COMMANDS = {  # name: module with EXAMPLES, add_arguments and run, help
     "quantize": ("gpt2ml_torch.commands.quantize", "store a model's weights in 8 or 4 bits"),
     "finetune": ("gpt2ml_torch.commands.finetune", "train a model on your own texts"),
     "merge": ("gpt2ml_torch.commands.merge", "add a LoRA adapter to a model's weights"),
+    "export": ("gpt2ml_torch.commands.export", "write a folder for transformers, vLLM, TRL ..."),
 }
 
 

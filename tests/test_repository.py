@@ -31,6 +31,7 @@ LAYERS = (
     {"modelfile"},
     {"model"},
     {"tokenizer", "sampling"},
+    {"export", "hf"},
     {"generation"},
     {"finetuning"},
     {"commands"},

@@ -21,7 +21,7 @@ MAX_WORD_CHARACTERS = 200  # a longer word is one [UNK]
 _MAX_VOCAB_BYTES = 1 << 26  # 64 MiB; the published files have 0.1: what is larger is another file
 
 # What decoding leaves no space after: opening and joining ASCII, and all CJK punctuation.
-_NO_SPACE_AFTER = frozenset(
+NO_SPACE_AFTER = frozenset(
     "+-/={(<["
     "\u00b7\u2013\u2014\u2018\u2019\u201b\u201c\u201d\u201e\u201f\u2026\u2027"
     "\u3000\u3001\u3002\u3003\u3008\u3009\u300a\u300b\u300c\u300d\u300e\u300f\u3010\u3011\u3014"
@@ -302,7 +302,7 @@ class StreamDecoder:
             settled, self._letters = "", letters
         else:
             used_up = self._gap and self._goes_on_decimal(character)
-            spaced = self._gap and not used_up and self._given[-1] not in _NO_SPACE_AFTER
+            spaced = self._gap and not used_up and self._given[-1] not in NO_SPACE_AFTER
             settled = " " + letters if spaced else letters
             self._gap, self._letters = False, ""
         # bert4keras joins decimals by a substitution that uses up the digit after the point, which

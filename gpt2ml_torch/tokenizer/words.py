@@ -14,7 +14,7 @@ from itertools import groupby
 
 # First and last of each block that the original sets apart as Chinese; the later extensions
 # (G and on, U+30000...) are not among them.
-_CJK_BLOCKS = (
+CJK_BLOCKS = (
     (0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F),
     (0x2B740, 0x2B81F), (0x2B820, 0x2CEAF), (0xF900, 0xFAFF), (0x2F800, 0x2FA1F),
 )  # fmt: skip
@@ -22,7 +22,7 @@ _CJK_BLOCKS = (
 
 def is_cjk(character: str) -> bool:
     """Whether a character is one of those that the original sets apart as Chinese."""
-    return character != "" and any(low <= ord(character) <= high for low, high in _CJK_BLOCKS)
+    return character != "" and any(low <= ord(character) <= high for low, high in CJK_BLOCKS)
 
 
 def is_punctuation(character: str) -> bool:

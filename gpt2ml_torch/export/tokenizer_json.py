@@ -1,0 +1,247 @@
+"""The tokenizer as Hugging Face's tokenizer.json: the same ids and the same text, by other means.
+
+The format has no BERT tokenizer as the original had it (`gpt2ml_torch.tokenizer.words` says what
+differs), but rules to build one from. Which characters a rule is about is spelled out with the
+running Python's tables, which `Tokenizer` uses too, since other programs' tables are of other
+Unicode versions. What the format can't express is in `tests/export/test_tokenizer_json.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping, Set
+from typing import Any
+
+from gpt2ml_torch.tokenizer import Tokenizer
+from gpt2ml_torch.tokenizer.tokenizer import MAX_WORD_CHARACTERS, NO_SPACE_AFTER
+from gpt2ml_torch.tokenizer.words import CJK_BLOCKS, is_cjk, is_punctuation
+
+# The end token's text, in the place of [SEP]. TRL appends the end token's text to every example,
+# and the model knows no end token; this control character is the one text that leaves no id behind.
+END_TOKEN = "\x03"
+
+# An empty token, of which BERT's vocabulary has one, can't be left out of a text by its name.
+_RENAMED = {"[SEP]": END_TOKEN, "": "[]"}
+_RENAMED_BACK = {there: ours for ours, there in _RENAMED.items()}
+_UNASSIGNED = "\ufdd0"  # a character that will never be assigned
+_NOT_DECOMPOSED = "\U00011938"  # by the older tables of the rule NFD
+_GAP = "\ue000"  # stands for a space that punctuation brings along, until tokens are joined
+
+
+def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The content of tokenizer.json."""
+    known = set("".join(vocabulary(tokenizer)))
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {
+                "id": id_,
+                "content": token,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": True,
+            }
+            for token, id_ in special_tokens(tokenizer).items()
+        ],
+        "normalizer": {"type": "Sequence", "normalizers": _normalizers(known)},
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                _split(_class(str.isspace), "Removed"),
+                _split(_any_of(_CJK, _class(is_punctuation)), "Isolated"),
+            ],
+        },
+        "post_processor": None,
+        "decoder": {"type": "Sequence", "decoders": _decoders()},
+        "model": {
+            "type": "WordPiece",
+            "unk_token": "[UNK]",
+            "continuing_subword_prefix": "##",
+            "max_input_chars_per_word": MAX_WORD_CHARACTERS,
+            "vocab": vocabulary(tokenizer),
+        },
+    }
+
+
+def vocabulary(tokenizer: Tokenizer) -> dict[str, int]:
+    """Each token's id; of a token that stands on two lines the later one counts."""
+    tokens = [tokenizer.id_to_token(id_) or "" for id_ in range(tokenizer.vocab_size)]
+    known = set(tokens)
+    renamed = {ours: there for ours, there in _RENAMED.items() if there not in known}
+    return {renamed.get(token, token): id_ for id_, token in enumerate(tokens)}
+
+
+def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
+    """The tokens in square brackets, which decoding leaves out, by ascending id."""
+    found = {
+        token: id_
+        for token, id_ in vocabulary(tokenizer).items()
+        if token == END_TOKEN or (token.startswith("[") and token.endswith("]"))
+    }
+    return dict(sorted(found.items(), key=lambda item: item[1]))
+
+
+def unreadable_lines(tokenizer: Tokenizer) -> dict[str, str]:
+    """The lines of the vocabulary's exact text, by number, that `vocab_text` could not guess."""
+    guessed = _guess_lines(vocabulary(tokenizer))
+    lines = tokenizer.vocab_text.split("\n")
+    return {
+        str(number): line
+        for number, line in enumerate(lines)
+        if number >= len(guessed) or guessed[number] != line
+    }
+
+
+def vocab_text(vocab: Mapping[str, int], lines: Mapping[str, str] | None) -> str:
+    """The vocabulary's text again, from tokenizer.json's `vocab` and the `unreadable_lines`.
+
+    None for `lines` means that they are lost. Raises `ValueError` for a number that can't be.
+    """
+    guessed = _guess_lines(vocab)
+    if lines is None:
+        return "\n".join(guessed) + "\n"
+    for number in sorted(lines, key=int):
+        if int(number) > len(guessed):
+            raise ValueError(f"there is no line {number} in a vocabulary of {len(guessed)} tokens")
+        guessed[int(number) : int(number) + 1] = [lines[number]]
+    return "\n".join(guessed)
+
+
+def _guess_lines(vocab: Mapping[str, int]) -> list[str]:
+    """A token for each id; ids in between that have none get an empty line."""
+    guessed = [""] * (max(vocab.values(), default=-1) + 1)
+    for token, id_ in vocab.items():
+        guessed[id_] = _RENAMED_BACK.get(token, token)
+    return guessed
+
+
+# -- text to words --------------------------------------------------------------------------------
+
+
+def _normalizers(known: Set[str]) -> list[dict[str, Any]]:
+    """Drop controls, lower case, decompose, drop accents: BERT's order.
+
+    `known` are the characters of the vocabulary.
+    """
+    # Tables of a later Unicode version may know a lower case of what is unassigned here.
+    unassigned = _class_of(_ranges(filter(lambda c: c not in known, _characters(assigned=False))))
+    cased, ignorable = _class(_is_cased), _class(_is_case_ignorable)
+    # Lower-casing here looks at one character at a time, and only this one depends on others.
+    final_sigma = f"{cased}{ignorable}*\\KΣ(?!{ignorable}*{cased})"
+    return [
+        _replace(_class(_is_dropped), ""),
+        _replace(unassigned, _UNASSIGNED),
+        _replace(final_sigma, "ς"),
+        {"type": "Lowercase"},
+        _replace(_NOT_DECOMPOSED, unicodedata.normalize("NFD", _NOT_DECOMPOSED)),
+        {"type": "NFD"},
+        _replace(_class(lambda c: unicodedata.category(c) == "Mn"), ""),
+    ]
+
+
+def _is_dropped(character: str) -> bool:
+    control = unicodedata.category(character) in ("Cc", "Cf") and character not in "\t\n\r"
+    return control or character == "\ufffd"
+
+
+def _is_cased(character: str) -> bool:
+    """Whether a capital sigma behind it is at the end of a word: Python's own rule."""
+    return f"{character}Σ".lower().endswith("ς")
+
+
+def _is_case_ignorable(character: str) -> bool:
+    """Whether a capital sigma looks past it."""
+    return f"a{character}Σ".lower().endswith("ς") and not _is_cased(character)
+
+
+# -- ids to text ----------------------------------------------------------------------------------
+
+
+def _decoders() -> list[dict[str, Any]]:
+    """Join tokens as `Tokenizer.decode` does.
+
+    A rule can put a fixed text only, so marks are set first: "##" before what is joined to the text
+    before it, and a mark for the space that follows punctuation.
+    """
+    punctuation, digit = _class(is_punctuation), _class(str.isdecimal)
+    no_space_after = _class_of(_ranges(sorted(NO_SPACE_AFTER)))
+    return [
+        _replace(f"\\A(?={_CJK}\\z)", "##"),
+        _replace(f"(?<=\\A{punctuation})\\z", _GAP),
+        _replace(f"\\A(?={punctuation}{_GAP}\\z)", "##"),
+        {"type": "WordPiece", "prefix": "##", "cleanup": False},
+        {"type": "Fuse"},
+        _replace("\\A##", ""),  # the first token keeps its mark
+        _replace(f"(?<={_CJK}) ", ""),  # a word after Chinese has no space before it
+        _replace(f"[ {_GAP}]+", " "),
+        _replace("(?<=') (?=(?:re|m|s|t|ve|d|ll) )", ""),
+        _replace(f"(?<={no_space_after}) ", ""),
+        _replace(f"(?<={digit}\\.) (?={digit})", ""),
+        _replace("\\A +| +\\z", ""),
+    ]
+
+
+# -- the format's words ---------------------------------------------------------------------------
+
+
+def _replace(pattern: str, content: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {"Regex": pattern}, "content": content}
+
+
+def _split(pattern: str, behavior: str) -> dict[str, Any]:
+    return {
+        "type": "Split",
+        "pattern": {"Regex": pattern},
+        "behavior": behavior,
+        "invert": False,
+    }
+
+
+def _class(holds: Callable[[str], bool]) -> str:
+    """A regular expression's class of the characters for which this holds."""
+    return _class_of(_ranges(filter(holds, _characters())))
+
+
+def _class_of(ranges: Iterable[tuple[int, int]]) -> str:
+    return "[" + "".join(map(_range, ranges)) + "]"
+
+
+def _any_of(*classes: str) -> str:
+    return "[" + "".join(classes) + "]"
+
+
+@functools.cache
+def _characters(*, assigned: bool = True) -> list[str]:
+    """All that a text can hold, if assigned; or the others, except in the blocks of Chinese."""
+    codes = [*range(0xD800), *range(0xE000, sys.maxunicode + 1)]
+    return [
+        character
+        for character in map(chr, codes)
+        if (unicodedata.category(character) != "Cn") == assigned
+        and (assigned or not is_cjk(character))
+    ]
+
+
+def _ranges(characters: Iterable[str]) -> list[tuple[int, int]]:
+    """First and last of each run of neighbours."""
+    ranges: list[tuple[int, int]] = []
+    for code in map(ord, characters):
+        if ranges and ranges[-1][1] == code - 1:
+            ranges[-1] = ranges[-1][0], code
+        else:
+            ranges.append((code, code))
+    return ranges
+
+
+def _range(bounds: tuple[int, int]) -> str:
+    first, last = bounds
+    return f"\\x{{{first:x}}}" if first == last else f"\\x{{{first:x}}}-\\x{{{last:x}}}"
+
+
+_CJK = _class_of(CJK_BLOCKS)

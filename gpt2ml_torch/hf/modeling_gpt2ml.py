@@ -1,0 +1,312 @@
+"""GPT2_ML for transformers: the block of rowanz/grover, which is neither OpenAI's GPT-2 nor BERT.
+
+Attention reads the *un-normalised* block input, and each block ends in a LayerNorm:
+
+    h = LayerNorm(token embedding + position embedding)
+    per block:  x = h + attention(h);  h = LayerNorm(x + mlp(LayerNorm(x)))
+    logits = h @ token_embedding.T
+
+An exported folder carries a copy of this file, so it imports nothing but torch and transformers.
+
+Shapes:
+    B  batch rows       T  tokens in this call    S  tokens seen so far, these included
+    D  width            H  heads                  K  head size, D / H
+    V  vocabulary
+"""
+
+import sys
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_gpt2ml import GPT2MLConfig
+
+
+def eager_attention(
+    module: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention in plain tensor operations, with its weights: (B, T, H, K) and (B, H, T, S)."""
+    scores = q @ k.transpose(2, 3) * scaling  # (B, H, T, S)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return (weights @ v).transpose(1, 2).contiguous(), weights
+
+
+class GPT2MLAttention(nn.Module):
+    """Causal multi-head self-attention, with no dropout on its weights."""
+
+    def __init__(self, config: GPT2MLConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.num_key_value_groups = 1
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = True
+        # Three matrices: columns of a joined one would be split wrongly over several devices.
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)  # a device may hold some heads only
+        q = self.q_proj(hidden_states).view(shape).transpose(1, 2)  # (B, H, T, K)
+        k = self.k_proj(hidden_states).view(shape).transpose(1, 2)
+        v = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)  # (B, H, S, K)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention
+        )
+        a, weights = attend(
+            self, q, k, v, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
+        )  # (B, T, H, K)
+        return self.o_proj(a.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
+
+
+class GPT2MLMLP(nn.Module):
+    """Up to the inner width, exact (erf) GELU, and down again."""
+
+    def __init__(self, config: GPT2MLConfig) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        for linear in (self.up_proj, self.down_proj):
+            # The original draws these wider than all others.
+            linear.initializer_range = config.mlp_initializer_range  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.gelu(self.up_proj(x)))
+
+
+class GPT2MLDecoderLayer(GradientCheckpointingLayer):
+    """One layer.
+
+    Source: imcaspar/gpt2-ml, train/modeling.py, attention_layer and residual_mlp_layer.
+    """
+
+    def __init__(self, config: GPT2MLConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = GPT2MLAttention(config, layer_idx)
+        self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = GPT2MLMLP(config)
+        self.output_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        attended, _ = self.self_attn(hidden_states, **kwargs)
+        x = hidden_states + self.dropout(attended)  # (B, T, D)
+        # The residual carries x, not its norm; the layer's own input is never normalised.
+        return self.output_norm(x + self.dropout(self.mlp(self.mlp_norm(x))))
+
+
+class GPT2MLPreTrainedModel(PreTrainedModel):
+    """What transformers needs to know about the architecture."""
+
+    config_class = GPT2MLConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["GPT2MLDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": GPT2MLDecoderLayer, "attentions": GPT2MLAttention}
+
+    def __init__(self, config: GPT2MLConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        tell_peft()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Draw fresh weights as the original does: truncated normals, biases 0, norms 1 and 0."""
+        if isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, (nn.Linear, nn.Embedding)):
+            std = getattr(module, "initializer_range", self.config.initializer_range)
+            init.trunc_normal_(module.weight, mean=0.0, std=std, a=-2 * std, b=2 * std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                init.zeros_(module.bias)
+
+
+class GPT2MLModel(GPT2MLPreTrainedModel):
+    """The layers without the output: token ids to the last layer's hidden states."""
+
+    def __init__(self, config: GPT2MLConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.embed_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layers = nn.ModuleList(
+            GPT2MLDecoderLayer(config, index) for index in range(config.num_hidden_layers)
+        )
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        if use_cache and past_key_values is None:  # after the mask: a cache ends packing
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            position_ids = _positions(inputs_embeds, attention_mask, past_key_values)
+        _check_positions(position_ids, self.config.max_position_embeddings)
+        h = self.embed_norm(inputs_embeds + self.embed_positions(position_ids))  # (B, T, D)
+        for layer in self.layers:
+            h = layer(h, attention_mask=mask, past_key_values=past_key_values, **kwargs)
+        return BaseModelOutputWithPast(
+            last_hidden_state=h, past_key_values=past_key_values if use_cache else None
+        )
+
+
+class GPT2MLForCausalLM(GPT2MLPreTrainedModel, GenerationMixin):
+    """The language model; its output layer is the token embedding, without a bias.
+
+    With `labels`, (B, T), the loss is the mean cross entropy over the next token; labels of -100,
+    and of the padding id as in the original, are left out of the mean. Raises `ValueError` for
+    positions past the last one.
+    Source: imcaspar/gpt2-ml, train/modeling.py, GroverModel.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan: Any = {"lm_head": (["hidden_states"], ["logits"])}
+
+    def __init__(self, config: GPT2MLConfig) -> None:
+        super().__init__(config)
+        self.model = GPT2MLModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        whole = isinstance(logits_to_keep, int)
+        kept = slice(-logits_to_keep, None) if whole else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])  # (B, T, V)
+        loss = None
+        if labels is not None:
+            labels = labels.masked_fill(labels == self.config.pad_token_id, -100)
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+def tell_peft() -> None:
+    """Enter the layers that LoRA adapts by default into peft's table, where peft is in use.
+
+    peft knows the architectures of transformers only, and has no other way to learn of more.
+    """
+    constants = sys.modules.get("peft.utils.constants")
+    for name in dir(constants) if constants is not None else ():
+        table = getattr(constants, name)
+        if name.endswith("TARGET_MODULES_MAPPING") and isinstance(table, dict) and "opt" in table:
+            table.setdefault(GPT2MLConfig.model_type, ["q_proj", "v_proj"])
+
+
+def _positions(
+    inputs_embeds: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None
+) -> Tensor:
+    """Positions of the tokens in their own texts, (B, T): padding on the left does not count."""
+    T = inputs_embeds.shape[1]
+    if attention_mask is not None and attention_mask.ndim == 2:
+        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]
+    seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+    return (torch.arange(T, device=inputs_embeds.device) + seen)[None]
+
+
+def _check_positions(position_ids: Tensor, limit: int) -> None:
+    """Raise `ValueError` for a position past the last; graphs that are traced go without."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if traced or position_ids.device.type == "meta" or not position_ids.numel():
+        return
+    if position_ids.is_cuda and torch.cuda.is_current_stream_capturing():
+        return  # a graph under capture can't be asked for a value
+    last = int(position_ids.max())
+    if last >= limit:
+        raise ValueError(
+            f"position {last} was asked for; the model has positions 0 to {limit - 1}: shorten the "
+            "prompt or max_new_tokens, or write long texts with gpt2ml_torch's Generator, whose "
+            "window slides"
+        )
+
+
+__all__ = ["GPT2MLForCausalLM", "GPT2MLModel", "GPT2MLPreTrainedModel"]
