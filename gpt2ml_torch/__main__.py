@@ -20,6 +20,7 @@ from gpt2ml_torch.options import OptionError, OptionFileExistsError, suggestion
 COMMANDS = {  # name: module with EXAMPLES, add_arguments and run, help
     "generate": ("gpt2ml_torch.commands.generate", "continue texts"),
     "score": ("gpt2ml_torch.commands.score", "log-likelihood and perplexity of given texts"),
+    "check": ("gpt2ml_torch.commands.check", "prove that a converted model is right"),
     "info": ("gpt2ml_torch.commands.info", "what a model file holds"),
     "quantize": ("gpt2ml_torch.commands.quantize", "store a model's weights in 8 or 4 bits"),
     "finetune": ("gpt2ml_torch.commands.finetune", "train a model on your own texts"),

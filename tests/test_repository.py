@@ -33,7 +33,7 @@ LAYERS = (
     {"tokenizer", "sampling"},
     {"export", "hf"},
     {"generation"},
-    {"finetuning"},
+    {"finetuning", "checking"},
     {"commands"},
     {"__main__"},
 )

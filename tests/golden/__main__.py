@@ -7,12 +7,19 @@ depend on its version and on the processor's vector instructions, which stand in
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 
+from gpt2ml_torch.checking import arithmetic
 from tests.golden.machine import made_on
+from tests.helpers.parity import tf_weights_of
 from tests.helpers.reference import FOLDER, GOLDEN, HELD, joined
 from tests.helpers.weights import Array
-from tests.tf_reference import results
+from tests.tf_reference import TFReference, results
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def main() -> None:
@@ -27,6 +34,18 @@ def main() -> None:
         total += path.stat().st_size
         print(f"{path.name}: {path.stat().st_size:,} bytes")
     print(f"{total:,} bytes in all")
+    write_known_logits(ROOT / "gpt2ml_torch" / "checking" / "reference.json")
+
+
+def write_known_logits(path: Path) -> None:
+    """The answers that `gpt2ml check` compares the arithmetic of an installation with."""
+    weights = {
+        name: value.numpy() for name, value in tf_weights_of(arithmetic.known_weights()).items()
+    }
+    reference = TFReference(weights, heads=arithmetic.CONFIG.num_attention_heads)
+    logits = reference.logits([arithmetic.TOKEN_IDS])[0].numpy().tolist()
+    rows = ",\n".join(f"  {json.dumps(row)}" for row in logits)
+    path.write_text(f'{{"logits": [\n{rows}\n]}}\n')
 
 
 if __name__ == "__main__":

@@ -1,0 +1,29 @@
+"""One thing that a check found out."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+Verdict = Literal["pass", "fail", "info"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """What was looked at, the verdict, one line for people, and the numbers for programs.
+
+    `values` holds JSON types only and nothing private: no paths, no names of users or machines.
+    """
+
+    name: str
+    verdict: Verdict
+    text: str
+    values: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def judge(name: str, faults: list[str], good: str, **values: Any) -> Finding:
+    """`good` if there are no faults, and otherwise the first few of them."""
+    if not faults:
+        return Finding(name, "pass", good, values)
+    more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
+    return Finding(name, "fail", "; ".join(faults[:3]) + more, {**values, "faults": faults[:50]})

@@ -1,0 +1,258 @@
+"""Whether the weights know Chinese, and whether any other reading of the file knows it better.
+
+A language model that was converted right finds sentences far more probable than the same characters
+shuffled, or than the tokens one row further in the vocabulary. A wrong conversion that leaves some
+of that knowledge (blocks or positions one place off, two norms exchanged) is told by its rivals:
+the same weights read as if that mistake had been made. The mistake's undoing then fits better than
+the file as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gpt2ml_torch.checking.finding import Finding, judge
+from gpt2ml_torch.model import GPT2ML
+from gpt2ml_torch.tokenizer import Tokenizer
+
+# Our own sentences, and two Tang poems (Du Fu, Wang Wei), which are in the public domain.
+SENTENCES = {
+    "news": (
+        "昨天上午，市气象台发布消息，受冷空气影响，未来三天全市气温将明显下降，"
+        "请市民注意添衣保暖，减少外出。"
+    ),
+    "prose": (
+        "清晨的阳光照进院子，母亲在厨房里忙着做早饭，弟弟还没有起床，"
+        "屋子里飘着米粥的香味，一切都和从前一样。"
+    ),
+    "verse (Du Fu)": (
+        "国破山河在，城春草木深。感时花溅泪，恨别鸟惊心。"
+        "烽火连三月，家书抵万金。白头搔更短，浑欲不胜簪。"
+    ),
+    "verse (Wang Wei)": (
+        "空山新雨后，天气晚来秋。明月松间照，清泉石上流。"
+        "竹喧归浣女，莲动下渔舟。随意春芳歇，王孙自可留。"
+    ),
+}
+LEAST_MARGIN = 1.0  # nats a token: e times as probable as shuffled or shifted
+LARGEST_GAIN = 0.05  # nats a token by which a rival may fit better, by chance
+MOST_UNKNOWN = 0.2  # of a sentence's tokens
+
+Rival = Callable[[GPT2ML], contextlib.AbstractContextManager[Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """The mean loss of one sentence, in nats a token: as written, shuffled and shifted."""
+
+    genre: str
+    ids: Tensor  # (1, T)
+    loss: float
+    shuffled: float
+    shifted: float
+
+    @property
+    def margin(self) -> float:
+        return min(self.shuffled, self.shifted) - self.loss
+
+
+def check_language(model: GPT2ML, readings: list[Reading]) -> Iterator[Finding]:
+    """Vocabulary and weights belong together, and no rival reading fits better.
+
+    `model` is in evaluation mode and is left as it was.
+    """
+    yield _judge_margins(readings)
+    best = best_of(readings)
+    if best is not None and best.margin >= LEAST_MARGIN:
+        yield _judge_rivals(best, rival_losses(model, best.ids))
+
+
+def best_of(readings: list[Reading]) -> Reading | None:
+    """The sentence that the model tells from nonsense most clearly."""
+    return max(readings, key=lambda reading: reading.margin, default=None)
+
+
+@torch.inference_mode()
+def read_sentences(model: GPT2ML, tokenizer: Tokenizer) -> list[Reading]:
+    """Of every built-in sentence whose characters the vocabulary has."""
+    readings = []
+    for genre, text in SENTENCES.items():
+        ids = torch.tensor([tokenizer.encode(text)], device=model.device)
+        ids = ids[:, : model.config.max_position_embeddings - 1]
+        unknown = (ids == tokenizer.unk_id).float().mean().item()
+        if unknown > MOST_UNKNOWN or ids.shape[1] < 8:
+            continue
+        order = torch.randperm(ids.shape[1], generator=torch.Generator().manual_seed(0))
+        shifted = (ids + 1) % model.config.vocab_size
+        losses = [mean_loss(model, each) for each in (ids, ids[:, order.to(ids.device)], shifted)]
+        readings.append(Reading(genre, ids, *losses))
+    return readings
+
+
+def _judge_margins(readings: list[Reading]) -> Finding:
+    name = "vocabulary and language"
+    if not readings:
+        return Finding(name, "fail", "the vocabulary lacks the characters of plain Chinese")
+    values = {
+        r.genre: {"loss": r.loss, "shuffled": r.shuffled, "shifted": r.shifted} for r in readings
+    }
+    best = max(readings, key=lambda reading: reading.margin)
+    text = (
+        f"{best.genre}: {best.loss:.2f} nats a token, shuffled {best.shuffled:.2f}, one row off in "
+        f"the vocabulary {best.shifted:.2f}"
+    )
+    faults = []
+    if not best.margin >= LEAST_MARGIN:
+        faults.append(
+            f"no sentence is told from nonsense by {LEAST_MARGIN} nats a token ({text}): weights "
+            "and vocabulary don't belong together, or the conversion is wrong"
+        )
+    return judge(name, faults, text, sentences=values)
+
+
+def _judge_rivals(best: Reading, losses: dict[str, float]) -> Finding:
+    name = min(losses, key=lambda rival: losses[rival])
+    faults = []
+    if losses[name] < best.loss - LARGEST_GAIN:
+        faults.append(
+            f"read with {name}, the loss is {losses[name]:.2f} instead of {best.loss:.2f} nats a "
+            "token: the conversion made that mistake"
+        )
+    text = f"{len(losses)} other readings fit worse; the nearest, {name}, by "
+    text += f"{losses[name] - best.loss:.2f} nats a token"
+    return judge("order of the weights", faults, text, loss=best.loss, rivals=losses)
+
+
+@torch.inference_mode()
+def rival_losses(model: GPT2ML, ids: Tensor) -> dict[str, float]:
+    """The mean loss of a text under each rival reading."""
+    losses = {}
+    for name, rival in rivals(model).items():
+        with rival(model):
+            losses[name] = mean_loss(model, ids)
+    for name, step in (("positions one later", 1), ("positions one earlier", -1)):
+        losses[name] = mean_loss(model, ids, first_position=step)
+    for name, step in (("tokens one later", 1), ("tokens one earlier", -1)):
+        losses[name] = mean_loss(model, (ids + step) % model.config.vocab_size)
+    return losses
+
+
+def mean_loss(model: GPT2ML, ids: Tensor, *, first_position: int = 0) -> float:
+    """Mean cross entropy of all tokens except the first."""
+    positions = torch.arange(ids.shape[1], device=ids.device)[None] + first_position
+    positions %= model.config.max_position_embeddings
+    logits = model(ids, positions=positions)[0, :-1].float()
+    return F.cross_entropy(logits, ids[0, 1:]).item()
+
+
+# -- rival readings: each changes the model for the length of a `with` -----------------------------
+
+
+def rivals(model: GPT2ML) -> dict[str, Rival]:
+    """The mistakes that a conversion may have made without any shape noticing."""
+    found: dict[str, Rival] = {
+        f"{one} and {other} exchanged": _reordered(order)
+        for one, other, order in (
+            ("queries", "keys", (1, 0, 2)),
+            ("keys", "values", (0, 2, 1)),
+            ("queries", "values", (2, 1, 0)),
+        )
+    }
+    found["the norms of each block exchanged"] = _exchanged_norms
+    if len(model.blocks) > 1:
+        found["blocks one later"] = _rotated_blocks(1)
+        found["blocks one earlier"] = _rotated_blocks(-1)
+    if isinstance(model.blocks[0].attention.qkv.weight, nn.Parameter):  # packed ones are buffers
+        found["square kernels transposed"] = _transposed_kernels
+    width, heads = model.config.hidden_size, model.config.num_attention_heads
+    if width % 64 == 0 and width // 64 != heads:
+        found["heads of 64"] = _heads(width // 64)
+    return found
+
+
+def _reordered(order: tuple[int, int, int]) -> Rival:
+    """The outputs of the joined query, key and value in another order."""
+
+    @contextlib.contextmanager
+    def rival(model: GPT2ML) -> Iterator[None]:
+        def reorder(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+            parts = output.chunk(3, dim=-1)
+            return torch.cat([parts[index] for index in order], dim=-1)
+
+        with contextlib.ExitStack() as stack:
+            for block in model.blocks:
+                hook = block.attention.qkv.register_forward_hook(reorder)
+                stack.callback(hook.remove)
+            yield
+
+    return rival
+
+
+@contextlib.contextmanager
+def _exchanged_norms(model: GPT2ML) -> Iterator[None]:
+    def exchange() -> None:
+        for block in model.blocks:
+            block.mlp_norm, block.output_norm = block.output_norm, block.mlp_norm
+
+    exchange()
+    try:
+        yield
+    finally:
+        exchange()
+
+
+def _rotated_blocks(by: int) -> Rival:
+    @contextlib.contextmanager
+    def rival(model: GPT2ML) -> Iterator[None]:
+        before = model.blocks
+        blocks = list(before)
+        model.blocks = nn.ModuleList(blocks[-by:] + blocks[:-by])
+        try:
+            yield
+        finally:
+            model.blocks = before
+
+    return rival
+
+
+@contextlib.contextmanager
+def _transposed_kernels(model: GPT2ML) -> Iterator[None]:
+    """Query, key, value and output of the attention, one product at a time."""
+
+    def product(linear: Any, x: Tensor) -> Tensor:
+        parts = linear.weight.split(linear.in_features)
+        y = torch.cat([x @ part for part in parts], dim=-1)
+        return y if linear.bias is None else y + linear.bias
+
+    layers = [
+        layer for block in model.blocks for layer in (block.attention.qkv, block.attention.output)
+    ]
+    for layer in layers:
+        layer.forward = lambda x, layer=layer: product(layer, x)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _heads(count: int) -> Rival:
+    @contextlib.contextmanager
+    def rival(model: GPT2ML) -> Iterator[None]:
+        before = [block.attention.num_heads for block in model.blocks]
+        try:
+            for block in model.blocks:
+                block.attention.num_heads = count
+            yield
+        finally:
+            for block, heads in zip(model.blocks, before, strict=True):
+                block.attention.num_heads = heads
+
+    return rival

@@ -1,0 +1,278 @@
+"""Whether this machine computes with these weights what PyTorch does in float64, and how fast.
+
+For each precision: the logits through kernels (where there are any) and the key-value cache, the
+logits of plain eager PyTorch with the same stored weights and dtype, and the logits with float64
+activations. The first may stray from the last at most twice as far as the second, plus a rounding.
+Kernels for integer weights round the activations to 8 bits too; they may stray as far as the
+rounding of the weights moves the logits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpt2ml_torch import kernels
+from gpt2ml_torch.checking.finding import Finding, judge
+from gpt2ml_torch.generation import Generator
+from gpt2ml_torch.generation.stats import read_bandwidth
+from gpt2ml_torch.kv_cache import KVCache
+from gpt2ml_torch.model import GPT2ML
+from gpt2ml_torch.modelfile import ModelFile
+from gpt2ml_torch.modelfile.pretrained import activation_dtype
+from gpt2ml_torch.precision import FLOATING, Precision
+from gpt2ml_torch.tokenizer import Tokenizer
+
+STEPS = 6  # tokens read one by one, after the others at once
+PROMPT = "今天"
+NEW_TOKENS = 16  # written to measure the speed
+FREE_DIVERGENCE = 0.01  # nats a token that a precision may cost and still be recommended
+TIMES = 2.0  # how much farther than plain PyTorch the result may stray
+CANDIDATES = (Precision.FLOAT32, Precision.BFLOAT16, Precision.INT8, Precision.INT4)
+_SPARE_BYTES = 1 << 30  # for activations, the cache and the compiler
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """A text that the model knows, (1, T) ids, and the logits of the file's weights, (T, V)."""
+
+    ids: Tensor
+    logits: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """One precision on this machine; errors are root mean squares over the logits.
+
+    `moved` is what storing the weights in this precision does to the logits, and `divergence` the
+    Kullback-Leibler divergence from the file's distribution, in nats a token.
+    """
+
+    precision: Precision
+    divergence: float
+    error: float
+    plain_error: float
+    rounding: float
+    moved: float
+    tokens_per_second: float
+    weight_bytes: int
+
+    @property
+    def allowed(self) -> float:
+        allowed = TIMES * self.plain_error + self.rounding
+        return max(allowed, self.moved) if self.precision.is_integer else allowed
+
+    @property
+    def agrees(self) -> bool:
+        return self.error <= self.allowed
+
+
+@torch.inference_mode()
+def known_text(model: GPT2ML, ids: Tensor) -> Text:
+    """The text and what `model`, which is not packed, says of it."""
+    return Text(ids.cpu(), model(ids)[0].double().cpu())
+
+
+def check_machine(
+    file: ModelFile, tokenizer: Tokenizer, text: Text, *, device: torch.device
+) -> Iterator[Finding]:
+    """Every precision that fits the memory, and which to take."""
+    bandwidth = read_bandwidth(device)
+    results = []
+    for precision in candidates(file, device):
+        if not _fits(file, precision, device):
+            line = "not tried: the weights don't fit the free memory"
+            yield Finding(f"precision {precision}", "info", line)
+            continue
+        result = measure(file, tokenizer, text, precision, device)
+        results.append(result)
+        yield _judge(result, bandwidth)
+    good = [r for r in results if r.agrees and r.divergence <= FREE_DIVERGENCE]
+    if not good:
+        return
+    best = max(good, key=lambda result: result.tokens_per_second)
+    yield check_compiled(file, tokenizer, best.precision, device)
+    yield _recommend(best, file)
+
+
+def candidates(file: ModelFile, device: torch.device) -> tuple[Precision, ...]:
+    """What such a file can be loaded in: integers need packing, which is the CPU's."""
+    if file.packed is not None:
+        return (file.packed,)
+    packs = device.type == "cpu" and kernels.load_kernels()
+    return tuple(p for p in CANDIDATES if p in FLOATING or packs)
+
+
+def load(file: ModelFile, precision: Precision, device: torch.device) -> GPT2ML:
+    """The model in a precision: packed where there are kernels, and as it is elsewhere."""
+    packs = device.type == "cpu" and kernels.load_kernels() and file.packed is None
+    return GPT2ML.from_file(
+        file,
+        device=device,
+        dtype=activation_dtype(precision),
+        precision=precision if packs else None,
+    )
+
+
+def measure(
+    file: ModelFile, tokenizer: Tokenizer, text: Text, precision: Precision, device: torch.device
+) -> Measured:
+    """Load the weights in a precision, and take its errors, divergence and speed."""
+    model = load(file, precision, device)
+    dtype, ids = model.dtype, text.ids.to(device)
+    speed = _tokens_per_second(model, tokenizer)
+    with torch.inference_mode():
+        found = _logits_in_steps(model, ids)
+        _leave_kernels(model)
+        plain = model(ids)[0].double().cpu()
+        exact = model.double()(ids)[0].cpu()
+    return Measured(
+        precision=precision,
+        divergence=_divergence(text.logits, found),
+        error=_size(found - exact),
+        plain_error=_size(plain - exact),
+        rounding=torch.finfo(dtype).eps / 2 * _size(exact),
+        moved=_size(exact - text.logits),
+        tokens_per_second=speed,
+        weight_bytes=_bytes_of_weights(file, precision),
+    )
+
+
+def check_compiled(
+    file: ModelFile, tokenizer: Tokenizer, precision: Precision, device: torch.device
+) -> Finding:
+    """Steps compiled by torch.compile write the text that steps in eager mode write."""
+    model = load(file, precision, device)
+    name = "compiled steps"
+    options: dict[str, Any] = {
+        "do_sample": False,
+        "min_new_tokens": NEW_TOKENS,
+        "max_new_tokens": NEW_TOKENS,
+    }
+    eager = Generator(model, tokenizer, compile=False).generate(PROMPT, **options)[0]
+    began = time.perf_counter()
+    try:
+        compiled = Generator(model, tokenizer, compile=True).generate(PROMPT, **options)[0]
+    except Exception as error:  # the compiler's own, of many kinds; generation works without it
+        line = f"torch.compile does not work here ({type(error).__name__}): use --no-compile"
+        return Finding(name, "info", line)
+    seconds = time.perf_counter() - began
+    faults = []
+    if compiled != eager:
+        faults.append(f"they write {compiled!r}, eager steps {eager!r}")
+    line = f"the text of eager steps in {precision}; compiled in {seconds:.0f} s"
+    return judge(name, faults, line, seconds=seconds)
+
+
+def _logits_in_steps(model: GPT2ML, ids: Tensor) -> Tensor:
+    """The text through a key-value cache, its last tokens one by one: (T, V) in float64."""
+    length = ids.shape[1]
+    cache = KVCache(
+        model.config, batch_size=1, length=length, dtype=model.dtype, device=model.device
+    )
+    positions = torch.arange(length, device=ids.device)[None]
+    starts = [0, *range(max(length - STEPS, 1), length), length]
+    pieces = [
+        model(ids[:, start:end], positions=positions[:, start:end], cache=cache)[0]
+        for start, end in pairwise(starts)
+    ]
+    return torch.cat(pieces).double().cpu()
+
+
+def _leave_kernels(model: GPT2ML) -> None:
+    """Let packed layers compute in plain PyTorch, which unpacks their weights."""
+    for module in model.modules():
+        if isinstance(module, kernels.PackedLinear | kernels.PackedEmbedding):
+            module.has_kernel = False
+
+
+def _tokens_per_second(model: GPT2ML, tokenizer: Tokenizer) -> float:
+    """Of one text, with steps that are not compiled; the first call warms up."""
+    generator = Generator(model, tokenizer, compile=False)
+    seconds = math.inf
+    for _ in range(2):
+        began = time.perf_counter()
+        generator.generate(
+            PROMPT, do_sample=False, min_new_tokens=NEW_TOKENS, max_new_tokens=NEW_TOKENS
+        )
+        seconds = min(seconds, time.perf_counter() - began)
+    return NEW_TOKENS / seconds
+
+
+def _judge(result: Measured, bandwidth: float) -> Finding:
+    name = f"precision {result.precision}"
+    share = result.tokens_per_second * result.weight_bytes / bandwidth
+    values = {
+        "divergence": result.divergence,
+        "error": result.error,
+        "plain_error": result.plain_error,
+        "allowed_error": result.allowed,
+        "tokens_per_second": result.tokens_per_second,
+        "share_of_bandwidth": share,
+        "read_bandwidth": bandwidth,
+    }
+    text = (
+        f"logits off by {result.error:.2g} (plain PyTorch {result.plain_error:.2g}), divergence "
+        f"{result.divergence:.2g} nats a token, {result.tokens_per_second:.1f} tokens/s "
+        f"({share:.0%} of the read bandwidth)"
+    )
+    faults = []
+    if not result.agrees:
+        faults.append(
+            f"the logits are off by {result.error:.2g}, and rounding explains only "
+            f"{result.allowed:.2g}: the kernels or the cache are wrong here"
+        )
+    return judge(name, faults, text, **values)
+
+
+def _recommend(best: Measured, file: ModelFile) -> Finding:
+    option = "the file as it is" if file.packed is not None else f"--quantize {best.precision}"
+    text = (
+        f"{option}: the fastest here ({best.tokens_per_second:.1f} tokens/s) of those that move "
+        f"the model's distribution by at most {FREE_DIVERGENCE} nats a token"
+    )
+    return Finding("what to take", "info", text, {"precision": str(best.precision)})
+
+
+def _divergence(expected: Tensor, found: Tensor) -> float:
+    """Mean Kullback-Leibler divergence over the tokens, in nats."""
+    log_p, log_q = expected.log_softmax(-1), found.log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
+
+
+def _bytes_of_weights(file: ModelFile, precision: Precision) -> int:
+    return file.config.num_parameters * precision.bits // 8
+
+
+def _fits(file: ModelFile, precision: Precision, device: torch.device) -> bool:
+    free = free_bytes(device)
+    return free is None or _bytes_of_weights(file, precision) + _SPARE_BYTES < free
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that can be had without swapping; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            return int(file.read().split("MemAvailable:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        pass
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def _size(values: Tensor) -> float:
+    """The root mean square; infinite if any is not finite."""
+    size = values.square().mean().sqrt().item()
+    return size if math.isfinite(size) else math.inf

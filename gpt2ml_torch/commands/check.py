@@ -1,0 +1,139 @@
+"""`gpt2ml check MODEL`: proof that a converted model is right, on the user's own machine."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib
+import io
+import platform
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import gpt2ml_torch
+from gpt2ml_torch import kernels
+from gpt2ml_torch.checking import Finding, check_model
+from gpt2ml_torch.checking.machine import free_bytes
+from gpt2ml_torch.commands.output import printable, write_json
+from gpt2ml_torch.modelfile import ModelFile
+
+EXAMPLES = (
+    "gpt2ml check out.safetensors",
+    "gpt2ml check out.safetensors --source checkpoints/ --report report.md",
+)
+_MARKS = {"pass": "ok  ", "fail": "FAIL", "info": "    "}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a .safetensors file made by the converter")
+    parser.add_argument(
+        "--source",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="compare each tensor with the checkpoint it came from; takes the file's size on disk",
+    )
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: auto)")
+    parser.add_argument(
+        "--no-precisions",
+        action="store_true",
+        help="leave out what concerns this machine: precisions and their speed",
+    )
+    parser.add_argument("--json", action="store_true", help="everything as one JSON object")
+    parser.add_argument(
+        "--report", type=Path, metavar="FILE", help="write a Markdown report for a bug report"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    findings: list[Finding] = []
+    with ModelFile.open(arguments.model) as file:
+        for finding in _findings(file, arguments):
+            findings.append(finding)
+            if not arguments.json:
+                line = f"{_MARKS[finding.verdict]} {finding.name}: {finding.text}"
+                print(printable(line), flush=True)
+    good = all(finding.verdict != "fail" for finding in findings)
+    environment = describe_environment()
+    if arguments.json:
+        listed = [dataclasses.asdict(finding) for finding in findings]
+        write_json({"passed": good, "environment": environment, "findings": listed})
+    if arguments.report is not None:
+        arguments.report.write_text(_markdown(findings, environment, good=good), encoding="utf-8")
+    if not good and not arguments.json:
+        print("This model is not right; see the lines marked FAIL.")
+    return 0 if good else 1
+
+
+def _findings(file: ModelFile, arguments: argparse.Namespace) -> Iterator[Finding]:
+    device, precisions = arguments.device, not arguments.no_precisions
+    yield from check_model(file, device=device, precisions=precisions)
+    if arguments.source is not None:
+        yield compare_with_source(file, arguments.source)
+
+
+def compare_with_source(file: ModelFile, source: Path) -> Finding:
+    """Convert the checkpoint again into a temporary file, and compare the tensors bit for bit."""
+    # The converter is built on this package, so it is looked up when it is needed.
+    convert = importlib.import_module("convert.__main__").main
+    with tempfile.TemporaryDirectory(prefix="gpt2ml-check-", dir=file.path.parent) as folder:
+        again = Path(folder) / "again.safetensors"
+        words = [str(source), str(again), "--dtype", str(file.precision), "--no-vocab"]
+        with contextlib.redirect_stdout(io.StringIO()):  # its summary is not one of our lines
+            status = convert(words)
+        if status:
+            return Finding("source", "fail", "the checkpoint could not be converted again")
+        with ModelFile.open(again) as fresh:
+            differing = _differing(file, fresh)
+    if differing:
+        shown = ", ".join(differing[:3]) + (" ..." if len(differing) > 3 else "")
+        text = f"{len(differing)} tensors are not the checkpoint's in {file.precision}: {shown}"
+        return Finding("source", "fail", text, {"differing": differing})
+    text = f"all {len(file.tensors)} tensors are the checkpoint's in {file.precision}, bit for bit"
+    return Finding("source", "pass", text)
+
+
+def _differing(file: ModelFile, fresh: ModelFile) -> list[str]:
+    names = sorted(file.tensors.keys() ^ fresh.tensors.keys())
+    for name in file.tensors.keys() & fresh.tensors.keys():
+        one, other = file.tensors[name], fresh.tensors[name]
+        same_kind = (one.dtype, one.shape) == (other.dtype, other.shape)
+        if not same_kind or not torch.equal(_bytes(file, name), _bytes(fresh, name)):
+            names.append(name)
+    return sorted(names)
+
+
+def _bytes(file: ModelFile, name: str) -> torch.Tensor:
+    return file.tensor(name).view(torch.uint8)  # bits, since NaN is not equal to itself
+
+
+def describe_environment() -> dict[str, Any]:
+    """What a bug report needs: versions and hardware, no names and no paths."""
+    cpu = torch.device("cpu")
+    return {
+        "gpt2ml_torch": gpt2ml_torch.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "free_memory_bytes": free_bytes(cpu),
+        "kernels": kernels.load_kernels(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def _markdown(findings: list[Finding], environment: dict[str, Any], *, good: bool) -> str:
+    lines = [f"# gpt2ml check: {'passed' if good else 'FAILED'}", ""]
+    lines += ["| | |", "|---|---|"]
+    lines += [f"| {name} | {value} |" for name, value in environment.items()]
+    lines += ["", "| check | verdict | finding |", "|---|---|---|"]
+    for finding in findings:
+        cells = (finding.name, finding.verdict, finding.text)
+        escaped = (printable(cell).replace("|", "\\|").replace("\n", " ") for cell in cells)
+        lines.append(f"| {' | '.join(escaped)} |")
+    return "\n".join([*lines, ""])

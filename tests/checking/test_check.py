@@ -1,0 +1,192 @@
+"""`gpt2ml check` passes the shipped model and tells a wrong conversion of it from the right one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpt2ml_torch import GPT2ML, Tokenizer
+from gpt2ml_torch.__main__ import main
+from gpt2ml_torch.checking import Finding, arithmetic, check_model, language
+from gpt2ml_torch.modelfile import ModelFile
+from tests.helpers.mutants import OF_CODE, OF_WEIGHTS, UNSEEN, State
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def failed(path: Path) -> list[str]:
+    """The names of the findings that fail, what concerns the machine left out."""
+    with ModelFile.open(path) as file:
+        findings = list(check_model(file, precisions=False))
+    return [finding.name for finding in findings if finding.verdict == "fail"]
+
+
+def save(path: Path, state: State, model: GPT2ML, tokenizer: Tokenizer) -> Path:
+    mutant = GPT2ML(model.config)
+    mutant.load_state_dict(state)
+    mutant.save_pretrained(path, tokenizer=tokenizer, allow_non_finite=True)
+    return path
+
+
+@pytest.fixture(scope="module")
+def right(shipped_model: Path) -> tuple[GPT2ML, Tokenizer]:
+    return GPT2ML.from_pretrained(shipped_model), Tokenizer.from_pretrained(shipped_model)
+
+
+def test_the_shipped_model_passes(shipped_model: Path) -> None:
+    assert failed(shipped_model) == []
+
+
+@pytest.mark.parametrize("name", OF_WEIGHTS)
+def test_a_wrong_conversion_fails(
+    name: str, right: tuple[GPT2ML, Tokenizer], tmp_path: Path
+) -> None:
+    model, tokenizer = right
+    mutate, finding = OF_WEIGHTS[name]
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    mutate(state)
+    assert finding in failed(save(tmp_path / "mutant.safetensors", state, model, tokenizer))
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+def test_what_the_table_calls_unseen_passes(
+    name: str, right: tuple[GPT2ML, Tokenizer], tmp_path: Path
+) -> None:
+    """Should a check learn to see it, docs/checking.md must say so."""
+    model, tokenizer = right
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    UNSEEN[name](state)
+    assert failed(save(tmp_path / "mutant.safetensors", state, model, tokenizer)) == []
+
+
+def test_another_vocabulary_of_the_same_size_fails(
+    right: tuple[GPT2ML, Tokenizer], tmp_path: Path
+) -> None:
+    model, tokenizer = right
+    tokens = list(tokenizer.vocab_text.removesuffix("\n").split("\n"))
+    other = Tokenizer(
+        [*tokens[:104], *sorted(tokens[104:])], num_embeddings=tokenizer.num_embeddings
+    )
+    model.save_pretrained(tmp_path / "mutant.safetensors", tokenizer=other)
+    assert failed(tmp_path / "mutant.safetensors") == ["vocabulary and language"]
+
+
+@pytest.mark.parametrize("name", OF_CODE)
+def test_code_that_computes_another_function_fails(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert arithmetic.check_arithmetic().verdict == "pass"
+    load = GPT2ML.load_state_dict
+
+    def mutated(model: GPT2ML, *arguments: object, **options: object) -> None:
+        load(model, *arguments, **options)  # type: ignore[arg-type]
+        OF_CODE[name](model)
+
+    monkeypatch.setattr(GPT2ML, "load_state_dict", mutated)
+    assert arithmetic.check_arithmetic().verdict == "fail"
+
+
+def test_the_arithmetics_answers_are_the_references() -> None:
+    tf_reference = pytest.importorskip("tests.tf_reference")
+    from tests.helpers.parity import tf_weights_of
+
+    weights = {k: v.numpy() for k, v in tf_weights_of(arithmetic.known_weights()).items()}
+    reference = tf_reference.TFReference(weights, heads=3)
+    live = torch.from_numpy(reference.logits([arithmetic.TOKEN_IDS])[0].numpy())
+    torch.testing.assert_close(arithmetic.known_logits(), live, rtol=0, atol=1e-13)
+
+
+def test_rivals_leave_the_model_as_it_was(right: tuple[GPT2ML, Tokenizer]) -> None:
+    model, tokenizer = right
+    ids = torch.tensor([tokenizer.encode("国破山河在，城春草木深。")])
+    with torch.no_grad():
+        before = model(ids)
+        losses = language.rival_losses(model, ids)
+        assert torch.equal(model(ids), before)
+    assert len(set(losses.values())) == len(losses)
+
+
+def test_the_table_in_the_documentation_names_every_mutant() -> None:
+    text = (ROOT / "docs" / "checking.md").read_text(encoding="utf-8")
+    for name in [*OF_WEIGHTS, *UNSEEN, *OF_CODE, "another vocabulary"]:
+        assert f"| {name} |" in text, name
+
+
+def run(*words: object) -> int:
+    return main(["check", *map(str, words)])
+
+
+def test_the_command_measures_every_precision_and_recommends_one(
+    shipped_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = tmp_path / "report.md"
+    source = ROOT / "checkpoints" / "demo"
+    assert run(shipped_model, "--json", "--source", source, "--report", report) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["passed"] is True
+    findings = {finding["name"]: finding for finding in result["findings"]}
+    assert findings["precision float32"]["values"]["tokens_per_second"] > 0
+    assert findings["what to take"]["values"]["precision"] in (
+        "float32",
+        "bfloat16",
+        "int8",
+        "int4",
+    )
+    assert findings["source"]["verdict"] == "pass"
+    text = report.read_text(encoding="utf-8")
+    assert "passed" in text
+    for private in (str(Path.home()), str(shipped_model.parent), str(ROOT)):
+        assert private not in text + json.dumps(result)
+
+
+def test_a_file_that_is_not_the_checkpoints_fails_against_its_source(
+    right: tuple[GPT2ML, Tokenizer], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, tokenizer = right
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    state["blocks.4.mlp.up.bias"][7] += 1e-6
+    path = save(tmp_path / "changed.safetensors", state, model, tokenizer)
+    assert run(path, "--no-precisions", "--source", ROOT / "checkpoints" / "demo") == 1
+    out = capsys.readouterr().out
+    assert "FAIL source: 1 tensors are not the checkpoint's in float32: blocks.4.mlp.up.bias" in out
+
+
+def test_a_flipped_bit_fails_by_name(shipped_model: Path, tmp_path: Path) -> None:
+    data = bytearray(shipped_model.read_bytes())
+    data[-1000] ^= 1
+    (tmp_path / "flipped.safetensors").write_bytes(data)
+    with ModelFile.open(tmp_path / "flipped.safetensors") as file:
+        findings = [f for f in check_model(file, precisions=False) if f.verdict == "fail"]
+    assert [finding.name for finding in findings] == ["checksums"]
+    assert "output_norm" in findings[0].text or "blocks.5" in findings[0].text
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_a_packed_file_is_checked_too(
+    precision: str, shipped_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "packed.safetensors"
+    assert main(["quantize", str(shipped_model), "--to", precision, "--out", str(path)]) == 0
+    assert failed(path) == []
+
+
+def test_wrong_kernels_fail_by_precision(shipped_model: Path) -> None:
+    from gpt2ml_torch.checking import machine
+
+    measured = machine.Measured(
+        precision=machine.Precision.BFLOAT16,
+        divergence=0.0,
+        error=1.0,
+        plain_error=0.01,
+        rounding=0.01,
+        moved=0.1,
+        tokens_per_second=1.0,
+        weight_bytes=1,
+    )
+    finding: Finding = machine._judge(measured, bandwidth=1e9)
+    assert finding.verdict == "fail"
+    assert "kernels" in finding.text
