@@ -9,7 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from gpt2ml_torch.checking import arithmetic
+from tests.helpers.parity import tf_weights_of, to_float64
 from tests.helpers.reference import FOLDER, GOLDEN, HELD, golden
 from tests.helpers.weights import short_weights
 
@@ -51,6 +54,14 @@ def test_golden_weights_and_ids_are_the_cases(name: str) -> None:
         assert np.array_equal(weights[key].astype(np.float32), weight), key
     with np.load(FOLDER / f"{name}.npz") as file:
         assert np.array_equal(file["ids"], case.ids)
+
+
+def test_the_answers_that_gpt2ml_check_knows_are_the_references() -> None:
+    tf_reference = pytest.importorskip("tests.tf_reference")
+    weights = {k: v.numpy() for k, v in tf_weights_of(arithmetic.known_weights()).items()}
+    reference = tf_reference.TFReference(weights, heads=arithmetic.CONFIG.num_attention_heads)
+    live = to_float64(reference.logits([arithmetic.TOKEN_IDS])[0])
+    torch.testing.assert_close(arithmetic.known_logits(), live, rtol=0, atol=1e-13)
 
 
 def test_golden_files_stay_small() -> None:
