@@ -6,9 +6,12 @@ import contextlib
 import hashlib
 import os
 import platform
+import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,41 +34,74 @@ LEVELS = {
     "avx512": "avx2 fma f16c avx512f avx512bw avx512vl avx512dq avx512_vnni | avx512_bf16",
 }
 _CHOICE = "GPT2ML_KERNELS"  # a level, or "off"
+_SCRATCH = "build-"  # folders of builds that go on
+_SEAL_BYTES = hashlib.sha256().digest_size
 
 
-def build() -> Path:
-    """The compiled library; compiles it unless an earlier process did.
+def build(*, again: bool = False) -> Path:
+    """The compiled library; compiles it unless an earlier process did, or `again`.
 
-    $GPT2ML_KERNELS chooses a lower level than the CPU's own, or "off". Raises `OSError` where this
-    CPU, compiler or folder won't do, `RuntimeError` where the compiler fails.
+    $GPT2ML_KERNELS chooses a lower level than the CPU's own, or "off". A library that is cut off,
+    empty or another's is made again. Raises `OSError` where this CPU, compiler or folder won't do,
+    `RuntimeError` where the compiler fails.
     """
     features = instructions(cpu_features(), os.environ.get(_CHOICE) or None)
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        raise OSError("no C++ compiler was found; install g++ or set CXX")
+    compiler = _find_compiler()
     flags = (*FLAGS, *(f"-m{name.replace('_', '')}" for name in features))
     folder = cache_root()
-    library = folder / f"kernels-{_key(compiler, flags)}.so"
-    if not library.exists():
+    key = _key(compiler, flags)
+    library = folder / f"kernels-{key}.so"
+    if again or not _is_whole(library, key):
         folder.mkdir(parents=True, exist_ok=True)
         with _alone(folder):
-            if not library.exists():  # nor did another process make it meanwhile
-                _compile(compiler, flags, library)
+            if again or not _is_whole(library, key):  # nor did another process make it meanwhile
+                _compile(compiler, flags, library, key)
     return library
+
+
+def _find_compiler() -> tuple[str, ...]:
+    """The C++ compiler as the words of a command: $CXX may be "ccache g++"."""
+    named = shlex.split(os.environ.get("CXX") or "")
+    found = named or [shutil.which("g++") or shutil.which("clang++") or ""]
+    if not found[0]:
+        raise OSError("no C++ compiler was found; install g++ or set CXX")
+    return tuple(found)
 
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """One process at a time, where the file system can do that: the others wait."""
-    import fcntl  # not on Windows, where no CPU has the features
+    from filelock import FileLock, Timeout  # PyTorch brings it
 
-    descriptor = os.open(folder, os.O_RDONLY)
+    lock = FileLock(folder / "kernels.lock", timeout=2 * TIMEOUT_SECONDS)
     try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        lock.acquire()
+    except (NotImplementedError, Timeout):  # two builds harm nobody: each renames a whole library
+        yield
+        return
+    try:
+        for left in folder.glob(f"{_SCRATCH}*"):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
         yield
     finally:
-        os.close(descriptor)
+        lock.release()
+
+
+def _is_whole(library: Path, key: str) -> bool:
+    """Whether the file ends with the checksum of what stands before it.
+
+    The loader maps the file into memory, so that reading beyond a cut would end the process.
+    """
+    try:
+        data = library.read_bytes()
+    except OSError:
+        return False
+    code, seal = data[:-_SEAL_BYTES], data[-_SEAL_BYTES:]
+    return bool(code) and seal == _seal(code, key)
+
+
+def _seal(code: bytes, key: str) -> bytes:
+    return hashlib.sha256(code + key.encode()).digest()
 
 
 def instructions(cpu: frozenset[str], choice: str | None) -> list[str]:
@@ -95,49 +131,97 @@ def cpu_features() -> frozenset[str]:
     return frozenset(next(lines, "").partition(":")[2].split())
 
 
-def _key(compiler: str, flags: tuple[str, ...]) -> str:
+def _key(compiler: tuple[str, ...], flags: tuple[str, ...]) -> str:
     """Changes with everything that the compiled code depends on."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
+    asked = [*compiler, "--version"]
+    try:
+        version = subprocess.run(asked, capture_output=True, check=False, timeout=TIMEOUT_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"{' '.join(asked)} took more than {TIMEOUT_SECONDS} s") from None
     parts = (
         *(path.read_bytes() for path in (*SOURCES, *HEADERS)),
-        version,
+        version.stdout,
         " ".join(flags).encode(),
         f"{torch.__version__} {platform.machine()} {platform.processor()}".encode(),
     )
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
-def _compile(compiler: str, flags: tuple[str, ...], library: Path) -> None:
-    """Compile beside the final name and rename: nothing half-written is ever found."""
+def _compile(compiler: tuple[str, ...], flags: tuple[str, ...], library: Path, key: str) -> None:
+    """Compile beside the final name, seal and rename: nothing half-written is ever found."""
     torch_folder = Path(torch.__file__).parent
     include = ("-I", str(torch_folder / "include"))
     libraries = ("-L", str(torch_folder / "lib"), "-ltorch_cpu", "-lc10")
-    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+    with tempfile.TemporaryDirectory(dir=library.parent, prefix=_SCRATCH) as scratch:
         objects = [str(Path(scratch) / f"{source.stem}.o") for source in SOURCES]
         _run_all(
-            (compiler, *flags, *include, "-c", str(source), "-o", target)
+            (*compiler, *flags, *include, "-c", str(source), "-o", target)
             for source, target in zip(SOURCES, objects, strict=True)
         )
-        output = str(Path(scratch) / library.name)
-        _run_all([(compiler, *flags, "-shared", *objects, "-o", output, *libraries)])
+        output = Path(scratch) / library.name
+        _run_all([(*compiler, *flags, "-shared", *objects, "-o", str(output), *libraries)])
+        seal = _seal(output.read_bytes(), key)
+        with open(output, "ab") as file:
+            file.write(seal)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(output, library)
 
 
 def _run_all(commands: Iterable[tuple[str, ...]]) -> None:
-    """Run commands, as many at once as there are cores, the first ones first."""
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        for _ in pool.map(_run, commands):
-            pass
+    """Run commands, as many at once as there are cores, the first ones first.
 
-
-def _run(command: tuple[str, ...]) -> None:
-    """Raises `RuntimeError` where the command fails."""
+    Raises `RuntimeError` where one fails or takes too long. However this ends, by Ctrl-C too, no
+    process of theirs is left.
+    """
+    compilers = _Compilers()
+    pool = ThreadPoolExecutor(max_workers=os.cpu_count())
     try:
-        result = subprocess.run(
-            command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False
-        )
-    except subprocess.TimeoutExpired:
-        raise RuntimeError(f"the compiler took more than {TIMEOUT_SECONDS} s") from None
-    if result.returncode:
-        errors = [line for line in result.stderr.splitlines() if "error" in line]
-        raise RuntimeError(f"{command[0]} failed: {(errors or ['without a word'])[0]}")
+        for future in [pool.submit(compilers.run, command) for command in commands]:
+            future.result()
+    finally:
+        compilers.stop()
+        pool.shutdown(cancel_futures=True)
+
+
+class _Compilers:
+    """Commands that run in threads, where no KeyboardInterrupt can come between a start and the
+    note of it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running: list[subprocess.Popen[bytes]] = []
+        self._stopped = False
+
+    def run(self, command: tuple[str, ...]) -> None:
+        """Run a command to its end; raises `RuntimeError` where it fails or takes too long."""
+        with tempfile.TemporaryFile() as messages:
+            with self._lock:
+                if self._stopped:
+                    return
+                process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=messages,
+                    start_new_session=True,  # a group of its own, with the compiler's children
+                )
+                self._running.append(process)
+            try:
+                status = process.wait(TIMEOUT_SECONDS)
+            except subprocess.TimeoutExpired:
+                raise RuntimeError(f"the compiler took more than {TIMEOUT_SECONDS} s") from None
+            if status:
+                messages.seek(0)
+                text = messages.read().decode("utf-8", "replace")  # in the user's language
+                errors = [line for line in text.splitlines() if "error" in line]
+                raise RuntimeError(f"{command[0]} failed: {(errors or ['without a word'])[0]}")
+
+    def stop(self) -> None:
+        """Start no more, and kill what runs, with its children."""
+        with self._lock:
+            self._stopped = True
+            for process in self._running:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Sequence
 
 import torch
@@ -121,12 +122,23 @@ def pack_rows(
 def load_kernels() -> bool:
     """Make the operators fast on this CPU; where that can't be, says why, once, returns False."""
     try:
-        torch.ops.load_library(build.build())
+        _load_library()
     except (OSError, RuntimeError) as error:
         _logger.warning("packed weights run on PyTorch's own operators, slower: %s", error)
         _library.impl("packed_linear", unpacked_linear, "CPU")
         return False
+    # OpenMP's threads don't exist in a forked child, which would wait for them forever.
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
     return True
+
+
+def _load_library() -> None:
+    """Raises `OSError` or `RuntimeError` where the library can't be made or loaded."""
+    library = build.build()
+    try:
+        torch.ops.load_library(library)
+    except OSError:  # made for another system that shares the folder
+        torch.ops.load_library(build.build(again=True))
 
 
 def unpacked_linear(

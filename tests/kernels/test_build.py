@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -69,8 +72,149 @@ def test_processes_that_start_together_build_once_for_all_and_agree(tmp_path: Pa
     assert [output for output, _ in runs] == [runs[0][0]] * 3
     assert runs[0][0][0] == "True"
     assert finish(start(cache, CXX=str(compiler)))[0] == runs[0][0]
-    assert len(list(cache.iterdir())) == 1  # and no half-written file beside the library
+    assert len(list(cache.glob("*.so"))) == 1
+    assert not list(cache.glob("build-*"))  # nothing half-written
     assert log.read_text().count(" -shared ") == 1
+
+
+@pytest.fixture
+def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A compiler that writes what it was asked to, at once, and a line into `log` for it."""
+    script = tmp_path / "c++"
+    script.write_text(
+        "#!/bin/bash\n"
+        'while [ $# -gt 0 ]; do [ "$1" = -o ] && out=$2; shift; done\n'
+        f'echo "$out" >>{tmp_path}/log\n'
+        '[ -z "$out" ] || echo code >"$out"\n'
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    monkeypatch.setenv("GPT2ML_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(build, "instructions", lambda cpu, choice: ["avx2"])
+    return script
+
+
+def links(compiler: Path) -> int:
+    return (compiler.parent / "log").read_text().count(".so\n")
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "foreign", "flipped", "folder"])
+def test_a_damaged_library_is_made_again(compiler: Path, damage: str) -> None:
+    library = build.build()
+    whole = library.read_bytes()
+    assert build.build() == library
+    assert links(compiler) == 1
+    if damage == "folder":
+        library.rename(library.with_suffix(".moved"))
+        library.mkdir()
+    else:
+        library.write_bytes(
+            {
+                "cut": whole[: len(whole) // 2],
+                "empty": b"",
+                "foreign": b"\x7fELF of another program",
+                "flipped": bytes([whole[0] ^ 1]) + whole[1:],
+            }[damage]
+        )
+    if damage == "folder":
+        with pytest.raises(OSError, match="directory"):
+            build.build()
+        return
+    build.build()
+    assert library.read_bytes() == whole
+    assert links(compiler) == 2
+    assert build.build(again=True) == library
+    assert links(compiler) == 3
+
+
+def test_what_killed_builds_left_is_removed(compiler: Path, tmp_path: Path) -> None:
+    left = tmp_path / "cache" / "build-killed"
+    left.mkdir(parents=True)
+    (left / "linear.o").write_text("half")
+    (tmp_path / "cache" / "tokens").mkdir()
+    build.build()
+    assert not left.exists()
+    assert (tmp_path / "cache" / "tokens").exists()
+
+
+def test_the_compiler_may_be_a_command_of_several_words(
+    compiler: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", f"env LC_ALL=C '{compiler}'")
+    assert build.build().exists()
+
+
+def test_a_compiler_may_speak_another_language(
+    compiler: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler.write_text("#!/bin/bash\necho $'fatal error: \\xb4\\xed\\xff' >&2\nexit 1\n")
+    with pytest.raises(RuntimeError, match="failed: fatal error: \ufffd"):
+        build.build()
+
+
+@pytest.mark.parametrize("ending", ["time-out", "interrupt"])
+def test_no_process_of_a_compiler_outlives_the_build(
+    compiler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    compiler.write_text(
+        "#!/bin/bash\n"
+        '[ "$1" = --version ] && exit 0\n'
+        f"sleep 1000 & echo $! >>{tmp_path}/children; wait\n"
+    )
+    children = tmp_path / "children"
+
+    def interrupt() -> None:
+        while not (children.exists() and children.read_text().endswith("\n")):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    if ending == "time-out":
+        monkeypatch.setattr(build, "TIMEOUT_SECONDS", 1)
+        with pytest.raises(RuntimeError, match="took more than 1 s"):
+            build.build()
+    else:
+        threading.Thread(target=interrupt, daemon=True).start()
+        with pytest.raises(KeyboardInterrupt):
+            build.build()
+    started = [int(line) for line in children.read_text().split()]
+    assert started
+    for _ in range(100):
+        if not any(Path(f"/proc/{number}").exists() for number in started):
+            break
+        time.sleep(0.02)  # until whoever adopted them has noticed
+    assert not any(_runs(number) for number in started)
+    assert not list((tmp_path / "cache").glob("build-*"))
+
+
+def _runs(number: int) -> bool:
+    try:
+        state = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+FORKING = """
+import os, signal, torch
+from gpt2ml_torch import kernels
+from gpt2ml_torch.precision import Precision
+torch.set_num_threads(2)
+weight, scale = kernels.pack(torch.randn(4096, 1024), Precision.INT8)
+x = torch.ones(64, 1024)
+layer = lambda: kernels.packed_linear(x, weight, scale, None, bits=8, outputs=4096).sum().item()
+before = layer()
+if os.fork() == 0:
+    signal.alarm(60)  # a child that hangs is killed
+    os._exit(0 if layer() == before else 3)
+print(os.waitstatus_to_exitcode(os.wait()[1]), torch.get_num_threads())
+"""
+
+
+def test_a_child_forked_after_use_works() -> None:
+    process = subprocess.run(
+        [sys.executable, "-c", FORKING], capture_output=True, text=True, timeout=200, check=True
+    )
+    assert process.stdout.split() == ["0", "2"]
 
 
 def test_plain_weights_wait_for_no_kernels(tmp_path: Path) -> None:
