@@ -1,4 +1,4 @@
-"""Tokenise files once, into a folder named after their content.
+"""Tokenize files once, into a folder named after their content.
 
 The folder is written beside its place and renamed, under a lock: of several processes that start
 together one works and the others wait for it, and what a killed one left is swept away by the next.
@@ -29,9 +29,11 @@ from gpt2ml_torch.finetuning.data.corpus import (
     FORMAT,
     IDS_FILE,
     META_FILE,
+    UNLEARNED,
+    UNLEARNED_FILE,
     Corpus,
 )
-from gpt2ml_torch.finetuning.data.documents import SEPARATORS, Piece, Separator, read_pieces
+from gpt2ml_torch.finetuning.data.documents import DocumentReader, Piece, Separator
 from gpt2ml_torch.finetuning.data.encoding import (
     EncodedPieces,
     TextTokenizer,
@@ -39,6 +41,8 @@ from gpt2ml_torch.finetuning.data.encoding import (
     id_dtype,
 )
 from gpt2ml_torch.finetuning.data.files import Source, find_sources, regular_stat, shown
+from gpt2ml_torch.finetuning.data.lines import complaint
+from gpt2ml_torch.finetuning.data.records import Fields
 
 try:
     import fcntl
@@ -51,6 +55,7 @@ Progress = Callable[[str, int, int], None]  # what is being done, bytes done, by
 
 _WORTH_A_WORKER = 4 << 20  # bytes: with less, a process starts for longer than it works
 _HASH_BYTES = 1 << 20
+_UNLEARNED_MARK = 1  # in a document's hash, after a piece inside it that is not learned
 
 
 def tokenize_files(
@@ -58,33 +63,34 @@ def tokenize_files(
     tokenizer: TextTokenizer,
     *,
     separator: Separator = "blank-line",
+    fields: Fields | None = None,
     end_token: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> Corpus:
-    """Tokenise text and JSON Lines files, or find them in the cache, tokenised before.
+    """Tokenize text and JSON files, or find them in the cache, tokenized before.
 
     `data` is what `find_sources` takes, `separator` what divides text files into documents,
-    `end_token` a token such as "[SEP]" to append to each document. The cache lies in `cache_dir`,
-    `default_cache_dir()` unless told otherwise; it may be deleted at any time. `workers` is the
-    number of processes, by default one a core where it pays. Files may be larger than the memory.
+    `fields` the JSON fields to read where their names are not recognised, `end_token` a token such
+    as "[SEP]" to append to each document. The cache lies in `cache_dir`, by default
+    `default_cache_dir()`; it may be deleted at any time. `workers` is the number of processes, by
+    default one a core where it pays. Files may be larger than the memory.
 
-    Raises `ValueError` and `OSError` as `find_sources` and `read_pieces` do, and for an end token
-    that the vocabulary lacks, files without any document, files that change meanwhile, and a cache
-    that cannot be written.
+    Raises `ValueError` and `OSError` as `find_sources` and `DocumentReader.read` do, and for an end
+    token that the vocabulary lacks, files without any document, files that change meanwhile, and a
+    cache that cannot be written.
     """
-    if separator not in SEPARATORS:
-        raise ValueError(f"separator is {separator!r}; expected one of {', '.join(SEPARATORS)}")
+    reader = DocumentReader(tokenizer.encode, separator=separator, fields=fields)
     if workers is not None and workers < 0:
         raise ValueError(f"workers is {workers}; expected 0 or more")
     end_id = _end_id(tokenizer, end_token)
     sources = find_sources(data)
     states = [_state(source) for source in sources]
     digests = _digests(sources, sum(size for size, _ in states), progress)
-    key = _key(sources, digests, tokenizer, separator, end_id)
+    key = _key(sources, digests, tokenizer, reader, end_id)
     folder = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
-    build = _Build(sources, states, tokenizer, separator, end_id, workers, progress)
+    build = _Build(sources, states, tokenizer, reader, end_id, workers, progress)
     with _cache_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder / f".{key}.lock"):
@@ -142,7 +148,7 @@ def _key(
     sources: Sequence[Source],
     digests: Sequence[str],
     tokenizer: TextTokenizer,
-    separator: Separator,
+    reader: DocumentReader,
     end_id: int | None,
 ) -> str:
     parts = {
@@ -154,7 +160,8 @@ def _key(
         "num_embeddings": tokenizer.num_embeddings,
         # The tokenizer classifies characters by the running Python's tables.
         "unicode": unicodedata.unidata_version,
-        "separator": separator,
+        "separator": reader.separator,
+        "fields": dataclasses.astuple(reader.fields),
         "end_id": end_id,
     }
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
@@ -214,12 +221,12 @@ def _open_cached(path: Path) -> Corpus | None:
 
 @dataclasses.dataclass
 class _Build:
-    """What it takes to tokenise the files into a folder."""
+    """What it takes to tokenize the files into a folder."""
 
     sources: Sequence[Source]
     states: Sequence[tuple[int, int]]  # size and time of change, as they were hashed
     tokenizer: TextTokenizer
-    separator: Separator
+    reader: DocumentReader
     end_id: int | None
     workers: int | None
     progress: Progress | None
@@ -243,15 +250,16 @@ class _Build:
         with (
             open(partial / IDS_FILE, "wb") as ids,
             open(partial / DOCUMENTS_FILE, "wb") as documents,
+            open(partial / UNLEARNED_FILE, "wb") as unlearned,
         ):
-            writer = _Writer(ids, documents)
+            writer = _Writer(ids, documents, unlearned)
             encoded = encode_all(
                 self.tokenizer, self._pieces(), end_id=self.end_id, workers=self._worker_count()
             )
             with contextlib.closing(encoded):
                 for batch in encoded:
                     writer.add(batch)
-            for file in (ids, documents):
+            for file in (ids, documents, unlearned):
                 file.flush()
                 os.fsync(file.fileno())
         if not writer.tokens:
@@ -265,7 +273,9 @@ class _Build:
             "dtype": id_dtype(self.tokenizer.num_embeddings).str,
             "files": len(self.sources),
             "empty_files": self.empty_files,
-            "separator": self.separator,
+            "separator": self.reader.separator,
+            "empty_texts": self.reader.empty_texts,
+            "shapes": dict(self.reader.shapes.most_common()),
             "end_id": self.end_id,
             **writer.totals(),
         }
@@ -282,11 +292,11 @@ class _Build:
             nonlocal done
             done += count
             if self.progress is not None:
-                self.progress("tokenising", done, total)
+                self.progress("tokenizing", done, total)
 
         for source, state in zip(self.sources, self.states, strict=True):
             piece = None
-            for piece in read_pieces(source, separator=self.separator, progress=advance):
+            for piece in self.reader.read(source, progress=advance):
                 yield piece
             if piece is None:
                 self._count_empty(source)
@@ -295,7 +305,7 @@ class _Build:
 
     def _count_empty(self, source: Source) -> None:
         if source.named:
-            raise ValueError(f"{shown(source.path)}, line 1: the file is empty; expected documents")
+            raise complaint(source, 1, "the file is empty; expected documents")
         logger.warning("%s is empty and left out", shown(source.path))
         self.empty_files += 1
 
@@ -307,32 +317,42 @@ class _Build:
 
 
 class _Writer:
-    """Joins pieces to documents and writes both files as it goes."""
+    """Joins pieces to documents and writes the corpus's files as it goes."""
 
-    def __init__(self, ids: BinaryIO, documents: BinaryIO) -> None:
-        self._ids, self._documents = ids, documents
-        self.tokens = self._count = self._unknown = self._characters = 0
+    def __init__(self, ids: BinaryIO, documents: BinaryIO, unlearned: BinaryIO) -> None:
+        self._ids, self._documents, self._unlearned = ids, documents, unlearned
+        self.tokens = self._count = self._unknown = self._characters = self._ranges = 0
         self._unknown_characters: collections.Counter[str] = collections.Counter()
+        self._start_document()
+
+    def _start_document(self) -> None:
         self._hashes: list[int] = []
         self._prompt = self._document_characters = 0
+        self._in_prompt = True
 
     def add(self, batch: EncodedPieces) -> None:
         self._ids.write(batch.ids.tobytes())
         self._unknown += batch.unknown
         self._unknown_characters.update(batch.unknown_characters)
-        records = []
+        records, ranges = [], []
         for length, characters, digest, learned, ends in zip(
             batch.lengths, batch.characters, batch.hashes, batch.learned, batch.ends, strict=True
         ):
-            self.tokens += length
             self._hashes.append(digest)
             if learned:
                 self._document_characters += characters
-            else:
+                self._in_prompt = False
+            elif self._in_prompt:
                 self._prompt += length
+            elif length:
+                ranges.append((self.tokens, self.tokens + length))
+                self._hashes.append(_UNLEARNED_MARK)
+            self.tokens += length
             if ends:
                 records.append(self._finish_document())
+        self._ranges += len(ranges)
         self._documents.write(np.array(records, dtype=DOCUMENT).tobytes())
+        self._unlearned.write(np.array(ranges, dtype=UNLEARNED).tobytes())
 
     def _finish_document(self) -> tuple[int, int, int, int]:
         parts = [*self._hashes, self._prompt]
@@ -341,13 +361,14 @@ class _Writer:
         record = self.tokens, digest, self._prompt, self._document_characters
         self._count += 1
         self._characters += self._document_characters
-        self._hashes, self._prompt, self._document_characters = [], 0, 0
+        self._start_document()
         return record
 
     def totals(self) -> dict[str, Any]:
         return {
             "documents": self._count,
             "tokens": self.tokens,
+            "unlearned_ranges": self._ranges,
             "characters": self._characters,
             "unknown_tokens": self._unknown,
             "unknown_characters": [c for c, _ in self._unknown_characters.most_common(20)],

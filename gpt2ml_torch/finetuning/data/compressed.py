@@ -1,5 +1,6 @@
-"""Files opened as plain bytes, whatever they are compressed with; a truncated one is always an
-error.
+"""Files opened as plain bytes, whatever they are compressed with.
+
+A truncated file is always an error, and a small one does not unpack to terabytes.
 """
 
 from __future__ import annotations
@@ -16,16 +17,20 @@ from typing import Any, BinaryIO, cast
 from gpt2ml_torch.finetuning.data.files import Source, shown
 
 _READ_BYTES = 1 << 18
+# Text shrinks to a third or a tenth, logs and tables to a fiftieth. What shrinks further is a file
+# of few bytes that keeps a machine busy for hours.
+_MAX_RATIO = 200
+_ZSTD_BYTES = 1 << 11  # unpacked at once, to 64 MiB at most: 4 bytes stand for 128 KiB
+_FREE_BYTES = 1 << 26  # 64 MiB are given out whatever the ratio
 
 
 class DamagedFile(ValueError):
-    """A compressed file that ends early, or is not what its name says."""
+    """A compressed file that ends early, is not what its name says, or unpacks without end."""
 
 
 @contextmanager
 def open_source(source: Source) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """Open a file and give its plain bytes, and beside them the file itself, whose `tell` measures
-    progress.
+    """Open a file; yields its plain bytes and the file itself, whose `tell` measures progress.
 
     Raises `OSError` where it cannot be opened; reading raises `DamagedFile`.
     """
@@ -47,7 +52,7 @@ class _Decompressed(io.RawIOBase):
 
     def __init__(self, source: Source, file: BinaryIO) -> None:
         super().__init__()
-        self._source = source
+        self._source, self._file, self._given = source, file, 0
         self._stream, self._errors = _decompressor(source, file)
 
     def readable(self) -> bool:
@@ -65,6 +70,12 @@ class _Decompressed(io.RawIOBase):
                 "fetch it again, or rename it"
             ) from None
         buffer[: len(data)] = data
+        self._given += len(data)
+        if self._given > max(_FREE_BYTES, _MAX_RATIO * self._file.tell()):
+            raise DamagedFile(
+                f"{name} unpacks to more than {_MAX_RATIO} times its size, which text does not; "
+                "if it is meant, unpack it to a plain file first"
+            )
         return len(data)
 
 
@@ -88,8 +99,9 @@ def _decompressor(source: Source, file: BinaryIO) -> tuple[Any, tuple[type[Excep
 
 
 class _Zstandard:
-    """`read` over the frames of a zstd file; the package's own reader takes a truncated file for a
-    whole one.
+    """`read` over the frames of a zstd file.
+
+    The package's own reader takes a truncated file for a whole one.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -103,7 +115,7 @@ class _Zstandard:
 
     def read(self, size: int) -> bytes:
         while not self._plain:
-            data = self._rest() or self._file.read(1 << 16)
+            data = self._rest() or self._file.read(_ZSTD_BYTES)
             if not data:
                 if self._frame is not None:
                     raise EOFError

@@ -14,8 +14,9 @@ from torch.utils.data import Dataset
 
 Indices = npt.NDArray[np.int64]
 
-FORMAT = 1
+FORMAT = 2
 META_FILE, IDS_FILE, DOCUMENTS_FILE = "meta.json", "ids.bin", "documents.bin"
+UNLEARNED_FILE = "unlearned.bin"
 DOCUMENT = np.dtype(
     [
         ("end", "<u8"),  # one past its last token
@@ -24,6 +25,7 @@ DOCUMENT = np.dtype(
         ("characters", "<u8"),  # learned ones, white space left out
     ]
 )
+UNLEARNED = np.dtype([("start", "<u8"), ("stop", "<u8")])  # tokens, counted over all documents
 
 
 class Corpus(Dataset[npt.NDArray[Any]]):
@@ -43,6 +45,10 @@ class Corpus(Dataset[npt.NDArray[Any]]):
         dtype = np.dtype(self.meta["dtype"])
         self.documents = _mapped(self.path / DOCUMENTS_FILE, DOCUMENT, self.meta["documents"])
         self.ids = _mapped(self.path / IDS_FILE, dtype, self.meta["tokens"])  # (tokens,)
+        # Ranges inside documents, behind their prompts, that are read but not learned, ascending.
+        self.unlearned = _mapped(
+            self.path / UNLEARNED_FILE, UNLEARNED, self.meta["unlearned_ranges"]
+        )
 
     def __len__(self) -> int:
         return len(self.documents)
@@ -72,6 +78,22 @@ class Corpus(Dataset[npt.NDArray[Any]]):
         """Characters that are learned (for bits per character), white space left out."""
         counts = self.documents["characters"]
         return int((counts if documents is None else counts[documents]).sum())
+
+    def unlearned_within(self, start: int, stop: int) -> npt.NDArray[Any]:
+        """The ranges that overlap the tokens `start` to `stop`, as fields start and stop."""
+        first = np.searchsorted(self.unlearned["stop"], start, side="right")
+        last = np.searchsorted(self.unlearned["start"], stop, side="left")
+        return self.unlearned[first:last]
+
+    def unlearned_before(self, tokens: Indices) -> Indices:
+        """How many of the tokens before each of these places lie in such a range, (places,)."""
+        if not len(self.unlearned):
+            return np.zeros(len(tokens), dtype=np.int64)
+        starts, stops = (self.unlearned[name].astype(np.int64) for name in ("start", "stop"))
+        sums = np.concatenate([[0], np.cumsum(stops - starts)])
+        ranges = np.searchsorted(starts, tokens, side="left")  # that begin before
+        reaching_over = np.where(ranges > 0, np.maximum(stops[ranges - 1] - tokens, 0), 0)
+        return np.asarray(sums[ranges] - reaching_over, dtype=np.int64)
 
     def duplicates(self) -> int:
         """How many documents say what an earlier one says."""
@@ -134,6 +156,8 @@ def _mapped(path: Path, dtype: np.dtype[Any], count: int) -> npt.NDArray[Any]:
             f"{path} has {found:,} bytes; expected {expected:,}: delete the folder, and it is "
             "made again"
         )
+    if not count:  # nothing can be mapped
+        return np.empty(0, dtype=dtype)
     return np.memmap(path, dtype=dtype, mode="r", shape=(count,))
 
 

@@ -1,4 +1,4 @@
-"""Documents out of text and JSON Lines, a piece at a time, with errors that name file and line.
+"""Documents out of text and JSON files, a piece at a time.
 
 A document is given in pieces so that one of any length fits in memory: pieces end where the
 tokenizer separates words anyway, so the tokens of the pieces are those of the whole.
@@ -6,159 +6,197 @@ tokenizer separates words anyway, so the tokens of the pieces are those of the w
 
 from __future__ import annotations
 
-import itertools
-import json
+import collections
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import BinaryIO, Literal, NamedTuple
 
-from gpt2ml_torch.finetuning.data.compressed import DamagedFile, open_source
+from gpt2ml_torch.finetuning.data.compressed import open_source
 from gpt2ml_torch.finetuning.data.files import Source, shown
+from gpt2ml_torch.finetuning.data.json_values import read_values
+from gpt2ml_torch.finetuning.data.lines import Numbered, complaint, read_blocks, read_lines
+from gpt2ml_torch.finetuning.data.records import Fields, Record, read_record
+
+logger = logging.getLogger(__name__)
 
 Separator = Literal["blank-line", "file", "line"]
 SEPARATORS: tuple[Separator, ...] = ("blank-line", "file", "line")
+PLAIN_TEXT = "text files"  # the shape of documents that come from no JSON
 
 PIECE_CHARACTERS = 1 << 18
-MAX_LINE_BYTES = 1 << 26  # 64 MiB; what has no line break for so long is not text
 
 # After these the tokenizer begins a new word, whatever follows.
 _WORD_END = re.compile("[ \t\n\r\u3000\u4e00-\u9fff]")
-_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-_MAGIC = {
-    b"\x1f\x8b": "gzip: name it .gz",
-    b"\x28\xb5\x2f\xfd": "zstd: name it .zst",
-    b"\xfd7zXZ\x00": "xz: name it .xz",
-    b"PK\x03\x04": "a zip archive (or .docx, .xlsx): unpack or export it as text",
-    b"%PDF": "a PDF: export it as text",
-    b"\xff\xfe": "UTF-16: iconv -f UTF-16 -t UTF-8 OLD > NEW",
-    b"\xfe\xff": "UTF-16: iconv -f UTF-16 -t UTF-8 OLD > NEW",
-}
+# What Unicode also calls the end of a line: VT, FF, NEL, LINE and PARAGRAPH SEPARATOR.
+_RARE_LINE_ENDS = "\x0b\x0c\x85\u2028\u2029"
+_RARE_LINE_END = re.compile(f"[{_RARE_LINE_ENDS}]")
 
 
 class Piece(NamedTuple):
     """A part of a document, in order."""
 
     text: str
-    learned: bool = True  # False for a prompt, which is read but not learned
+    learned: bool = True  # False for what is read but not learned, such as a prompt
     ends: bool = True  # whether the document ends here
 
 
-def read_pieces(
-    source: Source,
-    *,
-    separator: Separator = "blank-line",
-    progress: Callable[[int], None] | None = None,
-) -> Iterator[Piece]:
-    """Read the documents of one file.
+class BlankRule:
+    """Whether a text is blank: the tokenizer makes no token of it.
 
-    Text is cut into documents at blank lines, at every line, or not at all (`separator`); each line
-    of JSON Lines is one document. `progress` is called now and then with the number of bytes of the
-    file that were read since. A file without any text gives nothing.
-
-    Raises `OSError` for a file that cannot be read, and `ValueError`, with file and line, for bytes
-    that are not UTF-8, damaged compression, bad JSON, and JSON without the fields that are
-    expected.
+    White space is blank, and so are the zero width space, byte order marks and whatever else the
+    tokenizer drops. One character that the tokenizer keeps settles it, mostly the first.
     """
-    if separator not in SEPARATORS:
-        raise ValueError(f"separator is {separator!r}; expected one of {', '.join(SEPARATORS)}")
-    with open_source(source) as (plain, file):
-        lines = _lines(source, plain)
-        if progress is not None:
-            lines = _reporting(lines, file, progress)
-        if source.kind == "jsonl":
-            yield from _json_pieces(source, lines)
-        else:
-            yield from _text_pieces(lines, separator)
+
+    def __init__(self, encode: Callable[[str], list[int]]) -> None:
+        self._encode = encode
+        self._visible: dict[str, bool] = {}
+
+    def __call__(self, text: str) -> bool:
+        for character in text.lstrip():
+            if character not in self._visible:
+                self._visible[character] = bool(self._encode(character))
+            if self._visible[character]:
+                return False
+        return True
 
 
-def _complain(source: Source, line: int, problem: str) -> ValueError:
-    return ValueError(f"{shown(source.path)}, line {line}: {problem}")
+class DocumentReader:
+    """Reads the documents of files, and counts what it met.
 
+    `encode` is the tokenizer's. Text is cut into documents at blank lines, at every line, or not at
+    all (`separator`). In JSON each line is a document, or each element of the only array; `fields`
+    names the fields with the text where they are not recognised. A record without anything to learn
+    is left out and counted in `empty_texts`; `shapes` counts the documents of each shape.
+    """
 
-# -- bytes to lines -------------------------------------------------------------------------------
+    def __init__(
+        self,
+        encode: Callable[[str], list[int]],
+        *,
+        separator: Separator = "blank-line",
+        fields: Fields | None = None,
+    ) -> None:
+        if separator not in SEPARATORS:
+            raise ValueError(f"separator is {separator!r}; expected one of {', '.join(SEPARATORS)}")
+        self.separator, self.fields = separator, fields or Fields()
+        self.is_blank = BlankRule(encode)
+        self.empty_texts = 0
+        self.shapes: collections.Counter[str] = collections.Counter()
 
+    def read(
+        self, source: Source, *, progress: Callable[[int], None] | None = None
+    ) -> Iterator[Piece]:
+        """Yield the pieces of one file's documents; a file without any text gives nothing.
 
-def _lines(source: Source, plain: BinaryIO) -> Iterator[tuple[int, str]]:
-    """Number and text of each line; only "\\n" ends one, as in every editor's line count."""
-    for number in itertools.count(1):
-        try:
-            data = plain.readline(MAX_LINE_BYTES + 1)
-        except DamagedFile as error:
-            raise ValueError(f"{error} (line {number})") from None
-        except OSError as error:
-            raise type(error)(f"cannot read {shown(source.path)}: {error.strerror}") from None
-        if not data:
-            return
-        if number == 1:
-            data = data.removeprefix(b"\xef\xbb\xbf")
-        if b"\0" in data:
-            raise _complain(
-                source, number, f"found a NUL byte{_guess(data, number)}; expected text"
-            )
-        if len(data) > MAX_LINE_BYTES:
-            raise _complain(
-                source, number, f"the line is longer than {MAX_LINE_BYTES:,} bytes; break it up"
-            )
-        try:
-            yield number, data.decode("utf-8")
-        except UnicodeDecodeError as error:
-            found = f"byte 0x{data[error.start]:02x} is not UTF-8{_guess(data, number)}"
-            raise _complain(source, number, f"{found}; expected UTF-8") from None
+        `progress` is called now and then with the number of bytes of the file read since.
 
+        Raises `OSError` for a file that cannot be read, and `ValueError`, with file and line, for
+        bytes that are not UTF-8, damaged compression, bad JSON, JSON of no known shape, and a named
+        file whose records are all empty.
+        """
+        with open_source(source) as (plain, file):
+            report = _reporter(file, progress) if progress is not None else lambda: None
+            blocks = read_blocks(source, plain, progress=report)
+            if source.kind == "json":
+                yield from self._json_pieces(source, blocks)
+            else:
+                yield from self._text_pieces(source, read_lines(source, blocks))
 
-def _guess(data: bytes, line: int) -> str:
-    """What the file may be instead, in brackets, or nothing."""
-    if line == 1:
-        for magic, what in _MAGIC.items():
-            if data.startswith(magic):
-                return f" (perhaps {what})"
-    if b"\0" in data:
-        return " (perhaps UTF-16, or no text at all)"
-    try:
-        data.rstrip(b"\n").decode("gb18030")
-    except UnicodeDecodeError:
-        return ""
-    return " (perhaps GB18030: iconv -f GB18030 -t UTF-8 OLD > NEW)"
+    # -- text -------------------------------------------------------------------------------------
 
-
-def _reporting(
-    lines: Iterable[tuple[int, str]], file: BinaryIO, progress: Callable[[int], None]
-) -> Iterator[tuple[int, str]]:
-    before = 0
-    for number, text in lines:
-        if number % 256 == 0:
-            now = file.tell()
-            progress(now - before)
-            before = now
-        yield number, text
-    progress(file.tell() - before)
-
-
-# -- lines to documents ---------------------------------------------------------------------------
-
-
-def _text_pieces(lines: Iterable[tuple[int, str]], separator: Separator) -> Iterator[Piece]:
-    held: list[str] = []  # never empty inside a document, so that its last piece can be told
-    size = 0
-    for _, line in lines:
-        if line.isspace() or not line:
-            if separator == "blank-line" and held:
-                yield from _portions("".join(held))
+    def _text_pieces(self, source: Source, lines: Iterable[Numbered]) -> Iterator[Piece]:
+        by_line = self.separator == "line"
+        held: list[str] = []  # never empty inside a document, so that its last piece can be told
+        size = 0
+        for line in self._at_rare_ends(source, lines) if self.separator != "file" else lines:
+            text = line.text
+            if self.is_blank(text):
+                if self.separator == "blank-line" and held:
+                    yield from self._text_document(held)
+                    held, size = [], 0
+                continue
+            if by_line:
+                yield from self._text_document([text])
+                continue
+            if size >= PIECE_CHARACTERS:
+                yield from portions("".join(held), ends=False)
                 held, size = [], 0
-            continue
-        if separator == "line":
-            yield from _portions(line)
-            continue
-        if size >= PIECE_CHARACTERS:
-            yield from _portions("".join(held), ends=False)
-            held, size = [], 0
-        held.append(line)
-        size += len(line)
-    if held:
-        yield from _portions("".join(held))
+            held.append(text)
+            size += len(text)
+        if held:
+            yield from self._text_document(held)
+
+    def _text_document(self, held: list[str]) -> Iterator[Piece]:
+        self.shapes[PLAIN_TEXT] += 1
+        return portions("".join(held))
+
+    def _at_rare_ends(self, source: Source, lines: Iterable[Numbered]) -> Iterator[Numbered]:
+        """Lines, cut at rare line ends where those make a blank line or are the file's only ones.
+
+        Next to a line feed one of them is part of the same line end, as in CR LF. A single one
+        inside a line, where web pages leave them, is white space.
+        """
+        warned = False
+        for line in lines:
+            if not _RARE_LINE_END.search(line.text):
+                yield line
+                continue
+            parts = _RARE_LINE_END.split(_without_one_at_each_end(line.text.rstrip("\n")))
+            only_ends = line.line == 1 and not line.text.endswith("\n")
+            if self.separator == "blank-line":
+                if not any(map(self.is_blank, parts)):
+                    yield line
+                    continue
+            elif not only_ends:
+                if not warned:
+                    logger.warning(
+                        "%s, line %d: U+%04X inside a line is kept as white space; lines end at "
+                        "line feeds here",
+                        shown(source.path),
+                        line.line,
+                        ord(_RARE_LINE_END.findall(line.text)[0]),
+                    )
+                warned = True
+                yield line
+                continue
+            for part in parts:
+                yield Numbered(line.line, part + "\n")
+
+    # -- JSON -------------------------------------------------------------------------------------
+
+    def _json_pieces(self, source: Source, blocks: Iterator[Numbered]) -> Iterator[Piece]:
+        first_empty: int | None = None
+        found: set[str] = set()
+        for line, value in read_values(source, blocks):
+            try:
+                record = read_record(value, self.fields)
+            except ValueError as error:
+                raise complaint(source, line, str(error)) from None
+            if all(self.is_blank(part.text) for part in record.parts if part.learned):
+                self.empty_texts += 1
+                first_empty = line if first_empty is None else first_empty
+                continue
+            if record.shape not in found:
+                found.add(record.shape)
+                logger.info("%s, line %d: read as %s", shown(source.path), line, record.shape)
+            self.shapes[record.shape] += 1
+            yield from _record_pieces(record)
+        if first_empty is not None and not found and source.named:
+            raise complaint(
+                source, first_empty, "the text is empty, as in all the file; expected documents"
+            )
 
 
-def _portions(text: str, *, learned: bool = True, ends: bool = True) -> Iterator[Piece]:
+def _record_pieces(record: Record) -> Iterator[Piece]:
+    """The record's parts; what follows the last learned one is of no use and left out."""
+    last = max(number for number, part in enumerate(record.parts) if part.learned and part.text)
+    for number, part in enumerate(record.parts[: last + 1]):
+        if part.text:
+            yield from portions(part.text, learned=part.learned, ends=number == last)
+
+
+def portions(text: str, *, learned: bool = True, ends: bool = True) -> Iterator[Piece]:
     """Cut a long text where a word ends, if it has such a place."""
     start = 0
     while len(text) - start > 2 * PIECE_CHARACTERS:
@@ -170,68 +208,19 @@ def _portions(text: str, *, learned: bool = True, ends: bool = True) -> Iterator
     yield Piece(text[start:] if start else text, learned, ends)
 
 
-def _json_pieces(source: Source, lines: Iterable[tuple[int, str]]) -> Iterator[Piece]:
-    for number, line in lines:
-        if line.isspace():
-            continue
-        try:
-            prompt, learned = _fields(_parse(line))
-        except ValueError as error:
-            raise _complain(source, number, str(error)) from None
-        if prompt:
-            yield from _portions(prompt, learned=False, ends=False)
-        yield from _portions(learned)
+def _without_one_at_each_end(text: str) -> str:
+    start = 1 if _RARE_LINE_END.match(text) else 0
+    stop = len(text) - 1 if len(text) > 1 and _RARE_LINE_END.match(text[-1]) else len(text)
+    return text[start:stop]
 
 
-def _parse(line: str) -> dict[str, object]:
-    expected = (
-        'expected an object such as {"text": "..."} or {"prompt": "...", "completion": "..."}'
-    )
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        whole = " (a whole JSON array? make it lines: jq -c '.[]' OLD > NEW)"
-        hint = whole if line.lstrip().startswith("[") else ""
-        where = f"{error.msg} at column {error.colno}"
-        raise ValueError(f"not JSON: {where}{hint}; {expected} on one line") from None
-    except (ValueError, RecursionError):  # a number of thousands of digits, brackets nested as deep
-        raise ValueError(f"not JSON that can be read; {expected} on one line") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"found {_kind(value)}; {expected}")
-    return value
+def _reporter(file: BinaryIO, progress: Callable[[int], None]) -> Callable[[], None]:
+    before = 0
 
+    def report() -> None:
+        nonlocal before
+        now = file.tell()
+        progress(now - before)
+        before = now
 
-def _fields(value: dict[str, object]) -> tuple[str, str]:
-    """The prompt, possibly empty, and what is learned after it."""
-    if "text" in value:
-        extra = [name for name in ("prompt", "completion") if name in value]
-        if extra:
-            raise ValueError(f"found both text and {extra[0]}; give text, or prompt and completion")
-        return "", _string(value, "text")
-    for name, other in (("prompt", "completion"), ("completion", "prompt")):
-        if other in value and name not in value:
-            raise ValueError(f"found {other} but no {name}; expected both")
-    if "prompt" not in value:
-        names = ", ".join(map(repr, itertools.islice(value, 5))) or "none"
-        raise ValueError(f"no field text, nor prompt and completion; found {names}")
-    return _string(value, "prompt", may_be_empty=True), _string(value, "completion")
-
-
-def _string(value: dict[str, object], name: str, *, may_be_empty: bool = False) -> str:
-    text = value[name]
-    if not isinstance(text, str):
-        raise ValueError(f"{name} is {_kind(text)}; expected a string")
-    if not text.strip() and not may_be_empty:
-        raise ValueError(f"{name} is empty; write something to learn, or delete the line")
-    if _LONE_SURROGATE.search(text):
-        raise ValueError(f"{name} holds half a surrogate pair (\\ud800 to \\udfff); write it whole")
-    return text
-
-
-def _kind(value: object) -> str:
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    for kind, name in ((dict, "an object"), (list, "an array"), (str, "a string")):
-        if isinstance(value, kind):
-            return name
-    return "a number"
+    return report

@@ -65,7 +65,7 @@ class EncodedPieces(NamedTuple):
 def encode_pieces(
     tokenizer: TextTokenizer, pieces: Sequence[Piece], *, end_id: int | None = None
 ) -> EncodedPieces:
-    """Tokenise pieces; `end_id` is appended to each that ends a document."""
+    """Tokenize pieces; `end_id` is appended to each that ends a document."""
     joined: list[int] = []
     lengths, characters = [], []
     for piece in pieces:
@@ -135,7 +135,7 @@ def batches_of(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 def encode_all(
     tokenizer: TextTokenizer, pieces: Iterable[Piece], *, end_id: int | None, workers: int
 ) -> Generator[EncodedPieces, None, None]:
-    """Tokenise all pieces, in order, with at most a few batches for each worker in memory.
+    """Tokenize all pieces, in order, with at most a few batches for each worker in memory.
 
     With `workers` 0 or 1 it happens in this process. Raises `ValueError` where the tokenizer cannot
     be sent to workers and `OSError` where they cannot be started or die.
@@ -171,7 +171,7 @@ def encode_all(
 
 
 class _Worker:
-    """One subprocess that tokenises."""
+    """One subprocess that tokenizes."""
 
     def __init__(self, tokenizer: TextTokenizer, end_id: int | None) -> None:
         try:
@@ -203,7 +203,7 @@ class _Worker:
             answer = pickle.load(self._output)
         except (BrokenPipeError, EOFError, pickle.UnpicklingError):
             raise OSError(
-                f"a tokenising process ended with status {self._process.wait()} (out of memory?); "
+                f"a tokenizing process ended with status {self._process.wait()} (out of memory?); "
                 "use workers=1, which takes no other process"
             ) from None
         if isinstance(answer, BaseException):

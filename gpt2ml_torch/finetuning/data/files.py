@@ -23,7 +23,7 @@ class Source:
     """One file of documents, and how its name says it is to be read."""
 
     path: Path
-    kind: Literal["text", "jsonl"]
+    kind: Literal["text", "json"]
     compression: Literal["gzip", "zstd", "xz"] | None
     named: bool  # by the user or by a glob, rather than met in a folder
 
@@ -108,7 +108,7 @@ def _suffix(name: str) -> str:
 def _source(path: Path, *, named: bool) -> Source:
     return Source(
         path=path,
-        kind="jsonl" if _suffix(path.name) in JSON_SUFFIXES else "text",
+        kind="json" if _suffix(path.name) in JSON_SUFFIXES else "text",
         compression=COMPRESSIONS.get(path.suffix.lower()),  # type: ignore[arg-type]
         named=named,
     )

@@ -104,6 +104,7 @@ class RowDataset(Dataset[Rows]):
         windows = _cut(
             starts[usable], lengths[usable], prompts[usable], length, overlap, shift_last=not pack
         )
+        windows = windows[self._targets_of(windows) > 0]
         self.cut_documents = int(np.count_nonzero(lengths[usable] - 1 > length))
         self._windows = windows  # columns: first token, tokens, first learned token
         self._bounds = _pack(windows[:, 1] - 1, length) if pack else None
@@ -122,6 +123,9 @@ class RowDataset(Dataset[Rows]):
             stop = at + size - 1
             token_ids[at:stop] = tokens[:-1]
             labels[at + learned - 1 : stop] = tokens[learned:]
+            for part in self.corpus.unlearned_within(start + learned, start + size):
+                first, last = (at - 1 + int(part[name]) - start for name in ("start", "stop"))
+                labels[max(first, at) : min(last, stop)] = PAD_ID
             document_ids[at:stop] = number
             positions[at:] = np.arange(self.length - at)
             at = stop
@@ -146,7 +150,15 @@ class RowDataset(Dataset[Rows]):
     @property
     def num_targets(self) -> int:
         """Tokens that are learned in one epoch."""
-        return int((self._windows[:, 1] - self._windows[:, 2]).sum())
+        return int(self._targets_of(self._windows).sum())
+
+    def _targets_of(self, windows: npt.NDArray[np.int64]) -> Indices:
+        """The number of learned tokens of each window, (windows,)."""
+        start, size, learned = windows.T
+        before_first, before_end = (
+            self.corpus.unlearned_before(start + place) for place in (learned, size)
+        )
+        return size - learned - (before_end - before_first)
 
     @property
     def fill(self) -> float:

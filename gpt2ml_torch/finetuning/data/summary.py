@@ -1,4 +1,4 @@
-"""What one wants to know of the data before hours are spent on it."""
+"""Statistics and warnings about a corpus, shown before training."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
+from gpt2ml_torch.finetuning.data.documents import PLAIN_TEXT
 from gpt2ml_torch.finetuning.data.encoding import TextTokenizer
 from gpt2ml_torch.finetuning.data.rows import RowDataset
 
@@ -27,6 +28,8 @@ class Summary:
     files: int
     empty_files: int  # met in a folder and left out
     documents: int
+    empty_texts: int  # JSON records left out because they hold nothing to learn
+    shapes: dict[str, int]  # documents of all files by the JSON fields that they were read from
     duplicates: int  # in all files: documents that say what an earlier one says
     too_short: int  # documents left out
     cut_documents: int  # longer than a row
@@ -62,6 +65,8 @@ class Summary:
             )
         if self.empty_files:
             found.append(f"{self.empty_files:,} empty file(s) left out")
+        if self.empty_texts:
+            found.append(f"{self.empty_texts:,} empty text(s) left out")
         if self.duplicates:
             found.append(f"{self.duplicates:,} documents repeat another one")
         return tuple(found)
@@ -71,6 +76,7 @@ class Summary:
         lines = [
             f"{self.files:,} file(s), {self.documents:,} documents, {self.tokens:,} tokens, "
             f"{self.characters:,} characters",
+            *self._shapes(),
             f"tokens a document: {self.shortest:,} to {self.longest:,}, median {self.median:,.0f}; "
             f"{self.cut_documents:,} cut to fit",
             f"{self.rows:,} rows of {self.row_length:,} tokens, {self.fill:.0%} full; "
@@ -81,6 +87,12 @@ class Summary:
         if self.example_learned:
             lines.append(f"learned of it: {_shortened(self.example_learned)}")
         return "\n".join(lines)
+
+    def _shapes(self) -> list[str]:
+        """One line that says which fields were read, where there was a choice."""
+        if set(self.shapes) <= {PLAIN_TEXT}:
+            return []
+        return ["read as: " + "; ".join(f"{n:,} of {shape}" for shape, n in self.shapes.items())]
 
 
 def summarize(rows: RowDataset, tokenizer: DecodingTokenizer) -> Summary:
@@ -96,6 +108,8 @@ def summarize(rows: RowDataset, tokenizer: DecodingTokenizer) -> Summary:
     return Summary(
         files=meta["files"],
         empty_files=meta["empty_files"],
+        empty_texts=meta["empty_texts"],
+        shapes=meta["shapes"],
         documents=len(rows.documents),
         duplicates=corpus.duplicates(),
         too_short=rows.too_short,

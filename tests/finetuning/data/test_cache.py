@@ -143,7 +143,7 @@ def test_a_worker_that_dies_or_a_tokenizer_that_cannot_travel_is_one_line(
 ) -> None:
     (tmp_path / "worker.py").write_text("import os; os._exit(9)")
     monkeypatch.setattr(encoding_module, "_WORKER", tmp_path / "worker.py")
-    with pytest.raises(OSError, match=r"a tokenising process ended with status 9.*workers=1"):
+    with pytest.raises(OSError, match=r"a tokenizing process ended with status 9.*workers=1"):
         tokenize_files(file, small_tokenizer(), cache_dir=tmp_path / "cache", workers=2)
     tokenizer = Counting()
     tokenizer.encode = lambda text: [1]  # type: ignore[method-assign]
@@ -157,7 +157,7 @@ import os, signal, sys
 from tests.helpers.finetuning_data import small_tokenizer
 from gpt2ml_torch.finetuning.data.cache import tokenize_files
 def progress(what, done, total):
-    if what == "tokenising" and done > total // 2:
+    if what == "tokenizing" and done > total // 2:
         os.kill(os.getpid(), signal.SIGKILL)
 tokenize_files(sys.argv[1], small_tokenizer(), cache_dir=sys.argv[2], progress=progress)
 """
@@ -222,7 +222,7 @@ def test_of_runs_that_start_together_one_works(file: Path, tmp_path: Path) -> No
 
 def test_a_file_that_changes_while_it_is_read_is_an_error(file: Path, tmp_path: Path) -> None:
     def progress(what: str, done: int, total: int) -> None:
-        if what == "tokenising":
+        if what == "tokenizing":
             file.write_text("春", encoding="utf-8")
 
     with pytest.raises(OSError, match=r"poem\.txt changed while it was read"):
@@ -287,7 +287,7 @@ def test_progress_is_told_and_nothing_is_printed(
     size = file.stat().st_size
     assert [event for event in told if event[1] == size] == [
         ("hashing", size, size),
-        ("tokenising", size, size),
+        ("tokenizing", size, size),
     ]
     assert capfd.readouterr() == ("", "")
     assert not caplog.records

@@ -15,9 +15,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gpt2ml_torch.finetuning.data import documents as documents_module
+from gpt2ml_torch.finetuning.data import lines as lines_module
 from gpt2ml_torch.finetuning.data.cache import tokenize_files
-from gpt2ml_torch.finetuning.data.documents import read_pieces
-from gpt2ml_torch.finetuning.data.files import find_sources
+from gpt2ml_torch.finetuning.data.documents import DocumentReader
+from gpt2ml_torch.finetuning.data.files import Source, find_sources
+from gpt2ml_torch.finetuning.data.lines import Numbered
 from tests.helpers.finetuning_data import small_tokenizer, write_jsonl
 
 POEM = "春眠不觉晓\n处处闻啼鸟\n\n夜来风雨声\n \n\n花落知多少"
@@ -31,8 +33,9 @@ def zstd(data: bytes) -> bytes:
 def documents(path: Path, separator: str = "blank-line") -> list[str]:
     """The documents' texts, prompts and what is learned divided by a bar."""
     found, text = [], ""
+    reader = DocumentReader(small_tokenizer().encode, separator=separator)  # type: ignore[arg-type]
     for source in find_sources(path):
-        for piece in read_pieces(source, separator=separator):  # type: ignore[arg-type]
+        for piece in reader.read(source):
             text += piece.text + ("" if piece.learned else "|")
             if piece.ends:
                 found.append(text)
@@ -92,7 +95,7 @@ def test_a_folder_is_searched_in_sorted_order_and_hidden_and_other_files_are_lef
         "a/y.TXT",
         "a/z.jsonl.gz",
     ]
-    assert [(s.kind, s.compression) for s in found[1:]] == [("text", None), ("jsonl", "gzip")]
+    assert [(s.kind, s.compression) for s in found[1:]] == [("text", None), ("json", "gzip")]
 
 
 def test_a_file_whose_name_looks_like_a_glob_is_itself(tmp_path: Path) -> None:
@@ -110,7 +113,7 @@ def test_the_tokens_of_the_pieces_are_those_of_the_whole(text: str, size: int) -
     tokenizer = small_tokenizer()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(documents_module, "PIECE_CHARACTERS", size)
-        pieces = list(documents_module._portions(text))
+        pieces = list(documents_module.portions(text))
     assert "".join(piece.text for piece in pieces) == text
     assert [piece.ends for piece in pieces] == [False] * (len(pieces) - 1) + [True]
     tokens = [id_ for piece in pieces for id_ in tokenizer.encode(piece.text)]
@@ -120,10 +123,12 @@ def test_the_tokens_of_the_pieces_are_those_of_the_whole(text: str, size: int) -
 @given(lines=st.lists(TEXTS, max_size=8), size=st.integers(1, 12))
 def test_a_long_document_comes_in_pieces_with_the_same_tokens(lines: list[str], size: int) -> None:
     tokenizer = small_tokenizer()
-    numbered = [(number, f"{line}\n") for number, line in enumerate(lines, 1)]
+    numbered = [Numbered(number, f"{line}\n") for number, line in enumerate(lines, 1)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(documents_module, "PIECE_CHARACTERS", size)
-        pieces = list(documents_module._text_pieces(numbered, "file"))
+        reader = DocumentReader(tokenizer.encode, separator="file")
+        source = Source(Path("a.txt"), "text", None, named=True)
+        pieces = list(reader._text_pieces(source, numbered))
     assert [piece.ends for piece in pieces][-1:] == [True] * bool(pieces)
     assert sum(piece.ends for piece in pieces) <= 1
     tokens = [id_ for piece in pieces for id_ in tokenizer.encode(piece.text)]
@@ -146,7 +151,7 @@ BAD_FILES = {
     "empty": ("a.txt", b"", ["a.txt, line 1", "empty"]),
     "only blank lines": ("a.txt", b"\n \r\n\xe3\x80\x80\n", ["a.txt", "empty"]),
     "only a mark": ("a.txt", b"\xef\xbb\xbf", ["a.txt", "empty"]),
-    "only controls": ("a.txt", b"\x01\x02", ["a.txt", "no text"]),
+    "only controls": ("a.txt", b"\x01\x02", ["a.txt", "empty"]),
     "empty jsonl": ("a.jsonl", b"\n\n", ["a.jsonl", "empty"]),
     "empty gzip": ("a.txt.gz", gzip.compress(b""), ["a.txt.gz", "empty"]),
     "truncated gzip": ("a.txt.gz", CUT, ["a.txt.gz", "line 1", "gzip", "fetch"]),
@@ -157,23 +162,31 @@ BAD_FILES = {
     "not zstd": ("a.txt.zst", b"plain text", ["a.txt.zst", "line 1", "zstd"]),
     "bad json": ("a.jsonl", b'{"text": "a"}\n{"text": \n', ["a.jsonl, line 2", "not JSON"]),
     "two objects": ("a.jsonl", b'{"text": "a"} {"text": "b"}', ["a.jsonl, line 1", "not JSON"]),
-    "whole array": ("a.json", b'[\n{"text": "a"}\n]', ["a.json, line 1", "jq"]),
+    "cut array": ("a.json", b'[\n{"text": "a"},\n', ["a.json, line 3", "ends inside a value"]),
+    "two arrays": ("a.json", b'["a"]\n["b"]', ["a.json, line 2", "more after the array"]),
+    "no comma": ("a.json", b'["a"\n"b"]', ["a.json, line 2", "not JSON", "column 1"]),
+    "bad element": ("a.json", b'["a",\n {"text": tru}]', ["a.json, line 2", "column 11"]),
+    "array inside": ("a.json", b'{"data": ["a"]}', ["a.json, line 1", "jq -c '.data[]'"]),
     "deep json": ("a.jsonl", b"[" * 200_000, ["a.jsonl, line 1", "not JSON"]),
     "long number": ("a.jsonl", b'{"text": ' + b"1" * 9999 + b"}", ["a.jsonl, line 1"]),
-    "a string": ("a.jsonl", b'"text"', ["a.jsonl, line 1", "found a string", "expected"]),
-    "an array": ("a.jsonl", b'["a"]', ["a.jsonl, line 1", "found an array", "expected"]),
+    "a lone number": ("a.jsonl", b'"text"\n7', ["a.jsonl, line 2", "found a number", "expected"]),
+    "an array": ("a.jsonl", b'[["a"]]', ["a.jsonl, line 1", "found an array", "expected"]),
     "null": ("a.jsonl", b"null", ["a.jsonl, line 1", "found null", "expected"]),
-    "no field": ("a.jsonl", b'{"content": "a"}', ["a.jsonl, line 1", "no field text", "content"]),
+    "no field": ("a.jsonl", b'{"body": "a"}', ["a.jsonl, line 1", "no field text", "body"]),
     "empty object": ("a.jsonl", b"{}", ["a.jsonl, line 1", "no field text"]),
     "no completion": ("a.jsonl", b'{"prompt": "a"}', ["a.jsonl, line 1", "no completion"]),
     "no prompt": ("a.jsonl", b'{"completion": "a"}', ["a.jsonl, line 1", "no prompt"]),
     "both": ("a.jsonl", b'{"text": "a", "prompt": "b"}', ["a.jsonl, line 1", "both"]),
     "a number": ("a.jsonl", b'{"text": 7}', ["a.jsonl, line 1", "text is a number", "string"]),
-    "null text": ("a.jsonl", b'{"text": null}', ["a.jsonl, line 1", "text is null"]),
+    "null text": ("a.jsonl", b'{"text": null}', ["a.jsonl, line 1", "text is empty"]),
     "list of texts": ("a.jsonl", b'{"text": ["a"]}', ["a.jsonl, line 1", "text is an array"]),
     "true": ("a.jsonl", b'{"prompt": true, "completion": "a"}', ["line 1", "prompt is true"]),
     "empty text": ("a.jsonl", b'{"text": " "}', ["a.jsonl, line 1", "text is empty"]),
-    "nothing to learn": ("a.jsonl", b'{"prompt": "a", "completion": ""}', ["completion is empty"]),
+    "nothing to learn": (
+        "a.jsonl",
+        b'{"prompt": "a", "completion": ""}',
+        ["a.jsonl, line 1", "text is empty"],
+    ),
     "surrogate": ("a.jsonl", b'{"text": "\\ud83d"}', ["a.jsonl, line 1", "surrogate"]),
     "bad byte in json": ("a.jsonl", b'{"text": "a"}\n{"text": "\xb4\xba"}', ["a.jsonl, line 2"]),
 }
@@ -238,10 +251,12 @@ def test_an_empty_file_met_in_a_folder_is_counted_and_named_in_the_log(
 def test_a_line_without_end_is_an_error_before_it_fills_the_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(documents_module, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(lines_module, "MAX_LINE_CHARACTERS", 1000)
     file = tmp_path / "a.txt"
-    file.write_bytes(b"ab\n" + b"c" * 2000)
-    with pytest.raises(ValueError, match=r"a\.txt, line 2: the line is longer than 1,000 bytes"):
+    file.write_bytes(b"ab\n" + b"c" * 600_000)
+    with pytest.raises(
+        ValueError, match=r"a\.txt, line 2: the line is longer than 1,000 characters"
+    ):
         documents(file)
 
 
