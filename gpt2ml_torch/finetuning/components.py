@@ -49,6 +49,7 @@ def load_data(
             files,
             tokenizer,
             separator=config.separator,  # type: ignore[arg-type]  # checked by it
+            fields=config.record_fields,
             end_token=config.end_token,
             cache_dir=config.cache,
             progress=progress,

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gpt2ml_torch.finetuning.data.records import Fields
+
 OPTIMIZERS = ("adafactor", "adamw", "adamw8bit")
 PRECISIONS = ("bfloat16", "float32", "mixed")
 SCHEDULES = ("cosine", "linear", "constant")
@@ -218,6 +220,9 @@ class FinetuneConfig(TrainConfig):
     folder: str | None = None
     cache: str | None = None
     separator: str = "blank-line"
+    text_field: str | None = None  # of JSON; fields are recognised, if None
+    prompt_field: str | None = None
+    completion_field: str | None = None
     length: int | None = None  # tokens a row; the model's positions, if None
     overlap: int | None = None  # an eighth of the length, if None
     min_tokens: int = 0
@@ -230,6 +235,7 @@ class FinetuneConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _ = self.record_fields
         if not self.data:
             raise ValueError("no data; give at least one file, folder or pattern")
         if not 0 <= self.valid_share < 1:
@@ -242,6 +248,11 @@ class FinetuneConfig(TrainConfig):
             raise ValueError(f"device is {self.device!r}; expected cpu, cuda or cuda:N")
         if self.lora_rank == 0 and Path(self.out).suffix != ".safetensors":
             raise ValueError(f"out is {self.out}; expected a name that ends in .safetensors")
+
+    @property
+    def record_fields(self) -> Fields:
+        """The fields of JSON data that are named, checked together."""
+        return Fields(self.text_field, self.prompt_field, self.completion_field)
 
     @property
     def run_folder(self) -> Path:

@@ -92,10 +92,10 @@ def test_lines_do_not_depend_on_where_blocks_end(text: str, size: int) -> None:
     source = Source(Path("a.txt"), "text", None, named=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lines_module, "BLOCK_BYTES", size)
-        blocks = read_blocks(source, io.BufferedReader(io.BytesIO(text.encode())))  # type: ignore[type-var]
+        blocks = read_blocks(source, io.BufferedReader(io.BytesIO(text.encode())))
         found = list(read_lines(source, blocks))
     # Runs of blank lines may be one item; a run of CR is never more than two lines apart.
-    whole = read_blocks(source, io.BufferedReader(io.BytesIO(text.encode())))  # type: ignore[type-var]
+    whole = read_blocks(source, io.BufferedReader(io.BytesIO(text.encode())))
     expected = list(read_lines(source, whole))
     numbered = [(line.line, line.text) for line in found if not line.text.isspace()]
     assert numbered == [(line.line, line.text) for line in expected if not line.text.isspace()]
