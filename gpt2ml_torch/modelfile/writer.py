@@ -90,12 +90,14 @@ class SafetensorsWriter:
         self.size = len(header) + size
         self._partial = self.path.with_name(self.path.name + ".partial")
         self._fd = -1
+        self._owns_partial = False
         self._lock = disk.lock(
             self._partial.with_name(self._partial.name + ".lock"),
             f"another process is writing {self.path}; wait for it to end",
         )
         try:
             self._fd = disk.open_new(self._partial)
+            self._owns_partial = True
             disk.check_room(self.path, self.size)
             disk.allocate(self._fd, self.size)
             with self._open() as file:
@@ -155,7 +157,8 @@ class SafetensorsWriter:
         """Remove what was written so far; does nothing after `commit`."""
         if self._lock.is_locked:
             self._close()
-            self._partial.unlink(missing_ok=True)
+            if self._owns_partial:  # not what was in its way
+                self._partial.unlink(missing_ok=True)
             disk.unlock(self._lock)
 
     def __enter__(self: _Writer) -> _Writer:

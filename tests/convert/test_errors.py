@@ -16,7 +16,12 @@ from convert.__main__ import main
 from tests.helpers import checkpoint_factory as factory
 
 # They register their cases when imported.
-from tests.helpers import damages_beside, damages_bin, damages_checkpoint  # noqa: F401
+from tests.helpers import (  # noqa: F401
+    damages_beside,
+    damages_bin,
+    damages_checkpoint,
+    damages_foreign,
+)
 from tests.helpers.damages import CASES, DATA, INDEX, flip, truncate
 
 
