@@ -34,9 +34,11 @@ sys.path.insert(0, str(ROOT))  # started as a script, from any folder
 from gpt2ml_torch.config import GPT2MLConfig  # noqa: E402
 from gpt2ml_torch.finetuning import (  # noqa: E402
     Adafactor,
+    Evaluated,
     Event,
     Objective,
     Rows,
+    StepTaken,
     TrainConfig,
     Trainer,
     next_token_rows,
@@ -215,12 +217,11 @@ def make_trainer(recipe: Recipe, data: Data, folder: Path) -> Trainer:
 
 def log_event(event: Event) -> None:
     """A line now and then."""
-    values = event.values
-    if event.kind == "step" and event.step % 50 == 0:
-        rate = values["tokens_per_second"]
-        logger.info("step %d loss %.4f %.0f tokens/s", event.step, values["loss"], rate)
-    elif event.kind == "eval":
-        logger.info("step %d held out %.4f", event.step, values["loss"])
+    if isinstance(event, StepTaken) and event.step % 50 == 0:
+        rate = event.tokens_per_second
+        logger.info("step %d loss %.4f %.0f tokens/s", event.step, event.loss, rate)
+    elif isinstance(event, Evaluated):
+        logger.info("step %d held out %.4f", event.step, event.loss)
 
 
 @torch.no_grad()

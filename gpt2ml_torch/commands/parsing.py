@@ -92,10 +92,11 @@ def flags_of(parser: argparse.ArgumentParser) -> Namer:
         flags = action.option_strings
         if value is None or value == str(action.const):
             return flags[0]
-        if value in ("True", "False"):
+        if isinstance(action, argparse.BooleanOptionalAction):
             negative = [flag for flag in flags if flag.startswith("--no-")]
-            positive = [flag for flag in flags if flag not in negative]
-            return next(iter(positive if value == "True" else negative), f"no {flags[0]}")
+            return flags[0] if value == "True" else negative[0]
+        if value in ("True", "False"):
+            return f"no {flags[0]}"
         return f"{flags[0]} {value}"
 
     return namer

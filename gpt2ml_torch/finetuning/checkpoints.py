@@ -1,7 +1,8 @@
-"""Folders of checkpoints: each appears under its name only when it is complete and on the disk.
+"""Checkpoints of a run: their folder, which ones are kept, what each holds, and resuming from one.
 
-Written and read through `torch.distributed.checkpoint`, also by a single process, so that a run may
-go on with another number of processes than it began with.
+A checkpoint appears under its name only when it is complete and on the disk. It is written and read
+through `torch.distributed.checkpoint`, also by a single process, so that a run may go on with
+another number of processes than it began with.
 """
 
 from __future__ import annotations
@@ -23,19 +24,23 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from gpt2ml_torch.finetuning.config import TrainConfig
 from gpt2ml_torch.finetuning.distributed import barrier, process_count, process_rank
+from gpt2ml_torch.finetuning.optimizers.sliced import local
 from gpt2ml_torch.finetuning.step import Stepper
+from gpt2ml_torch.finetuning.train_config import TrainConfig
+from gpt2ml_torch.modelfile import disk
+from gpt2ml_torch.options import OptionError, resumable_names
 
 _PROGRESS = "progress.json"
 _PREFIX = "step-"
 _PARTIAL = ".partial"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class CheckpointFolder:
     """The checkpoints of one run: the last `keep`, and the best.
 
-    `save` raises `OSError` where a checkpoint can't be written; those before it stay as they were.
+    `save` raises `OSError` where a checkpoint can't be written; earlier ones stay as they were.
     """
 
     def __init__(self, path: Path, *, keep: int = 2) -> None:
@@ -61,39 +66,42 @@ class CheckpointFolder:
     def clear(self) -> None:
         """Delete the checkpoints of an earlier run."""
         if process_rank() == 0:
-            self._sweep()
+            self.sweep()
             for step in self.steps():
                 self._delete(step)
         barrier()
 
     def save(self, step: int, tensors: dict[str, Tensor], progress: dict[str, Any]) -> Path:
-        """Write one checkpoint; `progress` is JSON, and its `best_step` names one to keep."""
+        """Write one checkpoint; `progress` is JSON, and its `best_step` names another to keep."""
         target = self.at(step)
         partial = target.with_name(target.name + _PARTIAL)
         try:
             if process_rank() == 0:
-                self._sweep()
+                self.sweep()
                 partial.mkdir(parents=True)
+                _check_room(partial, tensors)
             barrier()
             _write_tensors(partial, tensors)
             if process_rank() == 0:
                 _write_synced(partial / _PROGRESS, json.dumps(progress, ensure_ascii=False))
-                sync_folder(partial)
+                disk.sync_directory(partial)
                 shutil.rmtree(target, ignore_errors=True)  # one that was damaged
                 partial.rename(target)
-                sync_folder(self.path)
+                disk.sync_directory(self.path)
                 self._prune(progress.get("best_step"))
             barrier()
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
+            reason = error.strerror or str(error)
+            if error.errno in _FULL:
+                reason = "disk full; make room there, then resume the run"
             raise OSError(
-                error.errno or errno.EIO,
-                f"can't write the checkpoint {target}: {error.strerror or error}",
+                error.errno or errno.EIO, f"can't write the checkpoint {target}: {reason}"
             ) from error
         return target
 
-    def _sweep(self) -> None:
-        """Remove what killed processes left unfinished."""
+    def sweep(self) -> None:
+        """Remove what killed processes left unfinished, written or deleted by half."""
         for leftover in self.path.glob(f"{_PREFIX}*{_PARTIAL}"):
             shutil.rmtree(leftover, ignore_errors=True)
 
@@ -103,7 +111,7 @@ class CheckpointFolder:
                 self._delete(step)
 
     def _delete(self, step: int) -> None:
-        """Under a name that is no checkpoint's, since a kill may leave half of it."""
+        """Delete under another name, since a kill may leave half of the folder."""
         doomed = self.at(step).with_name(self.at(step).name + _PARTIAL)
         self.at(step).rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
@@ -140,24 +148,33 @@ def _write_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
         with _quiet():
             dcp.save(dict(tensors), storage_writer=writer, no_dist=not dist.is_initialized())
     except CheckpointException as error:
-        raise _os_error_in(error) from error
-    except RuntimeError as error:  # what torch's own file writer makes of a full disk
-        raise OSError(errno.ENOSPC, f"is the disk full? {_first_line(error)}") from error
+        raise _as_os_error(*(failure[0] for failure in error.failures.values())) from error
+    except RuntimeError as error:
+        raise _as_os_error(error) from error
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the warning that there is one process only, which is meant."""
+    """Without the warning that there is a single process, which is intended."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
 
 
-def _os_error_in(error: CheckpointException) -> OSError:
-    for failure in error.failures.values():
-        if isinstance(failure[0], OSError):
-            return failure[0]
-    return OSError(errno.EIO, _first_line(error))
+def _check_room(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Raise `OSError` before tensors are written for which the disk has no room."""
+    needed = sum(local(tensor).nbytes for tensor in tensors.values())
+    if shutil.disk_usage(folder).free < needed:
+        raise OSError(errno.ENOSPC, "no room")
+
+
+def _as_os_error(*failures: BaseException) -> OSError:
+    """What went wrong in one of the processes; PyTorch says in words that a disk is full."""
+    for failure in failures:
+        if isinstance(failure, OSError):
+            return failure
+    text = "; ".join(map(_first_line, failures))
+    return OSError(errno.ENOSPC if "write" in text else errno.EIO, text)
 
 
 def _first_line(error: BaseException) -> str:
@@ -171,48 +188,9 @@ def _write_synced(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def sync_folder(path: Path) -> None:
-    """Make a folder's entries survive a loss of power, where the file system can."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass
-    finally:
-        os.close(descriptor)
-
-
-# Settings that a run and its continuation may have differently: the losses stay the same.
-FREE = frozenset(
-    [
-        "cache",
-        "checkpoint_every",
-        "checkpoint_minutes",
-        "compile",
-        "data",
-        "device",
-        "folder",
-        "fresh_optimizer",
-        "gradient_checkpointing",
-        "keep",
-        "loss_chunk",
-        "model",
-        "on_spike",
-        "out",
-        "overwrite",
-        "prompts",
-        "resume",
-        "sample_every",
-        "sample_tokens",
-        "tensorboard",
-        "valid",
-    ]
-)
-
-
 @dataclasses.dataclass
 class RunState:
-    """What changes from step to step beside weights and optimizer."""
+    """What changes from step to step, apart from weights and optimizer."""
 
     step: int = 0
     tokens: int = 0  # learned so far
@@ -244,7 +222,7 @@ class Snapshots:
         self.saved_step: int | None = None
 
     def save(self, progress: RunState) -> Path:
-        """Write a checkpoint of this step; raises `OSError` where that can't be done."""
+        """Write a checkpoint of this step; raises `OSError` where it can't be written."""
         values = dataclasses.asdict(progress) | {
             "watch": self.stepper.watch.state(),
             "processes": process_count(),
@@ -259,9 +237,11 @@ class Snapshots:
     def restore(self) -> RunState | None:
         """Go back to the latest checkpoint; None if there is none.
 
-        With another number of processes random states begin anew. Raises `ValueError` for one of
-        other settings or data, or that is damaged.
+        With another number of processes the random states start from the seed again. Raises
+        `ValueError` for a checkpoint of other settings or data, and for a damaged one.
         """
+        if process_rank() == 0:
+            self.folder.sweep()
         path = self.folder.latest()
         if path is None:
             return None
@@ -300,7 +280,7 @@ class Snapshots:
                     yield f"optimizer.{name}.{slot}", value
 
     def _tensors(self, *, with_random: bool) -> dict[str, Tensor]:
-        """All that changes, as the tensors themselves, not copies."""
+        """Everything that changes, as the tensors themselves, not copies."""
         tensors = self._weights() | dict(self._slots())
         if with_random:
             prefix = f"random.{process_rank()}"
@@ -326,18 +306,24 @@ class Snapshots:
         now = _trajectory(self.config)
         for name, value in now.items():
             if values["config"].get(name) != value:
-                raise ValueError(
-                    f"{path} was made with {name} {values['config'].get(name)!r}, now it is "
-                    f"{value!r}; resume with the same settings, {cure}"
+                raise OptionError(
+                    "{} was made with {" + name + "} {!r}, now it is {!r}; resume with the same "
+                    "settings, {}",
+                    str(path),
+                    values["config"].get(name),
+                    value,
+                    cure,
                 )
         found = values["data"], values["total_steps"]
         if found != (self.data_key, self.total_steps):
             raise ValueError(
-                f"{path} is of a run of {found[1]} steps on another model, other data or other "
-                f"rows than now ({self.total_steps} steps); give the same files and options, {cure}"
+                f"{path} belongs to a run of {found[1]} steps on another model, other data or "
+                f"other rows than now ({self.total_steps} steps); give the same files and options, "
+                f"{cure}"
             )
 
 
 def _trajectory(config: TrainConfig) -> dict[str, Any]:
     """The settings that decide the losses of a run."""
-    return {name: value for name, value in config.to_dict().items() if name not in FREE}
+    free = resumable_names(type(config))
+    return {name: value for name, value in config.to_dict().items() if name not in free}

@@ -1,4 +1,4 @@
-"""What is wrong with a fine-tuning, found out before anything is loaded or written."""
+"""What can be wrong with a fine-tuning, found before anything is loaded or written."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from gpt2ml_torch.finetuning.checkpoints import CheckpointFolder
 from gpt2ml_torch.finetuning.config import FinetuneConfig
 from gpt2ml_torch.finetuning.distributed import process_count
 from gpt2ml_torch.modelfile import ModelFile
+from gpt2ml_torch.options import OptionError, OptionFileExistsError
 from gpt2ml_torch.tokenizer import Tokenizer
 
 
-def check_files(config: FinetuneConfig) -> ModelFile:
-    """Look at the model file and at the places to write to; raises what `finetune` would."""
-    file = ModelFile.open(config.model)
+def check_files(config: FinetuneConfig, file: ModelFile) -> None:
+    """Look at the model and at the place of the result; raises what `finetune` would."""
     check_model(config, file)
     _check_device(config)
     if file.vocab is None:
         raise ValueError(
             f"{config.model} holds no vocabulary, so text can't be tokenised; convert it again "
-            "with --vocab"
+            "together with its vocabulary"
         )
     _check_out(config)
-    _check_run_folder(config)
-    return file
 
 
 def check_model(config: FinetuneConfig, file: ModelFile) -> None:
     """Raise `ValueError` for a model that can't be trained, or not with these settings."""
     if file.packed is not None:
-        raise ValueError(
-            f"{config.model} holds {file.packed} weights, which can't be trained; take "
-            "the file it was made from (--lora-rank with --lora-base int8 needs as little memory)"
+        raise OptionError(
+            "{} holds {} weights, which can't be trained; take the file it was made from "
+            "({lora_rank=16} with {lora_base=int8} needs as little memory)",
+            config.model,
+            file.packed,
         )
     check_sizes(config, file.config)
 
@@ -44,8 +44,17 @@ def check_model(config: FinetuneConfig, file: ModelFile) -> None:
 def check_sizes(config: FinetuneConfig, sizes: GPT2MLConfig) -> None:
     """Raise `ValueError` for settings that this size of model or number of processes can't have."""
     if config.length is not None and config.length > sizes.max_position_embeddings:
-        raise ValueError(
-            f"length is {config.length}; the model has {sizes.max_position_embeddings} positions"
+        raise OptionError(
+            "{length} is {}; the model has {} positions",
+            config.length,
+            sizes.max_position_embeddings,
+        )
+    if config.lora_rank > sizes.hidden_size:
+        raise OptionError(
+            "{lora_rank} is {}; the model's matrices have rank {}, and an adapter is meant to have "
+            "less: try 16",
+            config.lora_rank,
+            sizes.hidden_size,
         )
     config.trains_layer(0, sizes.num_hidden_layers)
     _check_processes(config)
@@ -55,12 +64,29 @@ def check_prompts(config: FinetuneConfig, tokenizer: Tokenizer) -> None:
     """Raise `ValueError` for a prompt that can't be continued, before it would end the run."""
     for prompt in config.prompts:
         if not tokenizer.encode(prompt):
-            raise ValueError(f"the prompt {prompt!r} holds no token; give at least one character")
+            raise OptionError(
+                "{prompts} holds {!r}, which has no token; give at least one character", prompt
+            )
+
+
+def check_run_folder(config: FinetuneConfig) -> None:
+    """Raise `FileExistsError` for an earlier run, unless it is to be resumed or replaced."""
+    folder = config.run_folder
+    steps = CheckpointFolder(folder / "checkpoints").steps()
+    if steps and not (config.resume or config.overwrite):
+        raise OptionFileExistsError(
+            "{} holds a run of {} steps; go on with it ({resume=True}), or start over "
+            "({overwrite=True})",
+            str(folder),
+            steps[-1],
+        )
 
 
 def _check_device(config: FinetuneConfig) -> None:
     if torch.device(config.device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device is {config.device}; PyTorch finds no CUDA device here, use cpu")
+        raise OptionError(
+            "{device} is {}; PyTorch finds no CUDA device here, use cpu", config.device
+        )
 
 
 def _check_processes(config: FinetuneConfig) -> None:
@@ -68,9 +94,11 @@ def _check_processes(config: FinetuneConfig) -> None:
     if count == 1:
         return
     if config.batch_size % count:
-        raise ValueError(
-            f"batch_size {config.batch_size} is not divisible by {count} processes, which divide "
-            f"the rows; use {-(-config.batch_size // count) * count}"
+        raise OptionError(
+            "{batch_size} is {}, not divisible by {} processes, which divide the rows; use {}",
+            config.batch_size,
+            count,
+            -(-config.batch_size // count) * count,
         )
     for setting, meant in (
         (config.lora_rank > 0, "LoRA"),
@@ -84,27 +112,14 @@ def _check_processes(config: FinetuneConfig) -> None:
 def _check_out(config: FinetuneConfig) -> None:
     out = Path(config.out)
     if out.resolve() == Path(config.model).resolve():
-        raise ValueError(f"out is the model itself, {out}; give another name")
+        raise OptionError("{out} is the model itself, {}; give another name", str(out))
     if not out.parent.is_dir():
         raise OSError(
             errno.ENOENT, f"can't write {out}: there is no folder {out.parent}; create it first"
         )
     if out.exists() and not config.overwrite:
-        raise FileExistsError(
-            errno.EEXIST, f"{out} exists already; give another name, or overwrite (--force)"
+        raise OptionFileExistsError(
+            "{} exists already; give another name, or {overwrite=True}", str(out)
         )
     if not os.access(out.parent, os.W_OK):
         raise PermissionError(errno.EACCES, f"can't write to {out.parent}: permission denied")
-
-
-def _check_run_folder(config: FinetuneConfig) -> None:
-    folder = config.run_folder
-    steps = CheckpointFolder(folder / "checkpoints").steps()
-    if config.resume and not folder.is_dir():
-        raise ValueError(f"nothing to resume: there is no {folder}; start without --resume")
-    if steps and not (config.resume or config.overwrite):
-        raise FileExistsError(
-            errno.EEXIST,
-            f"{folder} holds a run of {steps[-1]} steps; go on with it (--resume), or start over "
-            "(--force)",
-        )

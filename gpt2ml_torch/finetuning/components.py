@@ -11,7 +11,7 @@ from torch import nn
 
 from gpt2ml_torch import kernels
 from gpt2ml_torch.config import GPT2MLConfig
-from gpt2ml_torch.finetuning.config import FinetuneConfig, TrainConfig
+from gpt2ml_torch.finetuning.config import FinetuneConfig
 from gpt2ml_torch.finetuning.data.cache import tokenize_files
 from gpt2ml_torch.finetuning.data.corpus import Corpus
 from gpt2ml_torch.finetuning.data.rows import RowDataset
@@ -20,6 +20,7 @@ from gpt2ml_torch.finetuning.distributed import process_count, process_rank
 from gpt2ml_torch.finetuning.lora import add_adapter
 from gpt2ml_torch.finetuning.objective import Objective
 from gpt2ml_torch.finetuning.optimizers import Adafactor, AdamW, SlicedOptimizer, parameter_groups
+from gpt2ml_torch.finetuning.train_config import TrainConfig
 from gpt2ml_torch.finetuning.upcasting import cpu_lacks_bfloat16, upcast_products
 from gpt2ml_torch.model import GPT2ML
 from gpt2ml_torch.modelfile import ModelFile
@@ -27,8 +28,8 @@ from gpt2ml_torch.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
-class Data:
-    """Rows to train on and to validate with, and what is to be known of them."""
+class TrainingData:
+    """Rows to train on and to validate with, and their statistics."""
 
     train: RowDataset
     valid: RowDataset | None
@@ -41,7 +42,7 @@ def load_data(
     sizes: GPT2MLConfig,
     *,
     progress: Callable[[str, int, int], None] | None = None,
-) -> Data:
+) -> TrainingData:
     """Tokenise the files (or find them tokenised) and cut them into rows."""
 
     def read(files: Sequence[str]) -> Corpus:
@@ -75,16 +76,16 @@ def load_data(
         train = cut(corpus, chosen)
         if len(rest):
             valid = cut(corpus, rest[: config.valid_limit])
-    return Data(train, valid, summarize(train, tokenizer))
+    return TrainingData(train, valid, summarize(train, tokenizer))
 
 
-def load_model(config: FinetuneConfig) -> tuple[GPT2ML, Any]:
-    """The model, ready to train, and the `peft.PeftModel` around it, or None."""
+def load_model(config: FinetuneConfig, file: ModelFile) -> tuple[GPT2ML, Any]:
+    """The model in a file, ready to train, and the `peft.PeftModel` around it, or None."""
     dtype = weight_dtype(config)
     if config.lora_base == "weights":
-        model = GPT2ML.from_pretrained(config.model, device=config.device, dtype=dtype)
+        model = GPT2ML.from_file(file, device=config.device, dtype=dtype)
     else:
-        model = _load_packed(config, dtype)
+        model = _load_packed(config, file, dtype)
     torch.manual_seed(config.seed)  # an adapter begins with random weights
     return model, prepare_model(model, config)
 
@@ -94,14 +95,13 @@ def weight_dtype(config: TrainConfig) -> torch.dtype:
     return torch.bfloat16 if config.precision == "bfloat16" else torch.float32
 
 
-def _load_packed(config: FinetuneConfig, dtype: torch.dtype) -> GPT2ML:
+def _load_packed(config: FinetuneConfig, file: ModelFile, dtype: torch.dtype) -> GPT2ML:
     """The model with its blocks' matrices packed one by one, never all of them unpacked."""
-    with ModelFile.open(config.model) as file:
-        with torch.device("meta"):
-            model = GPT2ML(file.config).to(dtype)
-        pack_blocks(model, config.lora_base)
-        for name, first, rows in file.rows():
-            kernels.fill_rows(model, name, rows, first, dtype)
+    with torch.device("meta"):
+        model = GPT2ML(file.config).to(dtype)
+    pack_blocks(model, config.lora_base)
+    for name, first, rows in file.rows():
+        kernels.fill_rows(model, name, rows, first, dtype)
     return model.to(config.device)
 
 

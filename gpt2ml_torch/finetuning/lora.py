@@ -10,8 +10,8 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from gpt2ml_torch.finetuning.config import LORA_TARGETS
-from gpt2ml_torch.finetuning.quiet import quiet
+from gpt2ml_torch.finetuning.optional import require, silenced
+from gpt2ml_torch.finetuning.train_config import LORA_TARGETS
 from gpt2ml_torch.model import GPT2ML
 
 
@@ -29,7 +29,7 @@ def add_adapter(
     adapter. `alpha` is twice the rank by default. Raises `ValueError` without peft (the extra
     `finetune`).
     """
-    peft = _peft()
+    peft = require("peft", "LoRA")
     settings = peft.LoraConfig(
         r=rank,
         lora_alpha=alpha if alpha is not None else 2 * rank,
@@ -37,7 +37,7 @@ def add_adapter(
         lora_dropout=dropout,
         bias="none",
     )
-    with quiet():
+    with silenced():
         return peft.get_peft_model(model, settings)
 
 
@@ -45,14 +45,3 @@ def save_adapter(adapted: Any, folder: str | os.PathLike[str], *, base: str) -> 
     """Save the adapter as peft does; `base` is the model file that it belongs to."""
     adapted.peft_config["default"].base_model_name_or_path = base
     adapted.save_pretrained(str(folder), save_embedding_layers=False)
-
-
-def _peft() -> Any:
-    try:
-        with quiet():
-            import peft
-    except ImportError:
-        raise ValueError(
-            'LoRA needs the package peft: pip install "gpt2ml-torch[finetune]"'
-        ) from None
-    return peft

@@ -1,13 +1,14 @@
-"""Peak memory of a training step, by kind, before anything is loaded: a step without data.
+"""Memory of a training run: estimated before anything is loaded, limited, and measured.
 
-The tensors are fake (`FakeTensorMode`), so a step of the full size takes seconds and no memory.
-Their storages are counted as they come and go (PyTorch's own `MemTracker` does not take frozen
-weights). Sizes are those of the tensors, the same on CUDA and on the CPU; kernels' workspaces and
-the process itself come on top, and are named `process`.
+An estimate runs one step on fake tensors (`FakeTensorMode`), so a step of the full size takes
+seconds and no memory. Storages are counted as they come and go (PyTorch's own `MemTracker` does not
+accept frozen weights). Sizes are the sizes of the tensors, the same on CUDA and on the CPU;
+kernels' workspaces and the process itself come on top, as `process`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import re
@@ -32,19 +33,25 @@ from gpt2ml_torch.finetuning.components import (
 )
 from gpt2ml_torch.finetuning.config import FinetuneConfig
 from gpt2ml_torch.finetuning.data.rows import Rows
+from gpt2ml_torch.finetuning.distributed import process_count
 from gpt2ml_torch.finetuning.objective import Objective
 from gpt2ml_torch.finetuning.optimizers.sliced import SLICE
 from gpt2ml_torch.model import GPT2ML
 from gpt2ml_torch.modelfile import ModelFile
+from gpt2ml_torch.modelfile.format import expected_shapes
+from gpt2ml_torch.options import OptionError
 
 GIB = 2**30
 # What a process takes beside tensors, measured: Python, PyTorch and peft; on CUDA the context.
 _PROCESS = {"cpu": int(0.35 * GIB), "cuda": int(0.6 * GIB)}
 _SLICES_IN_FLIGHT = 8  # float32 temporaries of a sliced optimizer step
+_MOST_CHUNKS = 512  # of logits, in a step on fake tensors
+_BYTES_A_TOKEN = 4 * 8  # four fields of `Rows`, int64
+SHORTEST = 32  # tokens of the shortest batch: rows are padded to a multiple of this
 
 
 @dataclasses.dataclass(frozen=True)
-class Prediction:
+class MemoryEstimate:
     """Bytes at the moment when most are in use, by kind."""
 
     weights: int
@@ -55,6 +62,7 @@ class Prediction:
 
     @property
     def total(self) -> int:
+        """All kinds together."""
         return sum(dataclasses.astuple(self))
 
     def __str__(self) -> str:
@@ -63,7 +71,7 @@ class Prediction:
         return "\n".join(f"{name:12} {size / GIB:7.2f} GiB" for name, size in rows)
 
 
-def predict(config: FinetuneConfig, sizes: GPT2MLConfig | None = None) -> Prediction:
+def estimate_memory(config: FinetuneConfig, sizes: GPT2MLConfig | None = None) -> MemoryEstimate:
     """The memory that a run with these settings takes; `sizes` are its model file's unless given.
 
     Raises as `finetune` does for a model file that can't be read and for settings that it can't
@@ -73,6 +81,22 @@ def predict(config: FinetuneConfig, sizes: GPT2MLConfig | None = None) -> Predic
         with ModelFile.open(config.model) as file:
             check_model(config, file)
             sizes = file.config
+    rows = config.batch_size
+    length = config.length or sizes.max_position_embeddings
+    most = max(2, _MOST_CHUNKS * config.loss_chunk // length)  # rows that a fake step may have
+    if rows <= most:
+        return _estimate(config, sizes)
+    # The logits' chunks are gone through one by one; beyond a number of them memory grows in
+    # proportion to the rows.
+    less, more = (
+        _estimate(dataclasses.replace(config, batch_size=size), sizes) for size in (most // 2, most)
+    )
+    slope = (more.activations - less.activations) / (most - most // 2)
+    return dataclasses.replace(more, activations=int(more.activations + slope * (rows - most)))
+
+
+def _estimate(config: FinetuneConfig, sizes: GPT2MLConfig) -> MemoryEstimate:
+    """By a step on fake tensors."""
     with torch.device("meta"):
         model = GPT2ML(sizes).to(weight_dtype(config))
     if config.lora_base != "weights":
@@ -80,7 +104,7 @@ def predict(config: FinetuneConfig, sizes: GPT2MLConfig | None = None) -> Predic
     prepare_model(model, dataclasses.replace(config, compile=False))
     with FakeTensorMode():
         _make_fake(model)
-        return _predict(config, model)
+        return _count(config, model)
 
 
 def _make_fake(model: GPT2ML) -> None:
@@ -93,7 +117,7 @@ def _make_fake(model: GPT2ML) -> None:
             setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
-def _predict(config: FinetuneConfig, model: GPT2ML) -> Prediction:
+def _count(config: FinetuneConfig, model: GPT2ML) -> MemoryEstimate:
     objective = Objective(
         model, chunk=config.loss_chunk, mixed=config.precision == "mixed", packed=config.pack
     ).train()
@@ -102,7 +126,7 @@ def _predict(config: FinetuneConfig, model: GPT2ML) -> Prediction:
     slots = sum(_bytes(value) for state in optimizer.state.values() for value in state.values())
     largest = max(parameter.numel() for parameter in optimizer.state)
     watch = _watch_step(objective, config)
-    return Prediction(
+    return MemoryEstimate(
         weights=sum(_bytes(tensor) for tensor in (*model.parameters(), *model.buffers())),
         gradients=watch.gradients_at_peak,
         optimizer=slots + _SLICES_IN_FLIGHT * 4 * min(SLICE, largest),
@@ -172,54 +196,115 @@ def _bytes(value: Any) -> int:
     return int(value.numel() * value.itemsize)
 
 
-def suggestion(config: FinetuneConfig, available: int, sizes: GPT2MLConfig | None = None) -> str:
-    """One line: the smallest change of settings with which the run fits into so many bytes."""
-    names: list[str] = []
-    tried = config
-    for name, values in _changes(config, sizes):
-        changed = dataclasses.replace(tried, **values)
-        if changed == tried:
-            continue
-        tried, names = changed, [*names, name]
-        total = predict(tried, sizes).total
-        if total <= available:
-            return f"that does not fit; it would with {', '.join(names)}: {total / GIB:.2f} GiB"
-    return f"that does not fit into {available / GIB:.2f} GiB, and no setting here would"
+def cheaper_settings(
+    config: FinetuneConfig, available: int, sizes: GPT2MLConfig | None = None
+) -> tuple[dict[str, Any], int] | None:
+    """The fewest changes of settings with which the run fits into `available` bytes.
 
-
-def _changes(
-    config: FinetuneConfig, sizes: GPT2MLConfig | None
-) -> list[tuple[str, dict[str, Any]]]:
-    """Settings that save memory, those that cost least first."""
+    Gives the fields that change, the cheapest in time first, and the bytes that the run takes then;
+    None if no setting here makes it fit.
+    """
     if sizes is None:
         with ModelFile.open(config.model) as file:
             sizes = file.config
+    changes: dict[str, Any] = {}
+    tried = config
+    for name, value, others in _savings(config, sizes):
+        changed = dataclasses.replace(tried, **{name: value}, **others)
+        if changed == tried:
+            continue
+        tried, changes = changed, {**changes, name: value}
+        total = estimate_memory(tried, sizes).total
+        if total <= available:
+            return changes, total
+    return None
+
+
+def _savings(config: FinetuneConfig, sizes: GPT2MLConfig) -> list[tuple[str, Any, dict[str, Any]]]:
+    """Settings that save memory, and what has to go with each; the cheapest in time first."""
     half = (config.length or sizes.max_position_embeddings) // 2
-    kept = {"train_layers": None, "layer_decay": 1.0, "freeze_embeddings": False}
-    kept_gradients = {"step_in_backward": True, "accumulate": 1, "clip_norm": None}
+    whole = {"train_layers": None, "layer_decay": 1.0, "freeze_embeddings": False}
+    rank = config.lora_rank or min(16, sizes.hidden_size)
     return [
-        ("gradient checkpointing", {"gradient_checkpointing": True}),
-        ("the step inside the backward pass (no --keep-gradients)", kept_gradients),
-        ("--optimizer adafactor", {"optimizer": "adafactor"}),
-        ("--batch-size 1", {"batch_size": 1}),
-        ("--precision bfloat16", {"precision": "bfloat16"}),
-        ("--lora-rank 16", {"lora_rank": config.lora_rank or 16, **kept}),
-        ("--lora-base int8", {"lora_base": "int8"}),
-        ("--lora-base int4", {"lora_base": "int4"}),
-        (f"--length {half}", {"length": max(2, half)}),
+        ("gradient_checkpointing", True, {}),
+        ("step_in_backward", True, {"accumulate": 1, "clip_norm": None}),
+        ("optimizer", "adafactor", {}),
+        ("batch_size", 1, {}),
+        ("precision", "bfloat16", {}),
+        ("lora_rank", rank, whole),
+        ("lora_base", "int8", {}),
+        ("lora_base", "int4", {}),
+        ("length", max(2, half), {}),
     ]
+
+
+def check_memory(config: FinetuneConfig, sizes: GPT2MLConfig, *, length: int | None = None) -> None:
+    """Raise `ValueError` for a run that needs more memory than this machine has, whatever happens.
+
+    The bound is quick and low: weights, optimizer, one batch of `length` tokens (at least
+    `SHORTEST` where that is not known yet) and what its blocks pass on. `estimate_memory` says what
+    a run really takes.
+    """
+    least = _least_memory(config, sizes, length or min(SHORTEST, sizes.max_position_embeddings))
+    have = memory_of(config.device)
+    if have is not None and least > have:
+        raise OptionError(
+            "this run needs at least {} GiB of memory, and there are {} GiB; use less than "
+            "{batch_size} {}, or a smaller {length}, {accumulate} or {lora_rank}",
+            f"{least / GIB:,.1f}",
+            f"{have / GIB:,.1f}",
+            config.batch_size,
+        )
+
+
+def _least_memory(config: FinetuneConfig, sizes: GPT2MLConfig, length: int) -> int:
+    itemsize = weight_dtype(config).itemsize
+    weights = sizes.num_parameters
+    slots = {"adafactor": 0, "adamw8bit": 2, "adamw": 8}[config.optimizer]
+    trained = weights
+    if config.lora_rank:
+        targets = expected_shapes(sizes).items()
+        ends = tuple(f"{name}.weight" for name in config.lora_targets)
+        trained = config.lora_rank * sum(
+            sum(shape) for name, shape in targets if name.endswith(ends)
+        )
+    elif config.train_layers is not None or config.freeze_embeddings:
+        trained = 0  # a low bound needs no more
+    stored = {"weights": itemsize, "int8": 1, "int4": 0.5}[config.lora_base] * weights
+    stored += 4 * trained * bool(config.lora_rank)
+    tokens = config.batch_size * length
+    blocks = 1 if config.train_layers is not None else sizes.num_hidden_layers
+    passed_on = tokens * sizes.hidden_size * blocks * min(2, itemsize)
+    ids = tokens * config.accumulate * _BYTES_A_TOKEN
+    everywhere = int(stored + slots * trained + passed_on)
+    return everywhere // process_count() + ids // process_count()
+
+
+def memory_of(device: torch.device | str) -> int | None:
+    """All memory of a device in bytes, with the swap space of the machine; None if not known."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        fields = dict(line.split(":", 1) for line in lines if ":" in line)
+        total, swap = (int(fields[name].split()[0]) << 10 for name in ("MemTotal", "SwapTotal"))
+    except (OSError, KeyError, ValueError, IndexError):  # not Linux
+        return None
+    with contextlib.suppress(OSError, ValueError):  # no limit is "max", which is no number
+        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return total + swap
 
 
 def parse_size(text: str) -> int:
     """Bytes of "22GB", "24 GiB" or "800MB"; raises `ValueError` for anything else."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT])(i?)B?\s*", text, re.IGNORECASE)
     if match is None:
-        raise ValueError(f"--memory is {text!r}; expected a size such as 22GB or 24GiB")
+        raise ValueError(f"{text!r} is no size; expected one such as 22GB or 24GiB")
     number, unit, binary = match.groups()
     return int(float(number) * (1024 if binary else 1000) ** (" KMGT".index(unit.upper())))
 
 
-# -- measured --
+# -- measured -------------------------------------------------------------------------------------
 
 
 _M_MMAP_THRESHOLD = -3

@@ -1,49 +1,34 @@
 """What a run leaves to look at: metrics.jsonl, loss.png and TensorBoard's files.
 
-Each is fed by the loop's events.
+Each is made from the events of the training loop.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import json
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-
-@dataclasses.dataclass(frozen=True)
-class Event:
-    """Something that happened in a run, after so many steps.
-
-    Kinds and their `values`: "start" (total_steps, steps_per_epoch, parameters, trainable,
-    fresh_optimizer, and what this process has: weights_here, slots_here), "step" (loss,
-    learning_rate, gradient_norm, tokens, seconds, tokens_per_second, memory_gib), "skip" (loss,
-    reason, at), "eval" (loss, perplexity, bits_per_character, best), "sample" (prompt, text),
-    "checkpoint" (path), "end" (reason, best_step, best_loss). Losses are nats a token; `tokens`
-    are those learned so far.
-    """
-
-    kind: str
-    step: int
-    values: Mapping[str, Any]
-
-
-Callback = Callable[[Event], None]
-
-_WRITTEN = ("start", "step", "skip", "eval", "sample", "end")
+from gpt2ml_torch.finetuning.events import (
+    CheckpointSaved,
+    Evaluated,
+    Event,
+    PromptContinued,
+    StepTaken,
+)
+from gpt2ml_torch.finetuning.optional import require
 
 
 class MetricsFile:
-    """A callback that appends each event to a JSON Lines file, flushed line by line.
+    """A callback that appends events to a JSON Lines file, flushed line by line.
 
     With `resume_after` steps, what a killed run wrote beyond them is cut off, so that the file
-    reads as if it had never stopped. Raises `OSError` where it can't be written.
+    reads as if the run had never stopped. Raises `OSError` where the file can't be written.
     """
 
     def __init__(self, path: Path, *, resume_after: int | None = None) -> None:
@@ -57,10 +42,10 @@ class MetricsFile:
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (held until `close`)
 
     def __call__(self, event: Event) -> None:
-        if event.kind in _WRITTEN:
-            row = {"kind": event.kind, "step": event.step, **event.values}
+        if not isinstance(event, CheckpointSaved):
+            line = json.dumps(event.to_row(), ensure_ascii=False, allow_nan=False)
             try:
-                self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                self._file.write(line + "\n")
                 self._file.flush()
             except OSError as error:
                 problem = f"can't write {self._file.name}: {error.strerror}"
@@ -88,25 +73,22 @@ class TensorBoard:
     """A callback that writes the same figures for TensorBoard (the extra `finetune`)."""
 
     def __init__(self, folder: Path) -> None:
-        # TensorBoard's own switch: it writes files by itself, and doesn't load an installed
-        # TensorFlow for that, which takes seconds and memory and prints.
+        # TensorBoard's own switch: it writes files without loading an installed TensorFlow, which
+        # takes seconds and memory, and prints.
         sys.modules.setdefault("tensorboard.compat.notf", ModuleType("tensorboard.compat.notf"))
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise ValueError(
-                'tensorboard is not installed: pip install "gpt2ml-torch[finetune]"'
-            ) from None
+        require("tensorboard", "drawing curves for TensorBoard")
+        from torch.utils.tensorboard import SummaryWriter
+
         self._writer = SummaryWriter(str(folder))
 
     def __call__(self, event: Event) -> None:
-        if event.kind in ("step", "eval"):
-            prefix = "train" if event.kind == "step" else "valid"
-            for name, value in event.values.items():
-                if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if isinstance(event, (StepTaken, Evaluated)):
+            prefix = "train" if isinstance(event, StepTaken) else "valid"
+            for name, value in vars(event).items():
+                if name not in ("step", "best") and value is not None:
                     self._writer.add_scalar(f"{prefix}/{name}", value, event.step)
-        elif event.kind == "sample":
-            self._writer.add_text(event.values["prompt"], event.values["text"], event.step)
+        elif isinstance(event, PromptContinued):
+            self._writer.add_text(event.prompt, event.text, event.step)
 
     def close(self) -> None:
         """Flush and close the files."""
@@ -124,9 +106,8 @@ def draw_losses(metrics: Path, picture: Path) -> bool:
     except ImportError:
         return False
     rows = read_metrics(metrics)
-    steps = [
-        row for row in rows if row["kind"] == "step" and math.isfinite(row.get("loss", math.nan))
-    ]
+    rows = [row for row in rows if math.isfinite(row.get("loss") or math.nan)]
+    steps = [row for row in rows if row["kind"] == "step"]
     evaluations = [row for row in rows if row["kind"] == "eval"]
     if not steps:
         return False

@@ -1,7 +1,8 @@
-"""A whole fine-tuning from files to a file: what `gpt2ml finetune` calls, and programs may too."""
+"""A whole fine-tuning from files to a file, as `gpt2ml finetune` and programs call it."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -12,9 +13,9 @@ from typing import Any
 
 from gpt2ml_torch.finetuning import lora
 from gpt2ml_torch.finetuning.adapters import merge_adapter
-from gpt2ml_torch.finetuning.checks import check_files, check_prompts
+from gpt2ml_torch.finetuning.checks import check_files, check_prompts, check_run_folder
 from gpt2ml_torch.finetuning.components import (
-    Data,
+    TrainingData,
     load_data,
     load_model,
     make_optimizer,
@@ -26,17 +27,18 @@ from gpt2ml_torch.finetuning.data.batches import BatchStream, evaluation_batches
 from gpt2ml_torch.finetuning.data.rows import Rows
 from gpt2ml_torch.finetuning.data.summary import Summary
 from gpt2ml_torch.finetuning.distributed import process_count, process_rank, shard
+from gpt2ml_torch.finetuning.events import Callback, Event
+from gpt2ml_torch.finetuning.memory import SHORTEST, check_memory
 from gpt2ml_torch.finetuning.objective import Objective
 from gpt2ml_torch.finetuning.optimizers import Adafactor, SlicedOptimizer, start_from
 from gpt2ml_torch.finetuning.optimizers.sliced import whole
-from gpt2ml_torch.finetuning.reporting import Callback, Event, TensorBoard
+from gpt2ml_torch.finetuning.reporting import TensorBoard
 from gpt2ml_torch.finetuning.trainer import Sampler, Trainer, TrainResult
 from gpt2ml_torch.finetuning.upcasting import cpu_lacks_bfloat16
 from gpt2ml_torch.model import GPT2ML
-from gpt2ml_torch.modelfile import ModelFile, ModelWriter
+from gpt2ml_torch.modelfile import ModelFile, ModelWriter, disk
+from gpt2ml_torch.options import OptionError
 from gpt2ml_torch.tokenizer import Tokenizer
-
-_LENGTH_STEP = 32  # rows are cut to the longest of their batch, in steps of so many tokens
 
 logger = logging.getLogger(__name__)
 
@@ -59,26 +61,71 @@ def finetune(
 ) -> FinetuneResult:
     """Fine-tune a model on files and write the result.
 
-    `on_data` is told what is in the files before anything is trained, `callback` gets the loop's
-    events, and `should_stop` is asked after each step. In a process group every process calls this
-    with the same configuration. Raises `ValueError` and `OSError` for what is wrong with settings,
-    data or disk, before training where it can be known.
+    `on_data` gets a summary of the data before anything is trained, `callback` the events of the
+    run, and `should_stop` is asked after each step. In a process group every process calls this
+    with the same configuration. Raises `ValueError` and `OSError` for faults of settings, data or
+    disk, before training where they can be known, and where another process trains in the folder.
     """
-    metadata = check_files(config)
-    tokenizer = Tokenizer.from_pretrained(config.model)
-    check_prompts(config, tokenizer)
-    data = load_data(config, tokenizer, metadata.config, progress=on_tokenizing)
+    with ModelFile.open(config.model) as file:
+        check_files(config, file)
+        check_memory(config, file.config)
+        with _alone_in(config.run_folder, resume=config.resume):
+            check_run_folder(config)
+            return _finetune(
+                _Job(config, file, file.tokenizer(), callback, should_stop), on_data, on_tokenizing
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """What all parts of a run know."""
+
+    config: FinetuneConfig
+    file: ModelFile
+    tokenizer: Tokenizer
+    callback: Callback | None
+    should_stop: Callable[[], bool] | None
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path, *, resume: bool) -> Iterator[None]:
+    """Hold the lock of a run's folder, which is made if need be and removed if it stays empty."""
+    if process_rank() > 0:
+        yield
+        return
+    if not resume:
+        folder.mkdir(parents=True, exist_ok=True)
+    elif not folder.is_dir():
+        raise OptionError(
+            "nothing to resume: there is no {}; start without {resume=True}", str(folder)
+        )
+    held = disk.lock(
+        folder / ".lock",
+        f"another process is training in {folder}; wait for it to end, or choose another folder",
+    )
+    try:
+        yield
+    finally:
+        disk.unlock(held)
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # which an empty folder allows alone
+
+
+def _finetune(
+    job: _Job,
+    on_data: Callable[[Summary], None] | None,
+    on_tokenizing: Callable[[str, int, int], None] | None,
+) -> FinetuneResult:
+    config, sizes = job.config, job.file.config
+    check_prompts(config, job.tokenizer)
+    data = load_data(config, job.tokenizer, sizes, progress=on_tokenizing)
+    summary = data.summary
+    check_memory(config, sizes, length=min(summary.row_length, max(1, summary.longest - 1)))
     if on_data is not None:
-        on_data(data.summary)
-    model, adapted = load_model(config)
+        on_data(summary)
+    model, adapted = load_model(config, job.file)
     board = TensorBoard(config.run_folder / "tensorboard") if config.tensorboard else None
-
-    def tell(event: Event) -> None:
-        for listener in (board, callback):
-            if listener is not None:
-                listener(event)
-
-    trainer = _trainer(config, metadata, model, tokenizer, data, tell, should_stop)
+    trainer = _trainer(job, model, data, board)
     try:
         result = trainer.run(resume=config.resume)
     finally:
@@ -88,21 +135,20 @@ def finetune(
     if result.reason in ("done", "early stop"):
         trainer.restore_best()
         if adapted is None:
-            written = save_model(config, metadata, tokenizer, model, result), None
+            written = _save_model(job, model, result), None
         else:
-            written = save_adapter(config, metadata, tokenizer, adapted, result)
+            written = _save_adapter(job, adapted, result)
     return FinetuneResult(**vars(result), model=written[0], adapter=written[1])
 
 
-def _trainer(
-    config: FinetuneConfig,
-    metadata: ModelFile,
-    model: GPT2ML,
-    tokenizer: Tokenizer,
-    data: Data,
-    callback: Callback,
-    should_stop: Callable[[], bool] | None,
-) -> Trainer:
+def _trainer(job: _Job, model: GPT2ML, data: TrainingData, board: TensorBoard | None) -> Trainer:
+    config = job.config
+
+    def tell(event: Event) -> None:
+        for listener in (board, job.callback):
+            if listener is not None:
+                listener(event)
+
     objective = Objective(
         model, chunk=config.loss_chunk, mixed=config.precision == "mixed", packed=config.pack
     )
@@ -115,7 +161,7 @@ def _trainer(
     place: dict[str, Any] = {
         "rank": process_rank(),
         "world_size": process_count(),
-        "multiple_of": _LENGTH_STEP,
+        "multiple_of": SHORTEST,
     }
 
     def valid_batches() -> Iterator[Rows]:
@@ -124,95 +170,85 @@ def _trainer(
 
     return Trainer(
         objective,
-        _optimizer(config, objective, metadata),
+        _optimizer(job, objective),
         BatchStream(data.train, batch_size=size, seed=config.seed, **place),
         config,
         valid_batches=valid_batches if data.valid is not None else None,
         valid_characters=data.valid.learned_characters() if data.valid is not None else None,
         folder=config.run_folder,
-        data_key=_data_key(metadata, data),
-        sampler=_sampler(config, model, tokenizer) if config.prompts else None,
-        callback=callback,
-        should_stop=should_stop,
+        data_key=_data_key(job.file, data),
+        sampler=_sampler(job, model) if config.prompts else None,
+        callback=tell,
+        should_stop=job.should_stop,
     )
 
 
-def _optimizer(
-    config: FinetuneConfig, objective: Objective, metadata: ModelFile
-) -> SlicedOptimizer:
-    """As the settings say, going on from the statistics in the model's file if it has any."""
+def _optimizer(job: _Job, objective: Objective) -> SlicedOptimizer:
+    """The optimizer, which starts from the statistics in the model's file if there are any."""
+    config = job.config
     optimizer = make_optimizer(objective, config)
     if isinstance(optimizer, Adafactor) and not (config.lora_rank or config.fresh_optimizer):
-        slots = metadata.optimizer_state()
+        slots = job.file.optimizer_state()
         if slots:
             start_from(optimizer, objective.model, slots)
             logger.info("the optimizer goes on from the statistics in %s", config.model)
     return optimizer
 
 
-def _data_key(metadata: ModelFile, data: Data) -> str:
+def _data_key(file: ModelFile, data: TrainingData) -> str:
     """Names the rows and the model that is tuned, the latter by what its file says of itself."""
-    model = json.dumps([metadata.config.to_dict(), metadata.source], sort_keys=True)
+    model = json.dumps([file.config.to_dict(), file.source], sort_keys=True)
     digest = hashlib.blake2b(model.encode(), digest_size=16)
     digest.update(data.train.fingerprint().encode())
     return digest.hexdigest()
 
 
-def _sampler(config: FinetuneConfig, model: GPT2ML, tokenizer: Tokenizer) -> Sampler:
+def _sampler(job: _Job, model: GPT2ML) -> Sampler:
     """Continuations of prompts by the model as it is; the same random numbers each time."""
     from gpt2ml_torch.generation import Generator
 
     def sample(prompts: Sequence[str]) -> list[str]:
-        generator = Generator(model, tokenizer, compile=False)
+        generator = Generator(model, job.tokenizer, compile=False)
         return list(
             generator.generate(
                 list(prompts),
                 return_full_text=False,
-                max_new_tokens=config.sample_tokens,
+                max_new_tokens=job.config.sample_tokens,
                 top_k=5,
-                seed=config.seed,
+                seed=job.config.seed,
             )
         )
 
     return sample
 
 
-def save_model(
-    config: FinetuneConfig,
-    metadata: ModelFile,
-    tokenizer: Tokenizer,
-    model: GPT2ML,
-    result: TrainResult,
-) -> Path:
+# -- the end of a run -----------------------------------------------------------------------------
+
+
+def _save_model(job: _Job, model: GPT2ML, result: TrainResult) -> Path:
     """Write the tuned model; sharded weights are put together one at a time, by all processes."""
-    out, tensors = Path(config.out), model.state_dict()
+    out, tensors = Path(job.config.out), model.state_dict()
     if process_rank() > 0:
         for tensor in tensors.values():
             whole(tensor)
         return out
     with ModelWriter(
         out,
-        metadata.config,
-        dtype=weight_dtype(config),
-        vocab=metadata.vocab,
-        source=_source(config, metadata, result),
-        generation=_generation(config, metadata, tokenizer),
-        overwrite=config.overwrite,
+        job.file.config,
+        dtype=weight_dtype(job.config),
+        vocab=job.file.vocab,
+        source=_source(job, result),
+        generation=_generation(job),
+        overwrite=job.config.overwrite,
     ) as writer:
         for name, tensor in tensors.items():
             writer.write(name, whole(tensor))
     return out
 
 
-def save_adapter(
-    config: FinetuneConfig,
-    metadata: ModelFile,
-    tokenizer: Tokenizer,
-    adapted: Any,
-    result: TrainResult,
-) -> tuple[Path | None, Path]:
+def _save_adapter(job: _Job, adapted: Any, result: TrainResult) -> tuple[Path | None, Path]:
     """Save the adapter, and if OUT is a file, merge it into the model there; gives both places."""
-    out = Path(config.out)
+    config, out = job.config, Path(job.config.out)
     if out.suffix != ".safetensors":
         lora.save_adapter(adapted, out, base=config.model)
         return None, out
@@ -222,24 +258,24 @@ def save_adapter(
         config.model,
         folder,
         out,
-        source=_source(config, metadata, result),
-        generation=_generation(config, metadata, tokenizer),
+        source=_source(job, result),
+        generation=_generation(job),
         overwrite=config.overwrite,
     )
     return out, folder
 
 
-def _generation(
-    config: FinetuneConfig, metadata: ModelFile, tokenizer: Tokenizer
-) -> dict[str, Any]:
+def _generation(job: _Job) -> dict[str, Any]:
     """The model's defaults for generation, which stops at the end token if one was learned."""
-    if config.end_token is None:
-        return metadata.generation
-    return {**metadata.generation, "eos_token_id": [tokenizer.token_to_id(config.end_token)]}
+    if job.config.end_token is None:
+        return job.file.generation
+    end = job.tokenizer.token_to_id(job.config.end_token)
+    return {**job.file.generation, "eos_token_id": [end]}
 
 
-def _source(config: FinetuneConfig, metadata: ModelFile, result: TrainResult) -> dict[str, Any]:
+def _source(job: _Job, result: TrainResult) -> dict[str, Any]:
     """Where the weights come from: the model's own source, and this run after those before it."""
+    config = job.config
     run: dict[str, Any] = {
         "from": Path(config.model).name,
         "data": [Path(name).name for name in config.data],
@@ -251,5 +287,5 @@ def _source(config: FinetuneConfig, metadata: ModelFile, result: TrainResult) ->
     }
     if config.lora_rank:
         run["lora_rank"] = config.lora_rank
-    source = dict(metadata.source)
+    source = dict(job.file.source)
     return source | {"finetuned": [*source.get("finetuned", []), run]}

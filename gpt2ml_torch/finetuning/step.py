@@ -6,11 +6,11 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from gpt2ml_torch.finetuning.config import TrainConfig
 from gpt2ml_torch.finetuning.data.rows import Rows
 from gpt2ml_torch.finetuning.distributed import process_count, total
 from gpt2ml_torch.finetuning.objective import Objective
 from gpt2ml_torch.finetuning.optimizers import SlicedOptimizer, StepInBackward, gradient_norm
+from gpt2ml_torch.finetuning.train_config import TrainConfig
 
 _MEMORY = 0.98  # of the running mean and variance
 _WARM = 20  # steps before a spike can be told from the ordinary

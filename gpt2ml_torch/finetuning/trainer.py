@@ -1,6 +1,6 @@
 """The training loop: steps, evaluations, samples and checkpoints in their order.
 
-It prints nothing; what happens is told as events.
+It prints nothing; what happens is told as events (`finetuning.events`).
 """
 
 from __future__ import annotations
@@ -12,20 +12,31 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from gpt2ml_torch.finetuning.checkpoints import CheckpointFolder, RunState, Snapshots
-from gpt2ml_torch.finetuning.config import TrainConfig
 from gpt2ml_torch.finetuning.data.rows import Rows
 from gpt2ml_torch.finetuning.distributed import process_rank, total
+from gpt2ml_torch.finetuning.events import (
+    Callback,
+    CheckpointSaved,
+    Evaluated,
+    Event,
+    PromptContinued,
+    RunEnded,
+    RunStarted,
+    StepSkipped,
+    StepTaken,
+)
 from gpt2ml_torch.finetuning.memory import used_gib
 from gpt2ml_torch.finetuning.objective import Objective
 from gpt2ml_torch.finetuning.optimizers import SlicedOptimizer
 from gpt2ml_torch.finetuning.optimizers.sliced import local
-from gpt2ml_torch.finetuning.reporting import Callback, Event, MetricsFile, draw_losses
+from gpt2ml_torch.finetuning.reporting import MetricsFile, draw_losses
 from gpt2ml_torch.finetuning.step import Stepper, learned_tokens
+from gpt2ml_torch.finetuning.train_config import TrainConfig
 
 Sampler = Callable[[Sequence[str]], Sequence[str]]
 
@@ -33,10 +44,7 @@ logger = logging.getLogger(__name__)
 
 
 class Batches(Protocol):
-    """What the loop reads: batches in an order that is the same in each run.
-
-    `data.BatchStream` is one.
-    """
+    """Batches in an order that is the same in each run, such as a `BatchStream`."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -64,10 +72,10 @@ class Trainer:
     """One training run of one model.
 
     `objective` computes the loss, `optimizer` has its trainable parameters, whose groups may carry
-    a `scale` of the learning rate. `valid_batches` gives the validation rows anew each time,
-    `valid_characters` says how many characters are learned in them. `folder` receives checkpoints/,
-    metrics.jsonl and loss.png; without one nothing is written. `should_stop` is asked after each
-    step. `data_key` names model and data, so that a run is not resumed on others.
+    a `scale` of the learning rate. `valid_batches` gives the validation rows again at each call,
+    `valid_characters` is the number of characters that are predicted in them. `folder` receives
+    checkpoints/, metrics.jsonl and loss.png; without one nothing is written. `should_stop` is asked
+    after each step. `data_key` names model and data, so that a run is not resumed on others.
 
     The run seeds PyTorch's global random numbers, which dropout draws from. Raises `ValueError` on
     resuming with other settings, and `OSError` where a file can't be written.
@@ -111,7 +119,7 @@ class Trainer:
                 data_key=data_key,
             )
         self._callbacks = [callback] if callback else []
-        self._progress = RunState()
+        self._state = RunState()
         self._losses: list[float] = []
         self._saved_at = time.monotonic()
         self._device = objective.model.device
@@ -121,7 +129,7 @@ class Trainer:
         torch.manual_seed(self.config.seed + process_rank())
         restored = self.snapshots.restore() if self.snapshots and resume else None
         if restored:
-            self._progress = restored
+            self._state = restored
         elif self.snapshots:
             self.snapshots.folder.clear()
         with self._recording(restored is not None):
@@ -133,11 +141,18 @@ class Trainer:
     def _run(self) -> TrainResult:
         fresh = not self.optimizer.state
         self.optimizer.allocate()
-        self._emit("start", total_steps=self.total_steps, fresh_optimizer=fresh, **self._counts())
-        if self._progress.step == 0 and self.valid_batches:
+        self._emit(
+            RunStarted(
+                step=self._state.step,
+                total_steps=self.total_steps,
+                fresh_optimizer=fresh,
+                **self._counts(),
+            )
+        )
+        if self._state.step == 0 and self.valid_batches:
             self._evaluate()
         reason, trouble = "done", None
-        while self._progress.step < self.total_steps:
+        while self._state.step < self.total_steps:
             if self._impatient():
                 reason = "early stop"
                 break
@@ -152,38 +167,41 @@ class Trainer:
         return self._end(reason)
 
     def _step(self) -> str | None:
-        """One optimizer step; gives the reason if the run must stop."""
+        """Take one optimizer step; gives the reason if the run must stop."""
         started = time.perf_counter()
-        progress, config = self._progress, self.config
-        first = progress.step * config.accumulate
+        state, config = self._state, self.config
+        first = state.step * config.accumulate
         batches = [self.batches.batch(first + i).to(self._device) for i in range(config.accumulate)]
-        rate = config.learning_rate_at(progress.step, self.total_steps)
+        rate = config.learning_rate_at(state.step, self.total_steps)
         result = self.stepper.step(batches, rate)
         if result.trouble is not None:
-            self._emit("skip", loss=result.loss, reason=result.trouble, at=progress.step)
+            at = state.step
+            self._emit(StepSkipped(step=at, loss=result.loss, reason=result.trouble, at=at))
             if config.on_spike == "stop":
                 return result.trouble
-        progress.step += 1
-        progress.tokens += result.learned
+        state.step += 1
+        state.tokens += result.learned
         self._losses.append(result.loss)
         if result.trouble is None:
             read = total(float(sum(int((b.document_ids != 0).sum()) for b in batches)))
             seconds = time.perf_counter() - started
             self._emit(
-                "step",
-                loss=result.loss,
-                learning_rate=rate,
-                gradient_norm=result.gradient_norm,
-                tokens=progress.tokens,
-                seconds=round(seconds, 4),
-                tokens_per_second=round(read / seconds, 2),
-                memory_gib=round(used_gib(self._device), 3),
+                StepTaken(
+                    step=state.step,
+                    loss=result.loss,
+                    learning_rate=rate,
+                    gradient_norm=result.gradient_norm,
+                    tokens=state.tokens,
+                    seconds=round(seconds, 4),
+                    tokens_per_second=round(read / seconds, 2),
+                    memory_gib=round(used_gib(self._device), 3),
+                )
             )
         return None
 
     def _after_step(self) -> None:
-        """Evaluate, sample and save, if it is time for that."""
-        config, step = self.config, self._progress.step
+        """Evaluate, sample and save, each when it is due."""
+        config, step = self.config, self._state.step
         last = step == self.total_steps
         if self.valid_batches and (step % self.eval_every == 0 or last):
             self._evaluate()
@@ -211,19 +229,21 @@ class Trainer:
         return result
 
     def _evaluate(self) -> None:
-        progress = self._progress
+        state = self._state
         result = self.evaluate()
-        better = progress.best_loss is None or result["loss"] < progress.best_loss
+        better = math.isfinite(result["loss"]) and (
+            state.best_loss is None or result["loss"] < state.best_loss
+        )
         if better:
-            progress.best_loss, progress.best_step = result["loss"], progress.step
-        progress.evaluations_since_best = 0 if better else progress.evaluations_since_best + 1
-        self._emit("eval", best=better, **result)
-        if better and progress.step:
+            state.best_loss, state.best_step = result["loss"], state.step
+        state.evaluations_since_best = 0 if better else state.evaluations_since_best + 1
+        self._emit(Evaluated(step=state.step, best=better, **result))
+        if better and state.step:
             self._save()
 
     def _impatient(self) -> bool:
         patience = self.config.patience
-        return patience is not None and self._progress.evaluations_since_best >= patience
+        return patience is not None and self._state.evaluations_since_best >= patience
 
     def _sample(self) -> None:
         assert self.sampler is not None
@@ -233,18 +253,18 @@ class Trainer:
         with torch.random.fork_rng(), torch.no_grad(), eagerly:
             texts = self.sampler(self.config.prompts)
         for prompt, text in zip(self.config.prompts, texts, strict=True):
-            self._emit("sample", prompt=prompt, text=text)
+            self._emit(PromptContinued(step=self._state.step, prompt=prompt, text=text))
 
     def _save(self) -> None:
-        if self.snapshots and self.snapshots.saved_step != self._progress.step:
-            path = self.snapshots.save(self._progress)
+        if self.snapshots and self.snapshots.saved_step != self._state.step:
+            path = self.snapshots.save(self._state)
             self._saved_at = time.monotonic()
-            self._emit("checkpoint", path=str(path))
+            self._emit(CheckpointSaved(step=self._state.step, path=str(path)))
 
     def restore_best(self) -> None:
-        """Take the weights with the lowest validation loss, where they are not those of the end."""
-        best = self._progress.best_step
-        if self.snapshots and best and best != self._progress.step:
+        """Take the weights with the lowest validation loss, unless the last ones have it."""
+        best = self._state.best_step
+        if self.snapshots and best and best != self._state.step:
             self.snapshots.restore_weights(best)
 
     # -- telling ----------------------------------------------------------------------------------
@@ -257,7 +277,7 @@ class Trainer:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "metrics.jsonl"
-        metrics = MetricsFile(path, resume_after=self._progress.step if goes_on else None)
+        metrics = MetricsFile(path, resume_after=self._state.step if goes_on else None)
         self._callbacks.insert(0, metrics)
         try:
             yield
@@ -268,10 +288,10 @@ class Trainer:
             except OSError as error:  # a full disk, which a checkpoint may have met already
                 logger.warning("can't write into %s: %s", self.folder, error.strerror)
 
-    def _emit(self, kind: str, **values: Any) -> None:
+    def _emit(self, event: Event) -> None:
         if process_rank() == 0:
             for callback in self._callbacks:
-                callback(Event(kind, self._progress.step, values))
+                callback(event)
 
     def _counts(self) -> dict[str, int]:
         parameters = list(self.objective.parameters())
@@ -285,14 +305,21 @@ class Trainer:
         }
 
     def _end(self, reason: str, trouble: str | None = None) -> TrainResult:
-        progress = self._progress
-        self._emit("end", reason=reason, best_step=progress.best_step, best_loss=progress.best_loss)
+        state = self._state
+        self._emit(
+            RunEnded(
+                step=state.step,
+                reason=reason,
+                best_step=state.best_step,
+                best_loss=state.best_loss,
+            )
+        )
         return TrainResult(
             reason=reason,
-            step=progress.step,
+            step=state.step,
             total_steps=self.total_steps,
-            best_step=progress.best_step,
-            best_loss=progress.best_loss,
+            best_step=state.best_step,
+            best_loss=state.best_loss,
             last_checkpoint=self.snapshots.folder.latest() if self.snapshots else None,
             trouble=trouble,
             losses=self._losses,

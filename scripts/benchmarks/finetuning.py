@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from gpt2ml_torch import GPT2MLConfig
-from gpt2ml_torch.finetuning import predict
+from gpt2ml_torch.finetuning import estimate_memory
 from scripts.benchmarks import machine
 from scripts.benchmarks.tuning_contestant import SETTINGS, settings_of
 from scripts.benchmarks.weights import write_random_model
@@ -137,7 +137,7 @@ def measure(options: argparse.Namespace, settings: list[str]) -> dict[str, Any]:
         if "seconds" in row:
             row["share_of_matmul_rate"] = round(row["flops_per_second"] / max(rates.values()), 3)
         if row["setting"] != PEER:
-            foretold = predict(settings_of(row["setting"], length=options.tokens), config)
+            foretold = estimate_memory(settings_of(row["setting"], length=options.tokens), config)
             row["predicted_gib"] = round(foretold.total / 2**30 - baseline, 3)
     return {
         "machine": machine.describe(),

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2ml_torch import GPT2ML
-from gpt2ml_torch.finetuning import Event, FinetuneConfig, finetune
+from gpt2ml_torch.finetuning import Event, FinetuneConfig, RunStarted, finetune
 from scripts.benchmarks import machine
 from scripts.benchmarks.shipped import (
     ROOT,
@@ -85,7 +85,7 @@ def measure(shipped: Shipped, epochs: float) -> dict[str, Any]:
         finetune(config, callback=events.append)
         row = {"method": method, **_losses(shipped, out)}
         row["minutes"] = round((time.monotonic() - started) / 60, 1)
-        row["trainable"] = next(e for e in events if e.kind == "start").values["trainable"]
+        row["trainable"] = next(e.trainable for e in events if isinstance(e, RunStarted))
         rows.append(row)
         logger.info("%s", row)
     return {

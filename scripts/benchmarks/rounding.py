@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gpt2ml_torch.finetuning import Event, FinetuneConfig, finetune
+from gpt2ml_torch.finetuning import Evaluated, Event, FinetuneConfig, finetune
 from scripts.benchmarks import machine
 from scripts.benchmarks.shipped import ROOT, Shipped, add_arguments, prepare
 
@@ -55,8 +55,8 @@ def measure(shipped: Shipped, steps: int) -> dict[str, Any]:
         curves[name] = curve
 
         def note(event: Event, curve: list[tuple[int, float]] = curve) -> None:
-            if event.kind == "eval":
-                curve.append((event.step, round(event.values["loss"], 5)))
+            if isinstance(event, Evaluated):
+                curve.append((event.step, round(event.loss, 5)))
                 logger.info("step %d: %.4f", *curve[-1])
 
         config = FinetuneConfig(

@@ -84,9 +84,11 @@ def _ours(setting: str, path: str, tokens: int) -> tuple[int, int, Step]:
     from gpt2ml_torch.finetuning import Objective, next_token_rows
     from gpt2ml_torch.finetuning.components import load_model, make_optimizer
     from gpt2ml_torch.finetuning.step import Stepper
+    from gpt2ml_torch.modelfile import ModelFile
 
     config = settings_of(setting, model=path, length=tokens)
-    model, _ = load_model(config)
+    with ModelFile.open(path) as file:
+        model, _ = load_model(config, file)
     objective = Objective(model, chunk=config.loss_chunk)
     stepper = Stepper(objective, make_optimizer(objective, config), config)
 

@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from gpt2ml_torch.finetuning import Event, FinetuneConfig, finetune
+from gpt2ml_torch.finetuning import (
+    CheckpointSaved,
+    Event,
+    FinetuneConfig,
+    RunEnded,
+    StepTaken,
+    finetune,
+)
 from gpt2ml_torch.finetuning.checkpoints import CheckpointFolder
 from gpt2ml_torch.finetuning.reporting import MetricsFile
 from tests.helpers.finetuning_runs import losses, python, run, same_weights, settings
@@ -74,7 +81,7 @@ def test_resuming_with_other_settings_is_refused(tuning_files: Path, tmp_path: P
     )
     with pytest.raises(ValueError, match="another model, other data"):
         run(tuning_files, out, resume=True, data=(str(other),))
-    with pytest.raises(OSError, match="--resume"):
+    with pytest.raises(OSError, match="resume=True"):
         run(tuning_files, out)
 
 
@@ -86,7 +93,7 @@ def test_out_of_disk_the_earlier_checkpoint_stays_and_the_run_goes_on_from_it(
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fill_up(event: Event) -> None:
-        if event.kind == "checkpoint":
+        if isinstance(event, CheckpointSaved):
             resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
 
     try:
@@ -107,7 +114,7 @@ def test_a_metrics_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
     try:
         with pytest.raises(OSError, match=r"can't write .*metrics.jsonl: File too large"):
-            metrics(Event("step", 1, {"loss": 1.0}))
+            metrics(RunEnded(step=1, reason="done", best_step=None, best_loss=None))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
@@ -118,7 +125,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(
     out, whole = tmp_path / "out.safetensors", tmp_path / "whole.safetensors"
 
     def fail(event: Event) -> None:
-        if event.kind == "step" and event.step == 2:
+        if isinstance(event, StepTaken) and event.step == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -146,7 +153,7 @@ def test_checkpoints_come_by_the_minute_too(tuning_files: Path, tmp_path: Path) 
     out = tmp_path / "out.safetensors"
     values = settings(tuning_files, out, steps=3, eval_every=3, checkpoint_minutes=0.0)
     finetune(FinetuneConfig(**values), callback=events.append)
-    assert [event.step for event in events if event.kind == "checkpoint"] == [1, 2, 3]
+    assert [event.step for event in events if isinstance(event, CheckpointSaved)] == [1, 2, 3]
 
 
 def test_the_last_and_the_best_checkpoints_are_kept(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Memory foretold: its kinds, what would save some, and whether it comes true."""
+"""Memory estimates: their kinds, what would save some, and whether they come true."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 
 from gpt2ml_torch import GPT2ML, GPT2MLConfig
 from gpt2ml_torch.__main__ import main
-from gpt2ml_torch.finetuning import FinetuneConfig, predict
-from gpt2ml_torch.finetuning.memory import parse_size, suggestion
+from gpt2ml_torch.finetuning import FinetuneConfig, estimate_memory, finetune, memory
+from gpt2ml_torch.finetuning.memory import cheaper_settings, parse_size
 from gpt2ml_torch.modelfile.writer import save
 from tests.helpers.finetuning_runs import SPECIAL, python, settings
 
@@ -43,16 +43,14 @@ def test_a_dry_run_names_the_kinds_and_suggests_what_would_fit(
     )
     large = {"optimizer": "adamw", "step_in_backward": False, "precision": "float32"}
     config = FinetuneConfig(**settings(tuning_files, out, **large))
-    heavy = predict(config, sizes)
+    heavy = estimate_memory(config, sizes)
     assert heavy.weights == 4 * sizes.num_parameters
     assert 8 * sizes.num_parameters < heavy.optimizer < 8 * sizes.num_parameters + 2**24
-    light = predict(dataclasses.replace(config, step_in_backward=True), sizes)
+    light = estimate_memory(dataclasses.replace(config, step_in_backward=True), sizes)
     assert light.gradients < heavy.gradients / 4
-    assert suggestion(config, light.total, sizes) == (
-        "that does not fit; it would with the step inside the backward pass (no --keep-gradients): "
-        f"{light.total / 2**30:.2f} GiB"
-    )
-    assert "no setting here would" in suggestion(config, 1000, sizes)
+    saved = {"step_in_backward": True}, light.total
+    assert cheaper_settings(config, light.total, sizes) == saved
+    assert cheaper_settings(config, 1000, sizes) is None
 
 
 def test_a_dry_run_for_a_gpu_needs_none(
@@ -81,19 +79,66 @@ def test_a_suggestion_takes_the_fewest_changes_that_fit() -> None:
     config = FinetuneConfig(
         model="m", data=("d",), out="o.safetensors", precision="float32", batch_size=4
     )
-    budget, names, previous = predict(config, sizes).total, [], config
-    for name, change in (
-        ("--batch-size 1", {"batch_size": 1}),
-        ("--precision bfloat16", {"precision": "bfloat16"}),
-        ("--lora-rank 16", {"lora_rank": 16}),
-        ("--lora-base int8", {"lora_base": "int8"}),
+    changes: dict[str, Any] = {}
+    budget, previous = estimate_memory(config, sizes).total, config
+    for name, value in (
+        ("batch_size", 1),
+        ("precision", "bfloat16"),
+        ("lora_rank", 16),
+        ("lora_base", "int8"),
     ):
-        previous = dataclasses.replace(previous, **change)
-        before, budget = budget, predict(previous, sizes).total
+        changes[name] = value
+        previous = dataclasses.replace(config, **changes)
+        before, budget = budget, estimate_memory(previous, sizes).total
         assert budget < before
-        names.append(name)
-        expected = f"it would with {', '.join(names)}: {budget / 2**30:.2f} GiB"
-        assert suggestion(config, budget, sizes) == f"that does not fit; {expected}"
+        assert cheaper_settings(config, budget, sizes) == (changes, budget)
+
+
+def test_a_dry_run_names_the_options_that_would_make_it_fit(
+    tuning_files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["finetune", str(tuning_files / "model.safetensors"), str(tuning_files / "text.txt")]
+    words += ["--out", str(tmp_path / "out.safetensors"), "--dry-run"]
+    words += ["--optimizer", "adamw", "--keep-gradients", "--batch-size", "400"]
+    values = settings(tuning_files, tmp_path / "out.safetensors", batch_size=1)
+    enough = estimate_memory(FinetuneConfig(**values)).total
+    assert main([*words, "--memory", f"{enough // 1024 + 1}KiB"]) == 1
+    shown = capsys.readouterr().out.splitlines()[-1]
+    changes = "no --keep-gradients, --optimizer adafactor, --batch-size 1"
+    assert shown.startswith(f"that does not fit; it would with {changes}: ")
+
+
+def test_memory_beyond_the_steps_that_are_tried_grows_in_proportion(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sizes = GPT2MLConfig(
+        vocab_size=500,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=128,
+        max_position_embeddings=64,
+    )
+    config = FinetuneConfig(model="m", data=("d",), out="o.safetensors", batch_size=64)
+    exact = estimate_memory(config, sizes).total
+    monkeypatch.setattr(memory, "_MOST_CHUNKS", 8)
+    assert estimate_memory(config, sizes).total == pytest.approx(exact, rel=0.01)
+    enormous = dataclasses.replace(config, batch_size=1 << 30)
+    assert estimate_memory(enormous, sizes).total > 1 << 42
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"batch_size": 1 << 30}, {"batch_size": 1 << 20, "accumulate": 1 << 16}],
+    ids=["rows", "batches"],
+)
+def test_a_run_that_no_machine_can_hold_is_refused_at_once(
+    changes: dict[str, Any], tuning_files: Path, tmp_path: Path
+) -> None:
+    values = settings(tuning_files, tmp_path / "out.safetensors", step_in_backward=False)
+    with pytest.raises(ValueError, match=r"needs at least [\d,.]+ GiB .*batch_size"):
+        finetune(FinetuneConfig(**values | changes))
+    assert not (tmp_path / "out.run").exists()
 
 
 @pytest.mark.parametrize(
@@ -120,8 +165,8 @@ def test_a_real_run_takes_what_was_predicted(changes: dict[str, Any], tmp_path: 
     values |= {"precision": "float32", "batch_size": 2, "steps": 2}
     ended = python("tests.helpers.finetuning_worker", "memory", json.dumps(values))
     assert ended.returncode == 0, ended.stderr
-    foretold = predict(FinetuneConfig(**values | {"data": tuple(values["data"])}))
-    assert foretold.total == pytest.approx(int(ended.stdout), rel=0.15)
+    estimate = estimate_memory(FinetuneConfig(**values | {"data": tuple(values["data"])}))
+    assert estimate.total == pytest.approx(int(ended.stdout), rel=0.15)
 
 
 @pytest.mark.parametrize("text", ["22GB", "24 GiB", "800MB", "1.5G"])

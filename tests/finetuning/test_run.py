@@ -13,7 +13,14 @@ import torch
 from convert.__main__ import main as convert
 from gpt2ml_torch import GPT2ML, Generator, Tokenizer
 from gpt2ml_torch.__main__ import main
-from gpt2ml_torch.finetuning import Event, FinetuneConfig, Objective, finetune, upcasting
+from gpt2ml_torch.finetuning import (
+    Event,
+    FinetuneConfig,
+    Objective,
+    PromptContinued,
+    finetune,
+    upcasting,
+)
 from gpt2ml_torch.finetuning.checkpoints import CheckpointFolder
 from gpt2ml_torch.finetuning.components import load_data, load_model, make_optimizer
 from gpt2ml_torch.finetuning.data.batches import evaluation_batches
@@ -119,7 +126,7 @@ def test_lower_layers_learn_more_slowly_with_layer_decay(
     tuning_files: Path, tmp_path: Path
 ) -> None:
     config = FinetuneConfig(**settings(tuning_files, tmp_path / "o.safetensors", layer_decay=0.5))
-    model, _ = load_model(config)
+    model, _ = load_model(config, ModelFile.open(config.model))
     scales = {
         id(parameter): group["scale"]
         for group in make_optimizer(Objective(model), config).param_groups
@@ -159,9 +166,9 @@ def test_one_sees_the_model_change_and_the_library_prints_nothing(
     changes = {"prompts": ("春眠", "处"), "sample_tokens": 6, "tensorboard": True, "steps": 8}
     config = FinetuneConfig(**settings(tuning_files, tmp_path / "out.safetensors", **changes))
     finetune(config, callback=events.append)
-    samples = [(e.step, e.values["prompt"]) for e in events if e.kind == "sample"]
+    samples = [(e.step, e.prompt) for e in events if isinstance(e, PromptContinued)]
     assert samples == [(4, "春眠"), (4, "处"), (8, "春眠"), (8, "处")]
-    texts = [e.values["text"] for e in events if e.kind == "sample"]
+    texts = [e.text for e in events if isinstance(e, PromptContinued)]
     assert all(texts)
     assert texts[0] != texts[2]
     kinds = {"start", "eval", "step", "sample", "checkpoint", "end"}

@@ -17,13 +17,15 @@ from gpt2ml_torch.finetuning import (
     Event,
     Objective,
     Rows,
+    StepSkipped,
+    StepTaken,
     TrainConfig,
     Trainer,
     next_token_rows,
     parameter_groups,
 )
-from gpt2ml_torch.finetuning.config import parse_layers
 from gpt2ml_torch.finetuning.step import LossWatch
+from gpt2ml_torch.finetuning.train_config import parse_layers
 
 
 def small_model() -> GPT2ML:
@@ -102,7 +104,7 @@ def test_without_a_folder_nothing_is_written_and_the_losses_come_back(
     result = trainer_of(small_model(), QUICK, callback=events.append).run()
     assert (result.reason, result.step, result.last_checkpoint) == ("done", 40, None)
     assert result.losses[-1] < 0.3 * result.losses[0]
-    assert [e.values["loss"] for e in events if e.kind == "step"] == result.losses
+    assert [e.loss for e in events if isinstance(e, StepTaken)] == result.losses
     assert list(tmp_path.iterdir()) == []
 
 
@@ -157,7 +159,7 @@ def test_gradients_are_clipped_together() -> None:
         optimizer = AdamW(parameter_groups(model, weight_decay=0.0), eps=1e3)
         events: list[Event] = []
         Trainer(Objective(model), optimizer, Counting(), config, callback=events.append).run()
-        norms.append(next(e.values["gradient_norm"] for e in events if e.kind == "step"))
+        norms.append(next(e.gradient_norm or 0.0 for e in events if isinstance(e, StepTaken)))
         moved.append((model.token_embedding.weight.detach() - before).norm().item())
     assert norms[0] == pytest.approx(norms[1])
     assert moved[1] / moved[0] == pytest.approx(1e-3 / norms[0], rel=1e-2)
@@ -184,13 +186,13 @@ def test_a_spike_is_not_learned_from_and_stops_or_is_skipped(tmp_path: Path) -> 
     assert torch.equal(model.token_embedding.weight, without.token_embedding.weight)
 
     def losses(events: list[Event]) -> list[float]:
-        return [event.values["loss"] for event in events if event.kind == "step"]
+        return [event.loss for event in events if isinstance(event, StepTaken)]
 
     events: list[Event] = []
     skipping = dataclasses.replace(config, on_spike="skip")
     result = trainer_of(small_model(), skipping, batches=batches, callback=events.append).run()
     assert (result.reason, result.step) == ("done", 40)
-    assert [e.values["at"] for e in events if e.kind == "skip"] == [30]
+    assert [e.at for e in events if isinstance(e, StepSkipped)] == [30]
     undisturbed: list[Event] = []  # its batches are all the same
     trainer_of(small_model(), skipping, callback=undisturbed.append).run()
     assert losses(events) == losses(undisturbed)[:39]
@@ -200,7 +202,7 @@ def test_a_loss_that_is_no_number_stops_and_names_the_last_good_checkpoint(tmp_p
     model = small_model()
 
     def spoil(event: Event) -> None:
-        if event.kind == "step" and event.step == 10:
+        if isinstance(event, StepTaken) and event.step == 10:
             with torch.no_grad():
                 model.position_embedding.weight[3, 3] = float("nan")
 

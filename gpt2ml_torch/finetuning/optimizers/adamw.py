@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from gpt2ml_torch.finetuning.optimizers.sliced import SlicedOptimizer, local, rows_at_once
-from gpt2ml_torch.finetuning.quiet import quiet
+from gpt2ml_torch.finetuning.optional import require
 
 _BLOCK = 256  # elements that share a scale in torchao's 8-bit states
 _SMALLEST = 4096  # elements from which a state is kept in 8 bits
@@ -79,14 +79,8 @@ class AdamW(SlicedOptimizer):
 
 
 def _eight_bit_zeros(like: Tensor, *, signed: bool) -> Tensor:
-    try:
-        with quiet():
-            from torchao.optim.subclass_8bit import OptimState8bit
-    except ImportError:
-        raise ValueError(
-            '8-bit AdamW needs the package torchao: pip install "gpt2ml-torch[finetune]"'
-        ) from None
-    return cast(Tensor, OptimState8bit.zeros(like.shape, signed, _BLOCK, like.device))
+    states = require("torchao.optim.subclass_8bit", "8-bit AdamW").OptimState8bit
+    return cast(Tensor, states.zeros(like.shape, signed, _BLOCK, like.device))
 
 
 def _float(slot: Tensor) -> Tensor:

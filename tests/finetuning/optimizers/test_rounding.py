@@ -10,6 +10,7 @@ from torch import nn
 
 from gpt2ml_torch.finetuning import (
     AdamW,
+    Evaluated,
     Event,
     FinetuneConfig,
     finetune,
@@ -116,7 +117,7 @@ def test_on_the_shipped_model_stochastic_rounding_learns_as_float32_and_nearest_
             **settings,
         )
         finetune(config, callback=events.append)
-        losses = [event.values["loss"] for event in events if event.kind == "eval"]
+        losses = [event.loss for event in events if isinstance(event, Evaluated)]
         fallen[name] = losses[0] - losses[-1]
     assert fallen["float32"] > 0.2
     assert fallen["stochastic"] == pytest.approx(fallen["float32"], rel=0.02)

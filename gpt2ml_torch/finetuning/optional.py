@@ -1,0 +1,38 @@
+"""Optional packages: imported when they are needed, without their noise, or one clear error."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+
+def require(package: str, purpose: str) -> Any:
+    """Import a package of the extra `finetune`; raises `ValueError` where it isn't installed."""
+    try:
+        with silenced():
+            return importlib.import_module(package)
+    except ImportError:
+        raise ValueError(
+            f"{purpose} needs the package {package.split('.')[0]}: pip install "
+            '"gpt2ml-torch[finetune]"'
+        ) from None
+
+
+@contextlib.contextmanager
+def silenced() -> Iterator[None]:
+    """Without warnings, and without log lines below errors, from any library.
+
+    peft imports torchao, which names each of its own files that doesn't load on this machine.
+    """
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
