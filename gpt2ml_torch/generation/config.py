@@ -28,6 +28,7 @@ _NUMBERS = {  # name: smallest, largest, whether the smallest is allowed
     "typical_p": (0.0, 1.0, False),
     "repetition_penalty": (0.0, math.inf, False),
 }
+_SIGNED = ("presence_penalty", "frequency_penalty")  # from -2 to 2, as OpenAI's
 _CHOICES = {"top_p_rule": ("huggingface", "grover"), "on_long_prompt": ("cut", "error")}
 _STRINGS = ("stop", "bad_words")
 _IDS = ("eos_token_id", "suppress_tokens", "allow_tokens")
@@ -51,6 +52,9 @@ class GenerationConfig:
             log-probability is divided by its length to this power; 0 is bert4keras's plain sum.
     Content:
         repetition_penalty, no_repeat_ngram_size: as in transformers; the prompt counts.
+        presence_penalty, frequency_penalty: subtracted from the logits of tokens written before,
+            once, and once for each time; from -2 to 2.
+        logit_bias: pairs (token id, number added to its logit), or a mapping.
         bad_words: strings that are never written; suppress_tokens: ids that are never written.
         allow_tokens: ids to allow that are banned by default ([UNK], other special and reserved).
         forced_start, forced_end: text that the continuation starts with, and that its last tokens
@@ -81,6 +85,9 @@ class GenerationConfig:
     num_beams: int = 1
     length_penalty: float = 1.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     no_repeat_ngram_size: int = 0
     bad_words: tuple[str, ...] = ()
     suppress_tokens: tuple[int, ...] = ()
@@ -100,6 +107,7 @@ class GenerationConfig:
         for name in _IDS:
             self._normalize(name, _ids(name, getattr(self, name)))
         self._normalize("forced_ids", _pairs(self.forced_ids))
+        self._normalize("logit_bias", _biases(self.logit_bias))
         self._check_values()
         self._check_combinations()
 
@@ -111,6 +119,8 @@ class GenerationConfig:
             _check_integer(name, getattr(self, name), low, high)
         for name, bounds in _NUMBERS.items():
             _check_number(name, getattr(self, name), *bounds)
+        for name in _SIGNED:
+            _check_number(name, getattr(self, name), -2.0, 2.0, True)
         _check_number("length_penalty", self.length_penalty, -math.inf, math.inf, True)
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
@@ -222,6 +232,18 @@ def _pairs(value: object) -> tuple[tuple[int, int], ...]:
             raise ValueError(f"forced_ids holds {pair!r}; expected pairs (place, token id)")
         _check_integer("forced_ids: place", pair[0], -(2**31), 2**31)
         _check_integer("forced_ids: token id", pair[1], 0, 2**31)
+    return pairs
+
+
+def _biases(value: object) -> tuple[tuple[int, float], ...]:
+    if isinstance(value, Mapping):
+        value = value.items()
+    pairs = tuple(_items("logit_bias", pair, "pairs") for pair in _items("logit_bias", value, ""))
+    for pair in pairs:
+        if len(pair) != 2:
+            raise ValueError(f"logit_bias holds {pair!r}; expected pairs (token id, number)")
+        _check_integer("logit_bias: token id", pair[0], 0, 2**31)
+        _check_number("logit_bias: number", pair[1], -1000.0, 1000.0, True)
     return pairs
 
 

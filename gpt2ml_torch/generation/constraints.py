@@ -30,6 +30,9 @@ class Constraints:
     forced: Mapping[int, int] = dataclasses.field(default_factory=dict)
     no_repeat_ngram_size: int = 0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     end_ids: frozenset[int] = frozenset()
     stop: tuple[str, ...] = ()
     min_new_tokens: int = 0
@@ -57,6 +60,9 @@ class Constraints:
             forced=MappingProxyType(_forced(config, tokenizer)),
             no_repeat_ngram_size=config.no_repeat_ngram_size,
             repetition_penalty=config.repetition_penalty,
+            presence_penalty=config.presence_penalty,
+            frequency_penalty=config.frequency_penalty,
+            logit_bias=config.logit_bias,
             end_ids=end_ids,
             stop=config.stop,
             min_new_tokens=config.min_new_tokens,
@@ -102,8 +108,8 @@ class RepeatedNGrams:
 
 
 def _check_ids(config: GenerationConfig, vocab_size: int) -> None:
-    forced = [id_ for _, id_ in config.forced_ids]
-    for id_ in (*config.eos_token_id, *config.suppress_tokens, *config.allow_tokens, *forced):
+    paired = [id_ for _, id_ in config.forced_ids] + [id_ for id_, _ in config.logit_bias]
+    for id_ in (*config.eos_token_id, *config.suppress_tokens, *config.allow_tokens, *paired):
         if id_ >= vocab_size:
             raise ValueError(
                 f"token id {id_} is out of range; the model has ids 0 to {vocab_size - 1}"

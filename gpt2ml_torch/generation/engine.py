@@ -157,7 +157,7 @@ class Engine:
         return self._run("prefill", prefill, ids, last, cache=cache)
 
     @torch.inference_mode()
-    def decode(self, token_ids: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
+    def decode(self, token_ids: Tensor, positions: Tensor, cache: KVCache | CacheTensors) -> Tensor:
         """Read T more tokens of each of the cache's rows, (B, T) -> (B, T, V)."""
         # Copies, because tensors made outside inference mode would be recompiled for.
         return self._run("decode", decode, token_ids.clone(), positions.clone(), cache=cache)
@@ -168,7 +168,7 @@ class Engine:
         function: Callable[..., Tensor],
         ids: Tensor,
         *others: Tensor,
-        cache: KVCache,
+        cache: KVCache | CacheTensors,
     ) -> Tensor:
         arguments = (self.model, ids, *others, cache.keys, cache.values)
         if not self.compiled:

@@ -285,6 +285,28 @@ class Generator:
                 texts.append(text)
         return texts
 
+    def new_text(
+        self, prompt: str | Sequence[int], config: GenerationConfig, *, sample: int = 0
+    ) -> Text:
+        """Text number `sample` that `generate` would write for a prompt, before it is read.
+
+        For schedulers. The prompt may be token ids. Raises `ValueError` as `generate` does.
+        """
+        config = self._complete_config(config, {})
+        ids = list(prompt) if not isinstance(prompt, str) else self._encode(prompt)
+        shown = prompt if isinstance(prompt, str) else self.tokenizer.decode(ids)
+        text = Text(
+            row=0,
+            stream=sample,
+            prompt=shown,
+            prompt_ids=ids,
+            tokenizer=self.tokenizer,
+            config=config,
+            constraints=self._constraints(config),
+        )
+        text.start = self._window_start(len(ids), config)
+        return text
+
     def _constraints(self, config: GenerationConfig) -> Constraints:
         return Constraints.of(
             config,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gpt2ml_torch import sampling
+from gpt2ml_torch.generation.adjustments import Adjustments
 from gpt2ml_torch.generation.config import GenerationConfig
 from gpt2ml_torch.generation.constraints import Constraints, RepeatedNGrams
 
@@ -109,6 +110,7 @@ class Sampler:
         self._blocked = torch.zeros(rows, vocab_size, dtype=torch.bool, device=device)
         self._penalties: Tensor | None = None  # (B, 1) float32, if any row has one
         self._seen: Tensor | None = None  # (B, V) bool, if any row has a penalty
+        self._adjustments: Adjustments | None = None  # if any row has one
         self._groups: list[_Group] | None = None  # made when rows have changed
         self._per_row = per_row
 
@@ -137,6 +139,7 @@ class Sampler:
         self._groups = None
         self._write_bans(row)
         self._write_penalty(row, constraints.repetition_penalty, history)
+        self._write_adjustments(row, constraints, history[len(history) - step :])
 
     def drop(self, row: int) -> None:
         """Free a row; what is chosen for it from then on has no meaning."""
@@ -164,6 +167,8 @@ class Sampler:
         self._blocked = self._blocked[index]
         if self._seen is not None and self._penalties is not None:
             self._seen, self._penalties = self._seen[index], self._penalties[index]
+        if self._adjustments is not None:
+            self._adjustments.select(index)
         self._groups = None
 
     @torch.inference_mode()
@@ -174,6 +179,7 @@ class Sampler:
         other._rows = [self._copy_row(row) for row in range(len(self._rows))]
         other._steps, other._blocked = self._steps.clone(), self._blocked.clone()
         other._seen = None if self._seen is None else self._seen.clone()
+        other._adjustments = None if self._adjustments is None else self._adjustments.copy()
         return other
 
     def _copy_row(self, row: int) -> _Row | None:
@@ -196,6 +202,16 @@ class Sampler:
         self._penalties[row] = penalty
         self._seen[row] = False
         self._seen[row, torch.tensor(history, dtype=torch.int64, device=self._device)] = True
+
+    def _write_adjustments(
+        self, row: int, constraints: Constraints, written: Sequence[int]
+    ) -> None:
+        if self._adjustments is None:
+            if not Adjustments.needed(constraints):
+                return
+            rows, vocab_size = self._blocked.shape
+            self._adjustments = Adjustments(rows, vocab_size=vocab_size, device=self._device)
+        self._adjustments.set(row, constraints, written)
 
     # -- choosing ---------------------------------------------------------------------------------
 
@@ -230,6 +246,8 @@ class Sampler:
         """Take note of the chosen tokens, (B,)."""
         if self._seen is not None:
             self._seen.scatter_(1, ids[:, None], True)
+        if self._adjustments is not None:
+            self._adjustments.note(ids)
         self._steps += 1
         for row, state in enumerate(self._rows):
             if state is None:
@@ -245,6 +263,8 @@ class Sampler:
             if repeated:
                 blocked = blocked.clone() if blocked is self._blocked else blocked
                 blocked[row, repeated] = True
+        if self._adjustments is not None:
+            logits = self._adjustments.apply(logits)
         return sampling.process(logits, blocked=blocked, seen=self._seen, penalty=self._penalties)
 
     def _draw(self, scores: Tensor) -> Tensor:
