@@ -24,6 +24,7 @@ COMMANDS = {  # name: module with EXAMPLES, add_arguments and run, help
     "info": ("gpt2ml_torch.commands.info", "what a model file holds"),
     "quantize": ("gpt2ml_torch.commands.quantize", "store a model's weights in 8 or 4 bits"),
     "finetune": ("gpt2ml_torch.commands.finetune", "train a model on your own texts"),
+    "serve": ("gpt2ml_torch.commands.serve", "answer OpenAI's clients, and show a page"),
     "merge": ("gpt2ml_torch.commands.merge", "add a LoRA adapter to a model's weights"),
     "export": ("gpt2ml_torch.commands.export", "write a folder for transformers, vLLM, TRL ..."),
 }

@@ -33,7 +33,7 @@ LAYERS = (
     {"tokenizer", "sampling"},
     {"export", "hf"},
     {"generation"},
-    {"finetuning", "checking"},
+    {"finetuning", "checking", "serving"},
     {"commands"},
     {"__main__"},
 )

@@ -1,0 +1,416 @@
+"""The HTTP application: OpenAI's completions endpoint, some of our own, and the page."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import FileResponse, Response
+from starlette.routing import Route
+
+from gpt2ml_torch.serving.completions import CompletionRequest, Limits, parse_request
+from gpt2ml_torch.serving.errors import APIError, invalid
+from gpt2ml_torch.serving.guard import Guard, read_json
+from gpt2ml_torch.serving.metrics import Metrics
+from gpt2ml_torch.serving.responses import (
+    LAST_EVENT,
+    Choice,
+    Envelope,
+    encode_event,
+    join,
+    usage_of,
+)
+from gpt2ml_torch.serving.scheduler import Handle, QueueFull, Scheduler
+
+_logger = logging.getLogger(__name__)
+
+PAGE = Path(__file__).parent / "page"
+SEND_SECONDS = 60.0  # a reader who takes nothing for so long is gone
+_PAGE_HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+_PATHS = ("/", "/v1/completions", "/v1/models", "/tokenize", "/detokenize", "/health", "/metrics")
+_MEDIA = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
+
+
+def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    return Response(text, status, headers=headers, media_type="application/json")
+
+
+def error_response(error: APIError) -> Response:
+    return json_response(error.body(), error.status, error.headers)
+
+
+class Server:
+    """The endpoints over one `Scheduler`. `application` is the ASGI application."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        *,
+        name: str,
+        limits: Limits | None = None,
+        api_keys: tuple[str, ...] = (),
+        hosts: tuple[str, ...] = (),
+        log_prompts: bool = False,
+    ) -> None:
+        self.scheduler = scheduler
+        self.name = name
+        self.limits = limits or Limits()
+        self.metrics = Metrics(scheduler)
+        self.draining = False
+        self.active = 0  # requests being answered
+        self._created = int(time.time())
+        self._log_prompts = log_prompts
+        self._generator = scheduler.generator
+        self.application = self._counted(
+            Starlette(
+                routes=self._routes(),
+                middleware=[
+                    Middleware(Guard, api_keys=api_keys, hosts=hosts, respond=error_response)
+                ],
+                exception_handlers={
+                    APIError: lambda _, error: error_response(error),
+                    HTTPException: _http_error,
+                    Exception: _internal_error,
+                },
+            )
+        )
+
+    def _counted(self, application: Any) -> Any:
+        """The application, with its requests under way and their outcomes counted."""
+
+        async def count(scope: Any, receive: Any, send: Any) -> None:
+            status = 500
+
+            async def note(message: Any) -> None:
+                nonlocal status
+                status = message.get("status", status)
+                await send(message)
+
+            self.active += 1
+            try:
+                await application(scope, receive, note)
+            finally:
+                self.active -= 1
+                path = scope.get("path", "")
+                known = path if path in _PATHS else "other"
+                self.metrics.requests.labels(known, str(status)).inc()
+
+        return count
+
+    def _routes(self) -> list[Route]:
+        return [
+            Route("/", self._file("index.html")),
+            Route("/page.js", self._file("page.js")),
+            Route("/page.css", self._file("page.css")),
+            Route("/health", self.health),
+            Route("/metrics", self.show_metrics),
+            Route("/v1/models", self.models),
+            Route("/v1/models/{name}", self.model),
+            Route("/v1/completions", self.completions, methods=["POST"]),
+            Route("/v1/chat/completions", self.chat, methods=["POST"]),
+            Route("/v1/embeddings", self.embeddings, methods=["POST"]),
+            Route("/tokenize", self.tokenize, methods=["POST"]),
+            Route("/detokenize", self.detokenize, methods=["POST"]),
+        ]
+
+    def _file(self, name: str) -> Any:
+        async def serve(_: Request) -> Response:
+            path = PAGE / name
+            return FileResponse(path, headers=_PAGE_HEADERS, media_type=_MEDIA[path.suffix])
+
+        return serve
+
+    # -- small endpoints --------------------------------------------------------------------------
+
+    async def health(self, _: Request) -> Response:
+        if self.draining:
+            raise self._unavailable()
+        return json_response({"status": "ok"})
+
+    async def show_metrics(self, _: Request) -> Response:
+        return Response(self.metrics.render(), media_type="text/plain; version=0.0.4")
+
+    async def models(self, _: Request) -> Response:
+        return json_response({"object": "list", "data": [self._model()]})
+
+    async def model(self, request: Request) -> Response:
+        self._check_model(request.path_params["name"])
+        return json_response(self._model())
+
+    def _model(self) -> dict[str, Any]:
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "gpt2ml",
+            "max_model_len": self._generator.model.config.max_position_embeddings,
+        }
+
+    async def chat(self, _: Request) -> Response:
+        raise invalid(
+            "GPT2_ML is a base model without a chat template; send the text to be continued to "
+            "/v1/completions"
+        )
+
+    async def embeddings(self, _: Request) -> Response:
+        raise APIError(404, "this server has no embeddings; it has /v1/completions")
+
+    async def tokenize(self, request: Request) -> Response:
+        body = await self._body(request, {"model", "prompt"})
+        prompt = body.get("prompt")
+        if not isinstance(prompt, str):
+            raise invalid("prompt is not a string", param="prompt")
+        ids = self._generator.tokenizer.encode(prompt)
+        names = [self._generator.tokenizer.id_to_token(id_) for id_ in ids]
+        limit = self._generator.model.config.max_position_embeddings
+        return json_response(
+            {"tokens": ids, "token_strs": names, "count": len(ids), "max_model_len": limit}
+        )
+
+    async def detokenize(self, request: Request) -> Response:
+        body = await self._body(request, {"model", "tokens"})
+        ids, size = body.get("tokens"), self._generator.tokenizer.num_embeddings
+        if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < size for i in ids):
+            raise invalid(f"tokens is not a list of ids from 0 to {size - 1}", param="tokens")
+        return json_response({"prompt": self._generator.tokenizer.decode(ids)})
+
+    async def _body(self, request: Request, names: set[str]) -> dict[str, Any]:
+        body = await read_json(request, limit=self.limits.max_body)
+        if not isinstance(body, dict) or not set(body) <= names:
+            raise invalid(f"expected a JSON object with {' and '.join(sorted(names))}")
+        return body
+
+    # -- completions ------------------------------------------------------------------------------
+
+    async def completions(self, request: Request) -> Response:
+        if self.draining:
+            raise self._unavailable()
+        began = time.perf_counter()
+        body = await read_json(request, limit=self.limits.max_body)
+        generator = self._generator
+        wanted = await asyncio.to_thread(
+            parse_request,
+            body,
+            limits=self.limits,
+            tokenizer=generator.tokenizer,
+            vocab_size=generator.model.config.vocab_size,
+            defaults=generator.defaults,
+        )
+        self._check_model(wanted.model)
+        texts = self._submit(wanted)
+        self._note(wanted, texts, began)
+        if wanted.stream:
+            return _EventStream(self._events(wanted, texts, began), texts)
+        return await self._whole(request, wanted, texts, began)
+
+    def _submit(self, wanted: CompletionRequest) -> list[_Text]:
+        """All texts of a request, or none."""
+        asked = [(prompt, sample) for prompt in wanted.prompts for sample in range(wanted.n)]
+        try:
+            handles = self.scheduler.submit_many(
+                [prompt for prompt, _ in asked],
+                wanted.config,
+                samples=[sample for _, sample in asked],
+                top_logprobs=wanted.logprobs,
+                prompt_logprobs=wanted.echo and wanted.logprobs is not None,
+                only_read=wanted.max_tokens == 0,
+            )
+        except QueueFull as error:
+            raise APIError(
+                429, str(error), code="queue_full", headers={"Retry-After": "1"}
+            ) from None
+        except ValueError as error:
+            raise invalid(str(error)) from None
+        tokenizer = self._generator.tokenizer
+        return [
+            _Text(handle, Choice(index, wanted, tokenizer, handle.prompt))
+            for index, handle in enumerate(handles)
+        ]
+
+    def _note(self, wanted: CompletionRequest, texts: Sequence[_Text], began: float) -> None:
+        self.metrics.prompt_tokens.inc(sum(len(text.handle.prompt_ids) for text in texts))
+        if self._log_prompts:
+            _logger.info("prompts: %s", json.dumps([text.handle.prompt for text in texts]))
+
+    def _check_model(self, name: str | None) -> None:
+        if name is not None and name != self.name:
+            raise APIError(
+                404,
+                f"the model {name[:80]!r} is not served; this server has {self.name!r}",
+                param="model",
+                code="model_not_found",
+            )
+
+    def _unavailable(self) -> APIError:
+        return APIError(503, "the server is shutting down", headers={"Retry-After": "10"})
+
+    async def _parts(
+        self, wanted: CompletionRequest, text: _Text, began: float
+    ) -> AsyncIterator[dict[str, Any]]:
+        """One text, part by part, in JSON."""
+        choice, first = text.choice, True
+        async for piece in text.handle:
+            if first and wanted.echo:
+                part = choice.echo(text.handle.prompt_tokens)
+                if wanted.max_tokens == 0:
+                    part["finish_reason"] = "length"
+                yield part
+            if first:
+                self.metrics.first_token.observe(time.perf_counter() - began)
+                self.metrics.cached_tokens.inc(text.handle.cached_tokens)
+            first = False
+            self.metrics.completion_tokens.inc(len(piece.tokens))
+            if wanted.max_tokens:
+                yield choice.put(piece)
+
+    async def _whole(
+        self, request: Request, wanted: CompletionRequest, texts: list[_Text], began: float
+    ) -> Response:
+        async def collect(text: _Text) -> dict[str, Any]:
+            return join([part async for part in self._parts(wanted, text, began)])
+
+        work: asyncio.Future[Any] = asyncio.gather(*map(collect, texts))
+        gone: asyncio.Future[Any] = asyncio.create_task(_disconnected(request))
+        try:
+            await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                raise APIError(499, "the client went away")
+            choices = work.result()
+        except ValueError as error:  # the model's, such as logits that overflow
+            raise APIError(500, str(error)) from None
+        finally:
+            gone.cancel()
+            work.cancel()
+            for text in texts:
+                text.handle.cancel()
+        self.metrics.duration.observe(time.perf_counter() - began)
+        return json_response(Envelope(self.name).whole(choices, _usage(texts)))
+
+    async def _events(
+        self, wanted: CompletionRequest, texts: list[_Text], began: float
+    ) -> AsyncIterator[bytes]:
+        """The events of a stream, of all texts as they come."""
+        envelope = Envelope(self.name)
+        queue: asyncio.Queue[dict[str, Any] | Exception | None] = asyncio.Queue()
+
+        async def feed(text: _Text) -> None:
+            try:
+                async for part in self._parts(wanted, text, began):
+                    queue.put_nowait(part)
+                queue.put_nowait(None)
+            except Exception as error:
+                queue.put_nowait(error)
+
+        feeding = [asyncio.create_task(feed(text)) for text in texts]
+        extra = {"usage": None} if wanted.include_usage else {}
+        try:
+            open_texts = len(texts)
+            while open_texts:
+                item = await queue.get()
+                if item is None:
+                    open_texts -= 1
+                elif isinstance(item, Exception):
+                    if not isinstance(item, ValueError):
+                        _logger.error("a stream failed", exc_info=item)
+                    yield encode_event(APIError(500, str(item)).body())
+                    return
+                elif item["text"] or item["finish_reason"] or item["logprobs"]:
+                    yield envelope.event([item], **extra)
+            if wanted.include_usage:
+                yield envelope.event([], usage=_usage(texts))
+            yield LAST_EVENT
+            self.metrics.duration.observe(time.perf_counter() - began)
+        finally:
+            for task in feeding:
+                task.cancel()
+
+
+class _Text:
+    """One text of a request."""
+
+    def __init__(self, handle: Handle, choice: Choice) -> None:
+        self.handle, self.choice = handle, choice
+
+
+def _usage(texts: Sequence[_Text]) -> dict[str, Any]:
+    prompts = {text.choice.index // text.choice.request.n: text.handle for text in texts}
+    return usage_of(
+        sum(len(handle.prompt_ids) for handle in prompts.values()),
+        sum(text.choice.tokens for text in texts),
+        sum(handle.cached_tokens for handle in prompts.values()),
+    )
+
+
+class _EventStream(Response):
+    """Server-sent events; ends the texts when the client goes or reads nothing any more."""
+
+    def __init__(self, events: AsyncIterator[bytes], texts: Sequence[_Text]) -> None:
+        super().__init__(
+            media_type="text/event-stream",
+            headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
+        )
+        del self.headers["content-length"]
+        self._events, self._texts = events, texts
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        gone = asyncio.create_task(_disconnected(Request(scope, receive)))
+        writing = asyncio.create_task(self._write(send))
+        try:
+            await asyncio.wait({gone, writing}, return_when=asyncio.FIRST_COMPLETED)
+            if writing.done():
+                writing.result()
+        except (asyncio.TimeoutError, OSError):
+            _logger.info("a client stopped reading its stream")
+        finally:
+            for text in self._texts:
+                text.handle.cancel()
+            for task in (gone, writing):
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError, Exception):
+                    await task
+
+    async def _write(self, send: Any) -> None:
+        async def out(message: dict[str, Any]) -> None:
+            await asyncio.wait_for(send(message), SEND_SECONDS)
+
+        await out({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        async with contextlib.aclosing(self._events) as events:  # type: ignore[type-var]
+            async for event in events:
+                await out({"type": "http.response.body", "body": event, "more_body": True})
+        await out({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _http_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    known = {404: "no such path", 405: "this path takes another method"}
+    message = known.get(error.status_code, str(error.detail))
+    return error_response(APIError(error.status_code, message, headers=error.headers))
+
+
+async def _internal_error(_: Request, error: Exception) -> Response:
+    _logger.error("a request failed", exc_info=error)
+    return error_response(APIError(500, "the server failed; its log says why"))

@@ -1,0 +1,190 @@
+"""The page in a real browser, against a real server."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+
+from tests.helpers.server import ServerProcess
+
+PROMPT = "春眠不觉晓"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    driver, chromium = shutil.which("chromedriver"), shutil.which("chromium")
+    if driver is None or chromium is None:
+        pytest.skip("chromium and its driver are not installed")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    started = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    yield started
+    started.quit()
+
+
+class Page:
+    """The page as a person uses it."""
+
+    def __init__(self, browser: Any, url: str) -> None:
+        self.browser = browser
+        browser.get("about:blank")
+        browser.get(url)
+
+    def find(self, selector: str) -> Any:
+        return self.browser.find_element("css selector", selector)
+
+    def all(self, selector: str) -> list[Any]:
+        return list(self.browser.find_elements("css selector", selector))
+
+    def run(self, script: str, *arguments: Any) -> Any:
+        return self.browser.execute_script(script, *arguments)
+
+    def set(self, name: str, value: object) -> None:
+        self.run(
+            "const field = document.getElementById(arguments[0]); field.value = arguments[1];"
+            "field.dispatchEvent(new Event('input', {bubbles: true}))",
+            name,
+            str(value),
+        )
+
+    def wait(self, condition: Callable[[], Any], seconds: float = 20) -> Any:
+        end = time.monotonic() + seconds
+        while not (value := condition()):
+            assert time.monotonic() < end, self.find("#status").text
+            time.sleep(0.02)
+        return value
+
+    def write(self, **settings: object) -> list[str]:
+        for name, value in settings.items():
+            self.set(name, value)
+        self.find("#write").click()
+        self.wait(lambda: self.find("#cancel").get_attribute("disabled"))
+        return [body.text for body in self.all("article .body")]
+
+    def problems(self) -> list[str]:
+        return [entry["message"] for entry in self.browser.get_log("browser")]
+
+
+@pytest.fixture
+def page(browser: Any, server: ServerProcess) -> Iterator[Page]:
+    browser.set_window_size(1200, 900)
+    opened = Page(browser, f"{server.url}/#language=en")
+    opened.wait(lambda: opened.find("#model").text == "demo")
+    yield opened
+    assert opened.problems() == []
+
+
+def test_a_text_streams_in_and_several_stand_side_by_side(page: Page) -> None:
+    texts = page.write(prompt=PROMPT, n=3, max_tokens=16, seed=1)
+    assert len(texts) == 3
+    assert all(text.startswith(PROMPT) and len(text) > len(PROMPT) for text in texts)
+    assert page.find("#status").text == "Done."
+    tops = {article.rect["y"] for article in page.all("article")}
+    assert len(tops) == 1
+
+
+def test_the_settings_reach_the_server(page: Page) -> None:
+    first = page.write(prompt=PROMPT, n=1, max_tokens=24, seed=7, temperature=1.5, top_k=40)
+    again = page.write()
+    assert first == again
+    (text,) = page.write(stop="。", seed=1, temperature=0)
+    assert "。" not in text
+
+
+def test_cancel_ends_the_text_and_frees_the_row(page: Page) -> None:
+    page.set("prompt", PROMPT)
+    page.set("max_tokens", 512)
+    page.find("#write").click()
+    page.wait(lambda: page.all("article .token"))
+    page.find("#cancel").click()
+    page.wait(lambda: page.find("#status").text == "Cancelled.")
+    count = len(page.all("article .token"))
+    time.sleep(0.3)
+    assert len(page.all("article .token")) == count
+
+
+def test_a_text_goes_on_from_any_token(page: Page) -> None:
+    page.write(prompt=PROMPT, n=1, max_tokens=16, seed=1)
+    third = page.all("article .token")[2]
+    third.click()
+    prompt = page.find("#prompt").get_attribute("value")
+    assert prompt.startswith(PROMPT)
+    assert len(prompt) == len(PROMPT) + 3
+    (text,) = page.write()
+    assert text.startswith(prompt)
+
+
+def test_probabilities_are_shown_for_a_token_with_mouse_and_keyboard(page: Page) -> None:
+    page.write(prompt=PROMPT, n=1, max_tokens=8, seed=1)
+    page.run("arguments[0].focus()", page.all("article .token")[0])
+    panel = page.wait(lambda: page.find("#probabilities").text)
+    assert "%" in panel
+    page.browser.switch_to.active_element.send_keys("\ue014")  # the right arrow
+    assert page.find("#probabilities").text != panel
+
+
+def test_a_link_holds_the_settings(browser: Any, server: ServerProcess) -> None:
+    link = f"{server.url}/#prompt={quote('双十一')}&top_k=9&n=1&language=zh"
+    page = Page(browser, link)
+    assert page.find("#prompt").get_attribute("value") == "双十一"
+    assert page.find("#top_k").get_attribute("value") == "9"
+    assert page.find("#write").text == "续写"
+    assert page.run("return document.documentElement.lang") == "zh-CN"
+    assert page.run("return writeLink()").startswith(f"{server.url}/#prompt=")
+
+
+def test_what_is_no_text_stays_text(page: Page) -> None:
+    hostile = "<img src=x onerror=\"document.title='broken'\"><script>document.title='x'</script>"
+    texts = page.write(prompt=hostile, n=1, max_tokens=8)
+    assert texts[0].startswith("<img src=x onerror")
+    assert not page.all("article img, article script")
+    assert page.run("return document.title") == "GPT2_ML"
+
+
+def test_scripts_from_elsewhere_are_forbidden(page: Page) -> None:
+    page.run(
+        "const script = document.createElement('script'); script.textContent = 'window.hit = 1';"
+        "document.body.append(script)"
+    )
+    assert page.run("return window.hit") is None
+    assert any("Content Security Policy" in problem for problem in page.problems())
+
+
+def test_a_phone_needs_no_sideways_scrolling(browser: Any, server: ServerProcess) -> None:
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True},
+    )
+    try:
+        page = Page(browser, f"{server.url}/#language=zh&n=2")
+        page.write(prompt=PROMPT, max_tokens=16)
+        assert page.run("return document.documentElement.scrollWidth") <= 360
+        assert not page.run("return document.getElementById('settings').open")
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_every_control_has_a_name_for_screen_readers(page: Page) -> None:
+    unnamed = page.run(
+        "return [...document.querySelectorAll('button, input, textarea')].filter((node) =>"
+        "!node.hidden && !node.textContent.trim() && !(node.labels && node.labels.length"
+        "&& node.labels[0].textContent.trim()) && !node.getAttribute('aria-label'))"
+        ".map((node) => node.id)"
+    )
+    assert unnamed == []
+
+
+def test_an_empty_prompt_is_said_and_not_sent(page: Page) -> None:
+    page.set("prompt", "  ")
+    page.find("#write").click()
+    assert page.find("#status").text == "Write or choose a prompt first."
+    assert "error" in page.find("#status").get_attribute("class")
