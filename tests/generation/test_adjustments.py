@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def test_a_copy_counts_for_itself() -> None:
 def test_a_frequency_penalty_ends_a_repetition(shipped_model: Path) -> None:
     generator = Generator.from_pretrained(shipped_model, compile=False)
     id_ = generator.tokenizer.encode("月")[0]
-    options = {"do_sample": False, "max_new_tokens": 12, "logit_bias": {id_: 16.0}}
+    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 12, "logit_bias": {id_: 16.0}}
     (always,) = generator.generate("春", return_full_text=False, **options)
     assert always == "月" * 12
     (seldom,) = generator.generate("春", return_full_text=False, frequency_penalty=2.0, **options)
@@ -52,7 +53,7 @@ def test_a_frequency_penalty_ends_a_repetition(shipped_model: Path) -> None:
 
 def test_prompts_do_not_count_as_written(shipped_model: Path) -> None:
     generator = Generator.from_pretrained(shipped_model, compile=False)
-    options = {"do_sample": False, "max_new_tokens": 1, "return_full_text": False}
+    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 1, "return_full_text": False}
     plain = generator.generate("春眠不觉晓，春", **options)
     assert generator.generate("春眠不觉晓，春", presence_penalty=2.0, **options) == plain
 
