@@ -16,6 +16,9 @@ from convert import to_safetensors
 from convert.inputs import expanded, locate
 from convert.plan import Options
 from convert.to_safetensors import Progress
+from gpt2ml_torch.commands.output import printable
+from gpt2ml_torch.commands.parsing import Parser, run_command
+from gpt2ml_torch.commands.program import run_program
 from gpt2ml_torch.precision import INTEGER
 
 if TYPE_CHECKING:
@@ -25,38 +28,48 @@ _DTYPES = ("float32", "bfloat16", "float16")
 _EXAMPLE_PROMPT = "今天天气不错"
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse's errors take several lines; ours are one."""
+_ONE_WAY = {  # options that converting back has no use for: their defaults
+    "config": None,
+    "vocab": None,
+    "no_vocab": False,
+    "dtype": "float32",
+    "keep_optimizer": False,
+    "allow_non_finite": False,
+    "no_verify": False,
+}
 
-    def error(self, message: str) -> None:  # type: ignore[override]
-        self.exit(2, f"convert: {message}; see python -m convert --help\n")
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; 0 for success, 2 for an error, told in one line on stderr."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    _check(parser, options)
-    warnings.simplefilter("ignore")
-    try:
-        with _progress_bar() as progress:
-            print(_run(options, progress))
-    except KeyboardInterrupt:
-        return _fail("stopped; nothing was changed", status=130)
-    except MemoryError:
-        return _fail("out of memory")
-    except (ValueError, OSError) as error:
-        return _fail(_one_line(error, options.source))
-    return 0
+EXAMPLES = (
+    "gpt2ml convert checkpoints/ out.safetensors",
+    "gpt2ml convert pytorch_model.bin out.safetensors --vocab vocab.txt --dtype int8",
+    "gpt2ml convert --to-tf out.safetensors folder/",
+)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and give its exit status; an error is one line on standard error."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = Parser(
         prog="python -m convert",
         description="Convert a GPT2_ML checkpoint to one safetensors file, or back.",
+        examples=[example.replace("gpt2ml", "python -m", 1) for example in EXAMPLES],
     )
-    parser.add_argument("source", metavar="SRC", type=Path)
-    parser.add_argument("out", metavar="OUT", type=Path)
+    add_arguments(parser)
+    return run_program(
+        "convert",
+        lambda: run_command(parser, words, run),
+        interrupted="stopped; nothing was changed",
+    )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """From what, to what, and how."""
+    parser.add_argument(
+        "source",
+        metavar="SRC",
+        type=Path,
+        help="a checkpoint's folder or prefix, a PyTorch file, or with --to-tf a model file",
+    )
+    parser.add_argument("out", metavar="OUT", type=Path, help="the file, or folder, to write")
     parser.add_argument(
         "--config", type=Path, metavar="FILE", help="config.json, in either dialect"
     )
@@ -65,9 +78,9 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--no-vocab", action="store_true", help="store no vocabulary")
     parser.add_argument(
         "--dtype",
-        choices=[*_DTYPES, *INTEGER],
+        choices=[*_DTYPES, *(precision.value for precision in INTEGER)],
         default="float32",
-        help="default: %(default)s",
+        help="precision of the weights (default: %(default)s)",
     )
     parser.add_argument(
         "--keep-optimizer",
@@ -79,37 +92,56 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="convert a model that holds NaN or infinity all the same",
     )
-    parser.add_argument("--force", action="store_true", help="overwrite OUT")
+    parser.add_argument("--force", dest="overwrite", action="store_true", help="overwrite OUT")
     parser.add_argument(
         "--no-verify", action="store_true", help="accept a published size with another SHA-256"
     )
     parser.add_argument(
         "--to-tf", action="store_true", help="SRC is a safetensors file, OUT a folder"
     )
-    return parser
 
 
-def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """End with an error for options that exclude each other."""
-    if options.keep_optimizer and options.dtype in INTEGER:
-        parser.error(f"--keep-optimizer excludes --dtype {options.dtype}, which can't be tuned")
-    if options.to_tf:
-        one_way = (
-            "config", "vocab", "no_vocab", "keep_optimizer", "no_verify", "dtype",
-            "allow_non_finite",
-        )  # fmt: skip
-        for name in one_way:
-            if getattr(options, name) != parser.get_default(name):
-                option = f"--{name.replace('_', '-')}"
-                parser.error(f"{option} has no meaning with --to-tf")
+def run(arguments: argparse.Namespace) -> int:
+    """Convert and print what was written."""
+    _check(arguments)
+    with warnings.catch_warnings(), _progress_bar() as progress:
+        warnings.simplefilter("ignore")
+        try:
+            summary = _convert(arguments, progress)
+        except OSError as error:
+            # The system's bare words say neither what failed nor where.
+            if (
+                error.filename is None
+                and error.errno
+                and error.strerror == os.strerror(error.errno)
+            ):
+                text = f"while converting {arguments.source}: {error.strerror}"
+                raise OSError(error.errno, text) from error
+            raise
+    print(printable(summary))
+    return 0
 
 
-def _run(arguments: argparse.Namespace, progress: Progress) -> str:
+def _check(arguments: argparse.Namespace) -> None:
+    """Raise `ValueError` for options that exclude each other."""
+    if arguments.keep_optimizer and arguments.dtype in INTEGER:
+        raise ValueError(
+            f"--keep-optimizer excludes --dtype {arguments.dtype}, which can't be tuned; leave one "
+            "of them out"
+        )
+    if arguments.to_tf:
+        for name, default in _ONE_WAY.items():
+            if getattr(arguments, name) != default:
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{flag} has no meaning with --to-tf; leave it out")
+
+
+def _convert(arguments: argparse.Namespace, progress: Progress) -> str:
     source, out = expanded(arguments.source), expanded(arguments.out)
     if arguments.to_tf:
         from convert.to_tf import to_tf
 
-        report = to_tf(source, out, overwrite=arguments.force, progress=progress)
+        report = to_tf(source, out, overwrite=arguments.overwrite, progress=progress)
         return _summary_of_tf(report)
     options = Options(
         dtype=arguments.dtype if arguments.dtype in _DTYPES else "float32",
@@ -120,7 +152,7 @@ def _run(arguments: argparse.Namespace, progress: Progress) -> str:
         keep_optimizer=arguments.keep_optimizer,
         verify=not arguments.no_verify,
         allow_non_finite=arguments.allow_non_finite,
-        overwrite=arguments.force,
+        overwrite=arguments.overwrite,
     )
     converted = to_safetensors.convert(locate(source), out, options, progress=progress)
     return _summary(converted, out, arguments.dtype)
@@ -185,23 +217,6 @@ def _progress_bar() -> Iterator[Progress]:
     finally:
         if bar is not None:
             bar.close()
-
-
-def _one_line(error: ValueError | OSError, source: Path) -> str:
-    text = str(error)
-    if isinstance(error, OSError) and error.strerror:
-        text = error.strerror
-        if error.errno and text == os.strerror(error.errno):  # the system's bare words
-            text = f"{error.filename or source}: {text}"
-    if isinstance(error, FileExistsError):
-        text += "; --force overwrites it"
-    printable = (c if c.isprintable() else "?" for c in " ".join(text.split()))
-    return "".join(printable)  # names in files from strangers could steer a terminal
-
-
-def _fail(message: str, *, status: int = 2) -> int:
-    print(f"convert: {message}", file=sys.stderr)
-    return status
 
 
 if __name__ == "__main__":

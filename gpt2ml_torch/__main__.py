@@ -12,12 +12,13 @@ import sys
 from collections.abc import Sequence
 
 import gpt2ml_torch
-from gpt2ml_torch.commands.parsing import Parser, flags_of, parse
+from gpt2ml_torch.commands.parsing import Parser, parse, run_command
 from gpt2ml_torch.commands.paths import find_model
 from gpt2ml_torch.commands.program import run_program
-from gpt2ml_torch.options import OptionError, OptionFileExistsError, suggestion
+from gpt2ml_torch.options import suggestion
 
 COMMANDS = {  # name: module with EXAMPLES, add_arguments and run, help
+    "convert": ("convert.__main__", "make a model file from a published checkpoint, or back"),
     "generate": ("gpt2ml_torch.commands.generate", "continue texts"),
     "score": ("gpt2ml_torch.commands.score", "log-likelihood and perplexity of given texts"),
     "check": ("gpt2ml_torch.commands.check", "prove that a converted model is right"),
@@ -48,14 +49,14 @@ def _run(words: list[str]) -> int:
     module = importlib.import_module(path)
     parser = Parser(prog=f"gpt2ml {command}", description=summary, examples=module.EXAMPLES)
     module.add_arguments(parser)
-    try:
-        arguments = parse(parser, words[1:])
+
+    def run(arguments: argparse.Namespace) -> int:
         if "model" in arguments:
             arguments.model = find_model(os.path.expanduser(arguments.model))
         status: int = module.run(arguments)
-    except (OptionError, OptionFileExistsError) as error:
-        raise ValueError(error.render(flags_of(parser))) from error
-    return status
+        return status
+
+    return run_command(parser, words[1:], run)
 
 
 def _overview() -> argparse.ArgumentParser:
@@ -65,7 +66,7 @@ def _overview() -> argparse.ArgumentParser:
         usage="gpt2ml COMMAND ...",
         description="GPT2_ML: Chinese text with a converted checkpoint.\n\ncommands:\n" + commands,
         examples=(
-            "python -m convert checkpoints/ out.safetensors",
+            "gpt2ml convert checkpoints/ out.safetensors",
             "gpt2ml generate out.safetensors 今天天气不错",
         ),
     )

@@ -17,7 +17,15 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
-from gpt2ml_torch.options import Namer, OptionField, option_fields, python_name, suggestion
+from gpt2ml_torch.options import (
+    Namer,
+    OptionError,
+    OptionField,
+    OptionFileExistsError,
+    option_fields,
+    python_name,
+    suggestion,
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -77,6 +85,18 @@ def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Nam
     if unknown:
         raise ValueError(f"unexpected argument {unknown[0]!r} (see {parser.prog} --help)")
     return arguments
+
+
+def run_command(
+    parser: argparse.ArgumentParser,
+    words: Sequence[str],
+    run: Callable[[argparse.Namespace], int],
+) -> int:
+    """Parse and run; the library's errors then name flags. Raises what both raise."""
+    try:
+        return run(parse(parser, words))
+    except (OptionError, OptionFileExistsError) as error:
+        raise ValueError(error.render(flags_of(parser))) from error
 
 
 def flags_of(parser: argparse.ArgumentParser) -> Namer:

@@ -23,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="default: %(default)s",
     )
     parser.add_argument("--out", required=True, help="the file to write")
-    parser.add_argument("--force", action="store_true", help="replace an existing file")
+    parser.add_argument(
+        "--force", dest="overwrite", action="store_true", help="replace an existing file"
+    )
     parser.add_argument(
         "--allow-non-finite",
         action="store_true",
@@ -46,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
         source=file.source,
         generation=file.generation,
         packed=arguments.to,
-        overwrite=arguments.force,
+        overwrite=arguments.overwrite,
         allow_non_finite=arguments.allow_non_finite,
     ) as writer:
         for name in file.tensors:

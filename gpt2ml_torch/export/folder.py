@@ -24,7 +24,7 @@ from gpt2ml_torch.modelfile import disk
 from gpt2ml_torch.modelfile.format import byte_size, expected_shapes
 from gpt2ml_torch.modelfile.reader import ModelFile
 from gpt2ml_torch.modelfile.writer import SafetensorsWriter
-from gpt2ml_torch.options import OptionError, check_options, option
+from gpt2ml_torch.options import OptionError, OptionFileExistsError, check_options, option
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.partial(\.lock)?)?")
@@ -176,7 +176,9 @@ def _resolve_folder(path: str | os.PathLike[str], *, overwrite: bool) -> Path:
         raise NotADirectoryError(errno.ENOTDIR, f"can't write {target}: it is not a folder")
     if target.exists() and any(target.iterdir()):
         if not overwrite:
-            raise FileExistsError(errno.EEXIST, f"{target} exists already")
+            raise OptionFileExistsError(
+                "{} exists already; give another name, or {overwrite=True} to replace it", target
+            )
         if not _is_ours(target):
             raise OSError(
                 errno.EEXIST,

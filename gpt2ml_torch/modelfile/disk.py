@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gpt2ml_torch.options import OptionFileExistsError
+
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
@@ -139,5 +141,7 @@ def resolve_target(path: str | os.PathLike[str], *, overwrite: bool) -> Path:
     if not stat.S_ISREG(mode):
         raise OSError(errno.EINVAL, f"can't write {path}: it is not a regular file")
     if not overwrite:
-        raise FileExistsError(errno.EEXIST, f"{path} exists already")
+        raise OptionFileExistsError(
+            "{} exists already; give another name, or {overwrite=True} to replace it", path
+        )
     return path

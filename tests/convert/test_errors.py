@@ -84,7 +84,7 @@ def out_exists(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("make_out", "expected"),
     [
-        (out_exists, "exists already; --force overwrites it"),
+        (out_exists, "exists already; give another name, or --force to"),
         (lambda folder: folder, "it is a folder"),
         (lambda folder: folder / "no" / "out.safetensors", "does not exist; create it first"),
         (lambda folder: folder / "vocab.txt" / "out", "is not a folder"),
