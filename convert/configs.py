@@ -82,6 +82,23 @@ def read_config(path: Path) -> dict[str, Any]:
     return result
 
 
+def model_type(path: Path | None) -> str | None:
+    """The architecture that a configuration names, if it does."""
+    value = None if path is None else _load(path).get("model_type")
+    return value if isinstance(value, str) else None
+
+
+def read_extra(path: Path | None, key: str) -> dict[str, Any]:
+    """An object that this project put into the configuration of a folder that it exported, or {}.
+
+    Raises `ValueError` where something else stands there.
+    """
+    value = {} if path is None else _load(path).get(key) or {}
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: {key} is {str(value)[:80]!r}; expected a JSON object")
+    return value
+
+
 def _load(path: Path) -> dict[str, Any]:
     if path.exists() and not path.is_file():  # a pipe would be waited for
         raise ValueError(f"{path} is no file; give another with --config")

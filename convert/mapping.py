@@ -12,6 +12,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
+from gpt2ml_torch.export import names as exported
+
 _Array = TypeVar("_Array", bound=Any)  # NumPy's or PyTorch's: both are cut and transposed alike
 
 # Modules of the file: outside the layers, then inside each of them.
@@ -41,6 +43,7 @@ class Layout:
     transposed: bool
     ignored: Mapping[str, str] = dataclasses.field(default_factory=dict)  # regular expressions
     tied: str | None = None
+    mark: str | None = None  # a part of some name, where the anchor is another layout's too
     has_slots: bool = False  # optimizer state hangs below the weights' names
 
     @property
@@ -92,12 +95,30 @@ COMMUNITY = Layout(
     tied="lm_head.weight",
 )
 
+TRANSFORMERS = Layout(
+    name="the exported class for transformers",
+    scope=exported.SCOPE,
+    layer=exported.LAYER,
+    modules=exported.MODULES,
+    transposed=False,
+    tied=exported.HEAD,
+)
+
+# As programs store it that join matrices for speed.
+TRANSFORMERS_JOINED = dataclasses.replace(
+    TRANSFORMERS,
+    modules={**exported.MODULES, "attention.qkv": ("self_attn.qkv_proj",)},
+    mark=".self_attn.qkv_proj.",
+)
+
 OURS = Layout(
     name="gpt2ml_torch",
     layer="blocks.{}.",
     modules={module: (module,) for module in (*OUTSIDE, *INSIDE)},
     transposed=False,
 )
+
+PYTORCH = (COMMUNITY, TRANSFORMERS_JOINED, TRANSFORMERS, OURS)
 
 TF_STEP = "global_step"
 

@@ -7,12 +7,14 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from convert import configs, mapping
 from convert.mapping import Layout, Recipe
 from convert.source import Source, Stored
 from convert.vocabulary import Vocabulary, find_vocabulary
 from gpt2ml_torch.config import MAX_LAYERS, GPT2MLConfig
+from gpt2ml_torch.export import names as exported
 from gpt2ml_torch.modelfile.format import expected_shapes, slot_shapes
 from gpt2ml_torch.precision import FLOATING
 
@@ -44,6 +46,8 @@ class Plan:
     recipes: dict[str, Recipe]
     slots: dict[str, Recipe]  # of the optimizer's statistics that are kept
     config: GPT2MLConfig
+    source: dict[str, Any]  # the origin and the defaults that an exported folder tells
+    generation: dict[str, Any]
     vocabulary: Vocabulary | None
     dropped: dict[str, int]
     notes: list[str]
@@ -72,9 +76,10 @@ def make_plan(source: Source, folder: Path, options: Options) -> Plan:
     Raises `ValueError` for a source that is no complete model, naming all faults, and `OSError`.
     """
     inventory = take_inventory(source)
+    origin = options.config or configs.find_config(folder)
+    _check_architecture(source, inventory, configs.model_type(origin))
     recipes = mapping.recipes(min(inventory.layers, MAX_LAYERS), inventory.layout)
     sizes = _sizes(source, recipes, inventory)
-    origin = options.config or configs.find_config(folder)
     given = configs.read_config(origin) if origin else {}
     config, notes = configs.merge(sizes, given, origin=origin)
     shapes = expected_shapes(config)
@@ -92,11 +97,30 @@ def make_plan(source: Source, folder: Path, options: Options) -> Plan:
         recipes={key: _renamed(recipes[key], inventory) for key in shapes},
         slots={name: _renamed(recipe, inventory) for name, recipe in slots.items()},
         config=config,
+        source=configs.read_extra(origin, exported.SOURCE_KEY),
+        generation=configs.read_extra(origin, exported.DEFAULTS_KEY),
         vocabulary=vocabulary,
         dropped=dropped,
         notes=[*notes, *_notes_on(inventory)],
         inputs=[path for path in (origin, vocabulary and vocabulary.path) if path],
     )
+
+
+def _check_architecture(source: Source, inventory: Inventory, model_type: str | None) -> None:
+    """Raise `ValueError` for a model that uses the same names, or some of them, for another thing.
+
+    The community's configurations call GPT2_ML "gpt2", so of those the tensors decide.
+    """
+    layout, names = inventory.layout, inventory.tensors
+    other = None
+    if layout is mapping.COMMUNITY and "ln_f.weight" in names and "emb_norm.weight" not in names:
+        other = "OpenAI's GPT-2 (a final norm, and none after the embedding)"
+    elif layout in (mapping.TRANSFORMERS, mapping.TRANSFORMERS_JOINED):
+        other = None if model_type in (None, exported.MODEL_TYPE) else repr(model_type[:40])
+    if other:
+        raise ValueError(
+            f"{source.name} is a model of another architecture, {other}; give GPT2_ML's"
+        )
 
 
 def _renamed(recipe: Recipe, inventory: Inventory) -> Recipe:
@@ -159,6 +183,8 @@ def take_inventory(source: Source) -> Inventory:
 def _recognise(source: Source) -> tuple[Layout, str]:
     """The layout of a source, and the scope that its names stand under."""
     for layout in source.layouts:
+        if layout.mark and not any(layout.mark in name for name in source.tensors):
+            continue
         end = layout.separator + layout.anchor
         scopes = {
             name.removesuffix(layout.anchor)

@@ -45,7 +45,7 @@ class PyTorchFile(Source):
     Raises `ValueError` for a file that isn't a state dict, or that would run code, and `OSError`.
     """
 
-    layouts = (mapping.COMMUNITY, mapping.OURS)
+    layouts = mapping.PYTORCH
 
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -31,7 +31,7 @@ class SafetensorsFile(Source):
     Raises `ValueError` for a damaged file or one that is converted already, and `OSError`.
     """
 
-    layouts = (mapping.COMMUNITY, mapping.OURS)
+    layouts = mapping.PYTORCH
     checksum = None
 
     def __init__(self, path: Path) -> None:

@@ -69,13 +69,16 @@ def convert(
             dtype=options.dtype,
             packed=options.quantization,
             vocab=plan.vocabulary.text if plan.vocabulary else None,
+            source=plan.source,
+            generation=plan.generation,
             slots=options.keep_optimizer,
             overwrite=options.overwrite,
             allow_non_finite=True,  # checked before rounding and packing
         ) as writer:
             non_finite = _copy(source, plan, writer, options, progress)
             origin = _identify(source, digest())
-            writer.set_source(origin)
+            # Of an exported folder: it may have been trained since.
+            writer.set_source({**plan.source, "imported": origin} if plan.source else origin)
     notes = [*location.notes, *source.notes, *plan.notes, *non_finite]
     if plan.vocabulary:
         notes += _vocabulary_notes(plan.vocabulary, plan.config, origin)

@@ -5,10 +5,15 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import json
 from pathlib import Path
+from typing import Any
 
 from convert import foreign
 from convert.inputs import visible
+from gpt2ml_torch.config import MAX_DIMENSION
+from gpt2ml_torch.export.names import LINES_KEY
+from gpt2ml_torch.export.tokenizer_json import vocab_text
 from gpt2ml_torch.modelfile.format import count_lines
 
 # Rows of the published 15G checkpoint, and lines of its vocabulary: two rows are reserved.
@@ -24,6 +29,7 @@ class Vocabulary:
     path: Path
     text: str
     notes: tuple[str, ...] = ()
+    reserves: bool = False  # it was exported with the model, which may have rows without a token
 
     @property
     def lines(self) -> int:
@@ -31,6 +37,8 @@ class Vocabulary:
 
     def fits(self, rows: int) -> bool:
         """Whether it may belong to a model with so many rows of the embedding."""
+        if self.reserves:
+            return self.lines <= rows
         return self.lines == rows or (rows, self.lines) == RESERVED_ROWS
 
     def fitted(self, rows: int) -> Vocabulary:
@@ -52,6 +60,8 @@ def find_vocabulary(folder: Path, given: Path | None, rows: int) -> Vocabulary:
         candidates = [given]
     else:
         candidates = sorted(visible(folder, "*vocab*.txt"), key=lambda p: p.name != "vocab.txt")
+    if not candidates and (folder / "tokenizer.json").is_file():
+        candidates = [folder / "tokenizer.json"]
     if not candidates:
         raise ValueError(
             f"no vocabulary (vocab.txt, *vocab*.txt) in {folder}; the checkpoint needs "
@@ -90,6 +100,8 @@ def read_vocabulary(path: Path) -> Vocabulary:
         if path.stat().st_size > _MAX_BYTES:
             raise ValueError(f"{path} is too large for a vocabulary")
         foreign.check(path)
+        if path.suffix == ".json":
+            return _from_tokenizer_json(path)
         data = path.read_bytes()
     except OSError as error:
         raise OSError(error.errno, f"can't read the vocabulary {path}: {error.strerror}") from None
@@ -100,3 +112,47 @@ def read_vocabulary(path: Path) -> Vocabulary:
         raise ValueError(
             f"{path}, line {line}: not UTF-8; a vocabulary is a UTF-8 text file"
         ) from None
+
+
+def _from_tokenizer_json(path: Path) -> Vocabulary:
+    """The vocabulary in a tokenizer.json of this project's, exactly as it was if the
+    tokenizer_config.json beside it is there too."""
+    model = _json_object(path).get("model")
+    model = model if isinstance(model, dict) else {}
+    vocab = model.get("vocab")
+    if model.get("type") != "WordPiece" or not isinstance(vocab, dict) or not vocab:
+        raise ValueError(
+            f"{path} is a tokenizer of type {str(model.get('type'))[:40]!r}; expected WordPiece "
+            "with a vocabulary: this model is no GPT2_ML, or give --vocab"
+        )
+    if not all(type(id_) is int and 0 <= id_ < MAX_DIMENSION for id_ in vocab.values()):
+        raise ValueError(f"{path} has ids that are no whole numbers from 0 to {MAX_DIMENSION - 1}")
+    settings = path.with_name("tokenizer_config.json")
+    lines = _json_object(settings).get(LINES_KEY) if settings.is_file() else None
+    if lines is not None and not _are_lines(lines):
+        raise ValueError(f"{settings}: {LINES_KEY} holds something else than lines by their number")
+    try:
+        text = vocab_text(vocab, lines)
+        text.encode()
+    except ValueError as error:
+        raise ValueError(f"{settings if lines else path}: {error}") from None
+    return Vocabulary(path, text, reserves=True)
+
+
+def _are_lines(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        number.isascii() and number.isdigit() and len(number) < 10 and isinstance(line, str)
+        for number, line in value.items()
+    )
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > _MAX_BYTES:
+        raise ValueError(f"{path} is too large for a tokenizer")
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); fetch it again or give --vocab") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is not a JSON object; fetch it again or give --vocab")
+    return value

@@ -17,6 +17,7 @@ from gpt2ml_torch.commands.paths import find_model
 from gpt2ml_torch.commands.program import run_program
 from gpt2ml_torch.options import suggestion
 
+_CONVERT = "convert"  # a program of its own, which this package never imports for itself
 COMMANDS = {  # name: module with EXAMPLES, add_arguments and run, help
     "convert": ("convert.__main__", "make a model file from a published checkpoint, or back"),
     "generate": ("gpt2ml_torch.commands.generate", "continue texts"),
@@ -39,10 +40,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(words: list[str]) -> int:
     command = words[0] if words else ""
+    if command == _CONVERT:
+        converted: int = importlib.import_module("convert.__main__").main(words[1:])
+        return converted
     if command not in COMMANDS:
         parse(_overview(), words if command.startswith("-") else [])  # --help ends here
-        known = f"expected one of {', '.join(COMMANDS)}"
-        hint = suggestion(command, COMMANDS) or known
+        names = [_CONVERT, *COMMANDS]
+        known = f"expected one of {', '.join(names)}"
+        hint = suggestion(command, names) or known
         problem = f"unknown command {command!r}" if command else "no command was given"
         raise ValueError(f"{problem}; {hint if command else known} (see gpt2ml --help)")
     path, summary = COMMANDS[command]
@@ -60,7 +65,9 @@ def _run(words: list[str]) -> int:
 
 
 def _overview() -> argparse.ArgumentParser:
-    commands = "".join(f"  {name:10} {summary}\n" for name, (_, summary) in COMMANDS.items())
+    summaries = {_CONVERT: "make a model file of a checkpoint or an exported folder"}
+    summaries |= {name: summary for name, (_, summary) in COMMANDS.items()}
+    commands = "".join(f"  {name:10} {summary}\n" for name, summary in summaries.items())
     parser = Parser(
         prog="gpt2ml",
         usage="gpt2ml COMMAND ...",

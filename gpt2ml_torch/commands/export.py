@@ -6,7 +6,7 @@ import argparse
 
 from gpt2ml_torch.commands.output import one_line
 from gpt2ml_torch.commands.parsing import add_options, given
-from gpt2ml_torch.export import ExportOptions, export_folder
+from gpt2ml_torch.export.folder import ExportOptions, export_folder
 
 EXAMPLES = (
     "gpt2ml export out.safetensors folder",

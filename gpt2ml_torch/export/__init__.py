@@ -1,5 +1,6 @@
-"""Model folders for the Hugging Face ecosystem; writing them needs no transformers."""
+"""Model folders for the Hugging Face ecosystem; writing them needs no transformers.
 
-from gpt2ml_torch.export.folder import ExportOptions, export_folder
+    from gpt2ml_torch.export.folder import ExportOptions, export_folder
 
-__all__ = ["ExportOptions", "export_folder"]
+Nothing is imported here: the converter shares the names, and does without PyTorch.
+"""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2ml_torch.config import GPT2MLConfig
+from gpt2ml_torch.export.names import DEFAULTS_KEY, LINES_KEY, MODEL_TYPE, SOURCE_KEY
 from gpt2ml_torch.export.tokenizer_json import (
     END_TOKEN,
     special_tokens,
@@ -16,10 +17,7 @@ from gpt2ml_torch.export.tokenizer_json import (
 )
 from gpt2ml_torch.tokenizer import Tokenizer
 
-MODEL_TYPE = "gpt2ml"
 CODE_FILES = ("configuration_gpt2ml.py", "modeling_gpt2ml.py")
-# Our keys in the others' files. Programs that load and save a folder keep what they don't know.
-SOURCE_KEY, DEFAULTS_KEY, LINES_KEY = "gpt2ml_source", "gpt2ml_generation", "gpt2ml_vocab_lines"
 
 _AUTO_MAP = {
     "AutoConfig": "configuration_gpt2ml.GPT2MLConfig",

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from gpt2ml_torch.config import GPT2MLConfig
 from gpt2ml_torch.modelfile.format import expected_shapes
 
+MODEL_TYPE = "gpt2ml"  # in config.json
 SCOPE, LAYER = "model.", "layers.{}."  # what stands before the modules, and before those in layers
 MODULES: Mapping[str, tuple[str, ...]] = {  # ours: theirs; three share the rows, in this order
     "token_embedding": ("embed_tokens",),
@@ -24,6 +25,9 @@ MODULES: Mapping[str, tuple[str, ...]] = {  # ours: theirs; three share the rows
     "mlp.down": ("mlp.down_proj",),
     "output_norm": ("output_norm",),
 }
+# Our keys in config.json and tokenizer_config.json: the origin, our defaults for generation, and
+# lines of the vocabulary. Programs that load and save a folder keep what they don't know.
+SOURCE_KEY, DEFAULTS_KEY, LINES_KEY = "gpt2ml_source", "gpt2ml_generation", "gpt2ml_vocab_lines"
 HEAD = "lm_head.weight"  # the token embedding once more, where a program stores it
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from gpt2ml_torch import GPT2ML, Tokenizer
 from gpt2ml_torch.__main__ import main
-from gpt2ml_torch.export import ExportOptions, export_folder
+from gpt2ml_torch.export.folder import ExportOptions, export_folder
 from gpt2ml_torch.export.names import exported_names
 from tests.helpers.tiny import tiny_model, tiny_tokenizer
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from gpt2ml_torch import GPT2ML, Tokenizer
-from gpt2ml_torch.export import export_folder
+from gpt2ml_torch.export.folder import export_folder
 
 transformers = pytest.importorskip("transformers", reason="transformers (extra [hf]) is missing")
 

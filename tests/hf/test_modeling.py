@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gpt2ml_torch import GPT2ML, GPT2MLConfig, Tokenizer
-from gpt2ml_torch.export import ExportOptions, export_folder
+from gpt2ml_torch.export.folder import ExportOptions, export_folder
 from tests.helpers.tiny import tiny_model, tiny_tokenizer
 
 transformers = pytest.importorskip("transformers", reason="transformers (extra [hf]) is missing")
