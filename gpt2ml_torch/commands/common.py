@@ -7,7 +7,6 @@ import logging
 import os
 import sys
 import time
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -19,10 +18,13 @@ from gpt2ml_torch.devices import choose_device
 from gpt2ml_torch.modelfile import ModelFile
 from gpt2ml_torch.options import check_options, check_text, option
 from gpt2ml_torch.precision import PACKABLE
+from gpt2ml_torch.textfiles import read_text_file
 
 # Far more threads than cores are only slower, and PyTorch crashes where it can't start them.
 MAX_THREADS = max(16, 2 * (os.cpu_count() or 1))
 PACKED = tuple(precision.value for precision in PACKABLE)
+
+_MAX_TEXT_BYTES = 1 << 26  # 64 MiB of prompts; each becomes a text in memory
 
 _logger = logging.getLogger(__name__)
 
@@ -106,10 +108,9 @@ def read_texts(name: str, words: tuple[str, ...], file: str | None) -> list[str]
 
 def read_lines(path: str) -> list[str]:
     """The lines of a UTF-8 file that are not blank, with their own spaces."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from None
+    expected = "texts, one a line"
+    text = read_text_file(path, max_bytes=_MAX_TEXT_BYTES, expected=expected, pipes=True)
+    text = text.removeprefix("\ufeff").replace("\r\n", "\n")
     lines = [line.rstrip("\r") for line in text.split("\n") if line.strip()]
     if not lines:
         raise ValueError(f"{path} holds no text; expected one a line")

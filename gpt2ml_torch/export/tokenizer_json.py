@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any
 
 from gpt2ml_torch.tokenizer import Tokenizer
-from gpt2ml_torch.tokenizer.tokenizer import MAX_WORD_CHARACTERS, NO_SPACE_AFTER
+from gpt2ml_torch.tokenizer.decoding import NO_SPACE_AFTER
+from gpt2ml_torch.tokenizer.wordpiece import MAX_WORD_CHARACTERS
 from gpt2ml_torch.tokenizer.words import CJK_BLOCKS, is_cjk, is_punctuation
 
 # The end token's text, in the place of [SEP]. TRL appends the end token's text to every example,

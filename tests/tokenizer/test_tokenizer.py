@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -136,7 +137,7 @@ def test_a_converted_file_is_known_by_its_content(tmp_path: Path):
 
 def test_a_converted_file_without_vocabulary_says_what_to_do(tmp_path: Path):
     save_model(tmp_path / "m.safetensors", None)
-    with pytest.raises(ValueError, match=r"m\.safetensors holds no vocabulary: .* --vocab"):
+    with pytest.raises(ValueError, match=r"m\.safetensors holds no vocabulary: convert it again"):
         Tokenizer.from_pretrained(tmp_path / "m.safetensors")
 
 
@@ -150,7 +151,7 @@ def test_a_converted_file_without_vocabulary_says_what_to_do(tmp_path: Path):
         (b"[PAD]\na\n", r"2 tokens but no \[UNK\]"),
         (b"[UNK]\na\n", r"2 tokens but no \[PAD\]"),
         (b'{"vocab_size": 21128}', r"1 tokens but no \[PAD\]"),
-        (bytes(70_000_000), "70,000,000 bytes: expected a vocabulary"),
+        (bytes(9_000_000), "more than 8,388,608 bytes.*expected a vocabulary"),
     ],
 )
 def test_what_is_no_vocabulary_is_an_error_of_one_line(
@@ -183,3 +184,75 @@ def test_a_vocabulary_larger_than_the_embedding_is_an_error():
 def test_a_token_of_two_lines_is_an_error():
     with pytest.raises(ValueError, match=r"token 2 \('a\\nb'\) holds a line break"):
         Tokenizer(["[PAD]", "[UNK]", "a\nb"])
+
+
+def test_a_vocabulary_of_long_tokens_takes_memory_in_proportion() -> None:
+    tokens = ["[PAD]", "[UNK]", "a" * 200_000, *(chr(97 + i) * 199 + "b" for i in range(26))]
+    tracemalloc.start()
+    tokenizer = Tokenizer(tokens)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 << 20  # with a table of every prefix, gigabytes
+    assert tokenizer.encode("a" * 199 + "b") == [3]
+    assert tokenizer.encode("a" * 200) == [1]
+    with pytest.raises(ValueError, match="has 9,000,013 characters; expected at most 8,388,608"):
+        Tokenizer("[PAD]\n[UNK]\n" + "a" * 9_000_000 + "\n")
+
+
+def longest_match(ids: dict[str, int], word: str) -> list[int]:
+    """The rule as the original states it: try every end, the longest first."""
+    found, start = [], 0
+    while start < len(word):
+        for end in range(len(word), start, -1):
+            piece = ("##" if start else "") + word[start:end]
+            if piece in ids:
+                found.append(ids[piece])
+                start = end
+                break
+        else:
+            return [1]
+    return found
+
+
+LENGTHS = st.sampled_from([1, 2, 30, 31, 32, 33, 34, 60, 64, 65])
+PIECES = st.builds(
+    lambda n, last, more: "##" * more + "a" * n + last,
+    LENGTHS,
+    st.sampled_from(["", "b", "ab", "ba"]),
+    st.booleans(),
+)
+
+
+@given(tokens=st.lists(PIECES, max_size=8), word=st.lists(PIECES, min_size=1, max_size=3))
+def test_long_tokens_are_matched_as_the_original_matches_them(
+    tokens: list[str], word: list[str]
+) -> None:
+    tokenizer = Tokenizer(["[PAD]", "[UNK]", *tokens])
+    text = "".join(word).replace("#", "")[:200]
+    ids = {token: id_ for id_, token in enumerate(["[PAD]", "[UNK]", *tokens])}
+    assert tokenizer.encode(text) == longest_match(ids, text)
+
+
+def test_blank_lines_too_many_at_the_end_of_a_vocabulary_are_dropped(tmp_path: Path) -> None:
+    text = "[PAD]\n[UNK]\n\n春\n"
+    for more in ("", "\n", "\n \n\r\n"):
+        tokenizer = Tokenizer(text + more, num_embeddings=4)
+        assert (len(tokenizer), tokenizer.encode("春")) == (4, [3])
+        assert pickle.loads(pickle.dumps(tokenizer)) == tokenizer
+    with pytest.raises(ValueError, match="has 5 tokens but the model only 4"):
+        Tokenizer(text + "眠\n", num_embeddings=4)
+
+
+def test_a_token_with_control_characters_reaches_no_terminal() -> None:
+    tokens = ["[PAD]", "[UNK]", "春", "\x1b[2J", "##\x9b1m", "[a\x07]", "a\x7f", "a\rb", "眠"]
+    tokenizer = Tokenizer(tokens)
+    for skip in (True, False):
+        assert tokenizer.decode(range(2, 9), skip_special_tokens=skip) == "春ab眠"
+    assert set(range(3, 7)) <= set(tokenizer.banned_ids)
+
+
+def test_the_files_that_a_mac_leaves_beside_a_vocabulary_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "my-vocab.txt").write_text("[PAD]\n[UNK]\n", encoding="utf-8")
+    (tmp_path / "._my-vocab.txt").write_bytes(b"\0\x05\x16\x07")
+    (tmp_path / "._vocab.txt").write_bytes(b"\0\x05\x16\x07")
+    assert len(Tokenizer.from_pretrained(tmp_path)) == 2
