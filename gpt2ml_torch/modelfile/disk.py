@@ -67,15 +67,15 @@ def sync_directory(folder: Path) -> None:
         os.close(fd)
 
 
-def lock(path: Path, busy: str) -> BaseFileLock:
+def lock(path: Path, busy: str | None) -> BaseFileLock:
     """The lock file `path`, held until `unlock`.
 
-    Raises `OSError`, with the message `busy` where another process, or another caller in this one,
-    holds it.
+    Where another process, or another caller in this one, holds it, raises `OSError` with the
+    message `busy`, or waits if that is None.
     """
     from filelock import FileLock, Timeout  # PyTorch brings it
 
-    held = FileLock(path, timeout=0, thread_local=False)
+    held = FileLock(path, timeout=-1 if busy is None else 0, thread_local=False)
     try:
         held.acquire()
     except Timeout:

@@ -28,27 +28,33 @@ class WordPiece:
 
     def split(self, word: str) -> list[int]:
         """The ids of a word, the longest possible token first; [UNK] if any part has none."""
-        if len(word) > MAX_WORD_CHARACTERS:
-            return [self._unk_id]
-        ids, start, pieces = [], 0, self._starts
+        if len(word) > _MAX_PREFIX:
+            return self._split_long(word)
+        ids, start, table = [], 0, self._starts.table
         while start < len(word):
-            table, longest, stop = pieces.table, -1, start
-            end = start
-            for end in range(start + 1, min(len(word), start + _MAX_PREFIX) + 1):
+            longest, stop = -1, start
+            for end in range(start + 1, len(word) + 1):
                 id_ = table.get(word[start:end])
                 if id_ is None:
                     break
                 if id_ >= 0:
                     longest, stop = id_, end
-            if end - start == _MAX_PREFIX and pieces.lengths:
-                for length in pieces.lengths.get(word[start:end], ()):
-                    id_ = table.get(word[start : start + length])
-                    if id_ is not None and start + length <= len(word):
-                        longest, stop = id_, start + length
-                        break
             if longest < 0:
                 return [self._unk_id]
             ids.append(longest)
+            start, table = stop, self._continuations.table
+        return ids
+
+    def _split_long(self, word: str) -> list[int]:
+        """The same for words that tokens of more than `_MAX_PREFIX` characters may fit."""
+        if len(word) > MAX_WORD_CHARACTERS:
+            return [self._unk_id]
+        ids, start, pieces = [], 0, self._starts
+        while start < len(word):
+            id_, stop = pieces.longest(word, start)
+            if id_ < 0:
+                return [self._unk_id]
+            ids.append(id_)
             start, pieces = stop, self._continuations
         return ids
 
@@ -72,3 +78,18 @@ class _Pieces:
             if len(token) > _MAX_PREFIX:
                 lengths.setdefault(token[:_MAX_PREFIX], set()).add(len(token))
         self.lengths = {start: sorted(found, reverse=True) for start, found in lengths.items()}
+
+    def longest(self, word: str, start: int) -> tuple[int, int]:
+        """The id of the longest token at `start`, -1 for none, and where it ends."""
+        for length in self.lengths.get(word[start : start + _MAX_PREFIX], ()):
+            id_ = self.table.get(word[start : start + length])
+            if id_ is not None and start + length <= len(word):
+                return id_, start + length
+        longest, stop = -1, start
+        for end in range(start + 1, min(len(word), start + _MAX_PREFIX) + 1):
+            id_ = self.table.get(word[start:end])
+            if id_ is None:
+                break
+            if id_ >= 0:
+                longest, stop = id_, end
+        return longest, stop

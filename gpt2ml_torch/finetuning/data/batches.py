@@ -1,9 +1,8 @@
-"""The order of the rows: endless, fixed by a seed, resumable anywhere, the same for any number of
-processes.
+"""The order of the rows: endless, fixed by a seed, the same for any number of processes.
 
 There is one global sequence, the epochs' permutations one after the other. Step k of N processes
-with b rows each reads its places kNb to (k+1)Nb - 1, process r every N-th of them from r on; so the
-state is a place in that sequence.
+with b rows each reads its places kNb to (k+1)Nb - 1, process r every N-th of them from r on; so a
+run is resumed by the number of its step.
 """
 
 from __future__ import annotations
@@ -13,19 +12,16 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from torch.utils.data import IterableDataset, get_worker_info
 
 from gpt2ml_torch.finetuning.data.rows import RowDataset, Rows, collate
 
 
-class BatchStream(IterableDataset[Rows]):
-    """Endless batches of this process's rows, (B, T) each, from where the state stands.
+class BatchStream:
+    """Batches of this process's rows, (B, T) each, by their number: 0, 1, 2 and so on without end.
 
-    `batch_size` is that of one process; `rank` and `world_size` name it among N. A batch that
+    `batch_size` counts the rows of one process, which is `rank` of `world_size`. A batch that
     reaches over the end of an epoch is filled from the next. `multiple_of` cuts common padding off,
-    as in `collate`. In a `DataLoader` give it `batch_size=None`: workers take turns, so the order
-    stays, but their progress is not in this object's state: load a state with the index that was
-    reached.
+    as in `collate`.
 
     Raises `ValueError` for sizes and ranks that make no sense.
     """
@@ -44,19 +40,7 @@ class BatchStream(IterableDataset[Rows]):
         _check(batch_size, rank, world_size)
         self.rows, self.batch_size, self.seed, self.shuffle = rows, batch_size, seed, shuffle
         self.rank, self.world_size, self.multiple_of = rank, world_size, multiple_of
-        self._fingerprint = rows.fingerprint()
-        self._place = 0  # in the global sequence: rows read by all processes together
         self._permutation: tuple[int, npt.NDArray[np.integer[Any]]] | None = None
-
-    def __iter__(self) -> Iterator[Rows]:
-        info = get_worker_info()
-        workers, worker = (info.num_workers, info.id) if info else (1, 0)
-        step = self.batch_size * self.world_size
-        self._place += worker * step
-        while True:
-            batch = self.batch_at(self._place)
-            self._place += workers * step  # before: a state saved after this batch is past it
-            yield batch
 
     def batch(self, index: int) -> Rows:
         """This process's rows of the index-th batch from the very beginning."""
@@ -84,35 +68,6 @@ class BatchStream(IterableDataset[Rows]):
     def steps_per_epoch(self) -> int:
         """Steps until every row was read at least once."""
         return -(-len(self.rows) // (self.batch_size * self.world_size))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands, the same in every process; also the number of processes may
-        change.
-        """
-        epoch, index = divmod(self._place, len(self.rows))
-        return {
-            "epoch": epoch,
-            "index": index,
-            "seed": self.seed,
-            "shuffle": self.shuffle,
-            "rows": self._fingerprint,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state. Raises `ValueError` where it belongs to other data, options or
-        another seed.
-        """
-        if state["rows"] != self._fingerprint:
-            raise ValueError(
-                "the run to resume read other data, or cut it otherwise; "
-                "give the same files and options, or start anew"
-            )
-        for name in ("seed", "shuffle"):
-            if state[name] != getattr(self, name):
-                raise ValueError(
-                    f"{name} is {getattr(self, name)}; the run to resume has {state[name]}"
-                )
-        self._place = state["epoch"] * len(self.rows) + state["index"]
 
 
 def evaluation_batches(

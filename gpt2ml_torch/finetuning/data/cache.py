@@ -1,7 +1,7 @@
 """Tokenize files once, into a folder named after their content.
 
-The folder is written beside its place and renamed, under a lock: of several processes that start
-together one works and the others wait for it, and what a killed one left is swept away by the next.
+The folder is written under another name and renamed, under a lock: of several processes that start
+together one works while the others wait, and the next one removes what a killed one left.
 """
 
 from __future__ import annotations
@@ -43,11 +43,7 @@ from gpt2ml_torch.finetuning.data.encoding import (
 from gpt2ml_torch.finetuning.data.files import Source, find_sources, regular_stat, shown
 from gpt2ml_torch.finetuning.data.lines import complaint
 from gpt2ml_torch.finetuning.data.records import Fields
-
-try:
-    import fcntl
-except ImportError:  # Windows: without the lock, two runs at once do the same work twice
-    fcntl = None  # type: ignore[assignment]
+from gpt2ml_torch.modelfile import disk
 
 logger = logging.getLogger(__name__)
 
@@ -172,9 +168,7 @@ def _key(
 
 @contextlib.contextmanager
 def _cache_errors(folder: Path) -> Iterator[None]:
-    """Say of an error with a bare system message that it is the cache which could not be
-    written.
-    """
+    """Add to an error of the system that it was the cache which could not be written."""
     try:
         yield
     except OSError as error:
@@ -188,24 +182,12 @@ def _cache_errors(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock of that name; the system lets go of it when its holder dies."""
-    if fcntl is None:
+    """Wait for the lock of that name; the system releases it when its holder dies."""
+    held = disk.lock(path, busy=None)
+    try:
         yield
-        return
-    while True:
-        with open(path, "ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            # Whoever held it before has deleted the file: lock the one that now has its name.
-            try:
-                if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                    continue
-            except FileNotFoundError:
-                continue
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
-            return
+    finally:
+        disk.unlock(held)
 
 
 def _open_cached(path: Path) -> Corpus | None:
@@ -240,7 +222,7 @@ class _Build:
         try:
             self._write(partial, key=path.name)
             partial.rename(path)
-            _sync(path.parent)
+            disk.sync_directory(path.parent)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -373,16 +355,6 @@ class _Writer:
             "unknown_tokens": self._unknown,
             "unknown_characters": [c for c, _ in self._unknown_characters.most_common(20)],
         }
-
-
-def _sync(folder: Path) -> None:
-    """Make a rename in the folder survive a power cut, where the system can."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _cores() -> int:

@@ -277,7 +277,7 @@ def test_progress_is_told_and_nothing_is_printed(
     file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     told: list[tuple[str, int, int]] = []
-    with caplog.at_level(logging.DEBUG):
+    with caplog.at_level(logging.INFO):
         tokenize_files(
             file,
             small_tokenizer(),
