@@ -186,7 +186,7 @@ def _block(data: bytes, start: int, size: int) -> bytes:
         raise ValueError("a block's checksum is wrong")
     if kind not in (_PLAIN, _SNAPPY):
         raise ValueError(f"a block is compressed in the unknown way {kind[0]}")
-    return block if kind == _PLAIN else _uncompress(block)
+    return block if kind == _PLAIN else uncompress(block)
 
 
 def _pairs(block: bytes) -> Iterator[tuple[bytes, bytes]]:
@@ -213,7 +213,7 @@ def _join(pairs: Iterable[tuple[bytes, bytes]]) -> bytes:
     return bytes(content) + struct.pack(f"<{len(restarts) + 1}I", *restarts, len(restarts))
 
 
-def _uncompress(block: bytes) -> bytes:
+def uncompress(block: bytes) -> bytes:
     """Undo Snappy: literal bytes, and copies of what came before."""
     cursor, out = Cursor(block), bytearray()
     length = cursor.varint()

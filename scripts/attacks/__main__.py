@@ -1,0 +1,79 @@
+"""Runs the attacks in turn, each in a process of its own, and gathers what they find."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+
+from scripts.attacks import NAMES
+from scripts.attacks.worker import FINDING
+
+SLICE_SECONDS = 20.0
+GRACE_SECONDS = 120.0  # beyond the slice, for a worker to start and end its last case
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="scripts/attack", description="Attack what reads and writes."
+    )
+    parser.add_argument("--seconds", type=float, default=60.0, help="how long (default: 60)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="another seed, other cases (default: 0)"
+    )
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, help="these attacks")
+    arguments = parser.parse_args()
+    end = time.monotonic() + arguments.seconds
+    first = dict.fromkeys(arguments.only, 0)
+    findings: list[str] = []
+    share = min(SLICE_SECONDS, arguments.seconds / len(arguments.only))
+    while time.monotonic() < end:
+        for name in arguments.only:
+            if time.monotonic() >= end:
+                break
+            done, found = run_slice(name, arguments.seed, first[name], share)
+            first[name] += done
+            findings += found
+            print(f"{name}: {first[name]} cases", flush=True)
+            for finding in found:
+                print(finding, flush=True)
+    print(f"{sum(first.values())} cases, {len(findings)} findings")
+    return 1 if findings else 0
+
+
+def run_slice(name: str, seed: int, first: int, seconds: float) -> tuple[int, list[str]]:
+    """How many cases ran, and the findings among them."""
+    command = [
+        sys.executable,
+        "-m",
+        "scripts.attacks.worker",
+        name,
+        str(seed),
+        str(first),
+        str(seconds),
+    ]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=seconds + GRACE_SECONDS, check=False
+        )
+        output, ended = done.stdout, done.returncode
+        trouble = f"the worker ended with status {ended}: {done.stderr[-2000:]}" if ended else ""
+    except subprocess.TimeoutExpired as error:
+        output = (
+            (error.stdout or b"").decode()
+            if isinstance(error.stdout, bytes)
+            else error.stdout or ""
+        )
+        trouble = "the worker hung"
+    lines = output.splitlines()
+    cases = [int(line.split()[1]) for line in lines if line.startswith("case ")]
+    found = [line for line in lines if line.startswith(FINDING)]
+    last = cases[-1] if cases else first
+    if trouble:
+        found.append(f"{FINDING} {name} --seed {seed} case {last}: {trouble}")
+    return last + 1 - first, found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

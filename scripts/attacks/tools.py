@@ -1,0 +1,92 @@
+"""What the attacks share: damage for bytes and JSON, a tiny model, programs that are watched."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from convert import to_safetensors
+from convert.inputs import locate
+from convert.plan import Options
+from gpt2ml_torch import GPT2ML, GPT2MLConfig, Tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+CHECKPOINT = ROOT / "checkpoints" / "demo"
+ALLOWED = (ValueError, OSError)  # what a library may raise for bad input
+TOKENS = [
+    *("[PAD]", *(f"[unused{i}]" for i in range(1, 100)), "[UNK]", "[CLS]", "[SEP]", "[MASK]"),
+    *"今天气不错春眠觉晓。，",
+]
+CONFIG = GPT2MLConfig(
+    vocab_size=len(TOKENS),
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=64,
+    max_position_embeddings=24,
+)
+
+
+def write_model(path: Path) -> Path:
+    """A model file of 40 KB with a vocabulary."""
+    torch.manual_seed(0)
+    GPT2ML(CONFIG).save_pretrained(path, tokenizer=Tokenizer(TOKENS), source={"name": "attack"})
+    return path
+
+
+def convert(source: Path, out: Path) -> None:
+    """Convert with the standard options."""
+    to_safetensors.convert(locate(source), out, Options(overwrite=True))
+
+
+def damaged(draw: random.Random, data: bytes) -> bytes:
+    """The bytes with one to four changes of the kinds that disks, networks and people make."""
+    result = bytearray(data)
+    for _ in range(draw.randint(1, 4)):
+        if not result:
+            break
+        place = draw.randrange(len(result))
+        length = min(draw.choice((1, 1, 2, 4, 8, 64, 4096)), len(result) - place)
+        kind = draw.randrange(7)
+        if kind == 0:
+            result[place] ^= 1 << draw.randrange(8)
+        elif kind == 1:
+            result[place : place + length] = draw.randbytes(length)
+        elif kind == 2:
+            del result[place : place + length]
+        elif kind == 3:
+            result[place:place] = result[place : place + length]
+        elif kind == 4:
+            del result[place:]
+        elif kind == 5:
+            result[place : place + length] = draw.choice((b"\x00", b"\xff", b"\x80")) * length
+        else:
+            size = draw.choice((1, 4, 8))
+            number = draw.choice((0, 1, 2**31 - 1, 2**32 - 1, 2**63 - 1, 2**64 - 1)) % 2 ** (
+                8 * size
+            )
+            result[place : place + size] = number.to_bytes(size, "little")
+    return bytes(result)
+
+
+def any_json(draw: random.Random, depth: int = 0) -> Any:
+    """A value of any kind, often an extreme one."""
+    kind = draw.randrange(8 if depth < 3 else 6)
+    if kind == 0:
+        return draw.choice((None, True, False))
+    if kind == 1:
+        return draw.choice((0, -1, 1, 7, 2**31, 2**63, 10**30, -(10**30)))
+    if kind == 2:
+        return draw.choice((0.5, -0.0, 1e308, 1e-308, 3.0))
+    if kind in (3, 4):
+        return "".join(
+            draw.choice("a今\x00\x1b[31m\u2028\n\ufffd/..") for _ in range(draw.randrange(12))
+        )
+    if kind == 5:
+        return "x" * draw.choice((0, 1, 1000, 100_000))
+    if kind == 6:
+        return [any_json(draw, depth + 1) for _ in range(draw.randrange(4))]
+    return {str(any_json(draw, 9)): any_json(draw, depth + 1) for _ in range(draw.randrange(4))}
