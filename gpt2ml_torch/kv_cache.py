@@ -1,4 +1,4 @@
-"""The key-value cache: a module, and the bare tensors that compiled graphs take.
+"""The key-value cache of incremental decoding.
 
 Shapes:
     B  batch rows       S  slots       H  heads       K  head size
@@ -6,35 +6,10 @@ Shapes:
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 
 from gpt2ml_torch.config import GPT2MLConfig
-
-
-class KeysValues(NamedTuple):
-    """One layer's cache: keys and values, each (B, S, H, K)."""
-
-    keys: Tensor
-    values: Tensor
-
-
-class CacheTensors(NamedTuple):
-    """All layers' cache as bare tensors, (layers, B, S, H, K): a `KVCache` for compiled graphs, in
-    which a module's buffers would have fixed sizes.
-    """
-
-    keys: Tensor
-    values: Tensor
-
-    @property
-    def length(self) -> int:
-        return self.keys.shape[2]
-
-    def layer(self, index: int) -> KeysValues:
-        return KeysValues(self.keys[index], self.values[index])
 
 
 class KVCache(nn.Module):
@@ -80,9 +55,6 @@ class KVCache(nn.Module):
     @property
     def length(self) -> int:
         return self.keys.shape[2]
-
-    def layer(self, index: int) -> KeysValues:
-        return KeysValues(self.keys[index], self.values[index])
 
     @torch.inference_mode()
     def copy_row(self, row: int, target: KVCache, to: int, length: int) -> None:

@@ -23,8 +23,11 @@ from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 from gpt2ml_torch import kernels
 from gpt2ml_torch.config import GPT2MLConfig
-from gpt2ml_torch.kv_cache import CacheTensors, KeysValues, KVCache
+from gpt2ml_torch.input_checks import check_inputs
+from gpt2ml_torch.kv_cache import KVCache
 from gpt2ml_torch.modelfile.pretrained import Pretrained
+
+KeysValues = tuple[Tensor, Tensor]  # keys and values of all layers, or of one: (B, S, H, K)
 
 
 class TokenEmbedding(nn.Embedding):
@@ -57,9 +60,9 @@ class Attention(nn.Module):
         q, k, v = qkv.unbind(2)  # each (B, T, H, K)
         if cache is not None:
             rows = torch.arange(B, device=h.device)[:, None]  # (B, 1)
-            cache.keys.index_put_((rows, positions), k)
-            cache.values.index_put_((rows, positions), v)
-            k, v = cache.keys, cache.values  # (B, S, H, K)
+            for slots, new in zip(cache, (k, v), strict=True):
+                slots.index_put_((rows, positions), new)
+            k, v = cache  # (B, S, H, K)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T or S, K)
         a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.output(a.transpose(1, 2).reshape(B, T, D))
@@ -108,9 +111,9 @@ class Block(nn.Module):
 class GPT2ML(Pretrained):
     """The language model: `model(token_ids)` gives next-token logits, (B, T) int64 -> (B, T, V).
 
-    Its parameters are those of the file (`gpt2ml_torch.modelfile`), under the same names; the
-    output layer is the token embedding. `gradient_checkpointing` may be set to recompute each block
-    in the backward pass while training.
+    Its parameters have the names of the tensors in a model file; the output layer is the token
+    embedding. `from_pretrained` and `save_pretrained` come from `modelfile.pretrained`.
+    `gradient_checkpointing` may be set to recompute each block in the backward pass in training.
     Source: imcaspar/gpt2-ml, train/modeling.py, GroverModel.
     """
 
@@ -142,21 +145,9 @@ class GPT2ML(Pretrained):
     @property
     def runs_on_kernels(self) -> bool:
         """Whether all layers run as one operator over a key-value cache: packed, on this CPU."""
-        # All of them: a layer with an adapter is no packed layer any more.
-        return kernels.supports_layers(
-            self.position_embedding.weight, self.config.head_size
-        ) and all(
-            isinstance(layer, kernels.PackedLinear) and layer.has_kernel for layer in self._linears
+        return kernels.can_run_layers(
+            self.blocks, like=self.position_embedding.weight, head_size=self.config.head_size
         )
-
-    @property
-    def _linears(self) -> list[Any]:
-        """The layers with the large matrices, in the order in which they are used."""
-        return [
-            layer
-            for block in self.blocks
-            for layer in (block.attention.qkv, block.attention.output, block.mlp.up, block.mlp.down)
-        ]
 
     @torch.no_grad()
     def initialize(self) -> None:
@@ -186,9 +177,10 @@ class GPT2ML(Pretrained):
         only to those before it with its own id. Raises `ValueError` for ids outside the vocabulary
         and positions past the last; inside `torch.compile` the same checks raise `RuntimeError`.
         """
-        self._check_inputs(token_ids, positions, cache, document_ids)
+        check_inputs(self.config, self.dtype, token_ids, positions, cache, document_ids)
+        tensors = None if cache is None else (cache.keys, cache.values)
         h = self.hidden_states(
-            token_ids, positions=positions, cache=cache, document_ids=document_ids
+            token_ids, positions=positions, cache=tensors, document_ids=document_ids
         )
         return self.logits(h)
 
@@ -197,20 +189,24 @@ class GPT2ML(Pretrained):
         token_ids: Tensor,
         *,
         positions: Tensor | None = None,
-        cache: KVCache | CacheTensors | None = None,
+        cache: KeysValues | None = None,
         document_ids: Tensor | None = None,
     ) -> Tensor:
-        """The last block's output, (B, T) -> (B, T, D); inputs are not checked."""
+        """The last block's output, (B, T) -> (B, T, D); inputs are not checked.
+
+        `cache` holds the tensors of a `KVCache`, keys and values, each (layers, B, S, H, K):
+        compiled graphs take tensors, whose sizes may differ from call to call.
+        """
         B, T = token_ids.shape
         if positions is None:
             positions = torch.arange(T, device=token_ids.device).expand(B, T)
         h = self.token_embedding(token_ids) + self.position_embedding(positions)
         h = self.embedding_norm(h)  # (B, T, D); the original has no dropout here
         if cache is not None and self.runs_on_kernels:
-            return self._run_kernel(h, positions, cache)
+            return kernels.run_layers(self.blocks, h, positions, *cache)
         mask = None  # plain causal attention among the tokens of this call
         if cache is not None:
-            slots = torch.arange(cache.length, device=token_ids.device)  # (S,)
+            slots = torch.arange(cache[0].shape[2], device=token_ids.device)  # (S,)
             mask = (slots <= positions[:, :, None])[:, None]  # (B, 1, T, S)
         elif document_ids is not None:
             places = torch.arange(T, device=token_ids.device)  # (T,)
@@ -220,83 +216,14 @@ class GPT2ML(Pretrained):
             if self.gradient_checkpointing and self.training and cache is None:
                 h = recompute_in_backward(block, h, mask=mask, use_reentrant=False)
             else:
-                layer = cache.layer(index) if cache is not None else None
+                layer = None if cache is None else (cache[0][index], cache[1][index])
                 run = _run_block if cache is None else _run_block_once_compiled
                 h = run(block, h, positions, mask, layer)
         return h
 
-    def _run_kernel(self, h: Tensor, positions: Tensor, cache: KVCache | CacheTensors) -> Tensor:
-        layers = self._linears
-        norms = [norm for block in self.blocks for norm in (block.mlp_norm, block.output_norm)]
-        return kernels.packed_layers(
-            h,
-            positions,
-            cache.keys,
-            cache.values,
-            weights=[layer.weight for layer in layers],
-            scales=[layer.weight_scale for layer in layers if layer.weight_scale is not None],
-            biases=[layer.bias for layer in layers],
-            norms=[parameter for norm in norms for parameter in (norm.weight, norm.bias)],
-            bits=layers[0].bits,
-        )
-
     def logits(self, h: Tensor) -> Tensor:
         """Scores of every token of the vocabulary, (..., D) -> (..., V); no bias, no final norm."""
         return self.token_embedding.logits(h)
-
-    def _check_inputs(
-        self,
-        token_ids: Tensor,
-        positions: Tensor | None,
-        cache: KVCache | None,
-        document_ids: Tensor | None,
-    ) -> None:
-        if token_ids.ndim != 2 or token_ids.dtype not in (torch.int64, torch.int32):
-            raise ValueError(
-                f"token_ids is {token_ids.dtype} of shape {tuple(token_ids.shape)}; "
-                "expected integers of shape (batch, tokens)"
-            )
-        limit = self.config.max_position_embeddings if cache is None else cache.length
-        what = "positions" if cache is None else "cache slots"
-        if positions is None and token_ids.shape[1] > limit:
-            raise ValueError(
-                f"{token_ids.shape[1]} tokens were given; the model has {limit} {what}: "
-                "cut the text, or decode it in windows with Generator"
-            )
-        for name, value in (("positions", positions), ("document_ids", document_ids)):
-            if value is not None and value.shape != token_ids.shape:
-                raise ValueError(
-                    f"{name} has shape {tuple(value.shape)}; expected that of token_ids, "
-                    f"{tuple(token_ids.shape)}"
-                )
-        if positions is not None and positions.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"positions is {positions.dtype}; expected integers")
-        if cache is not None and document_ids is not None:
-            raise ValueError("document_ids and a cache exclude each other; give one of them")
-        if cache is not None:
-            self._check_cache(cache, rows=token_ids.shape[0])
-        _check_range(token_ids, self.config.vocab_size, "token id")
-        if positions is not None:
-            _check_range(positions, limit, "position")
-
-    def _check_cache(self, cache: KVCache, *, rows: int) -> None:
-        config = self.config
-        layers, heads, size = (
-            config.num_hidden_layers,
-            config.num_attention_heads,
-            config.head_size,
-        )
-        found, expected = tuple(cache.keys.shape), (layers, rows, cache.length, heads, size)
-        if found != expected:
-            raise ValueError(
-                f"the cache has shape {found} (layers, rows, slots, heads, head size); this model "
-                f"with {rows} rows of tokens needs {expected}: make a KVCache for them"
-            )
-        if cache.keys.dtype != self.dtype:
-            raise ValueError(
-                f"the cache is {cache.keys.dtype} and the model {self.dtype}; make the cache with "
-                "dtype=model.dtype"
-            )
 
 
 def _run_block(
@@ -313,15 +240,3 @@ def _run_block(
 # In a compiled graph, code for one layer that serves all of them; elsewhere the same function.
 # PyTorch has it since 2.8; it takes gradients too, but dropout and LoRA may break in it.
 _run_block_once_compiled = getattr(torch.compiler, "nested_compile_region", lambda f: f)(_run_block)
-
-
-def _check_range(values: Tensor, limit: int, what: str) -> None:
-    """Raise unless 0 <= values < limit; in a compiled graph, by an assertion of the graph."""
-    if torch.compiler.is_compiling():
-        inside = ((values >= 0) & (values < limit)).all()
-        torch._assert_async(inside, f"{what} out of range: expected 0 <= {what} < {limit}")
-    elif values.numel():
-        low, high = (int(bound) for bound in torch.aminmax(values))
-        if low < 0 or high >= limit:
-            found = low if low < 0 else high
-            raise ValueError(f"{what} {found} is out of range; expected 0 <= {what} < {limit}")

@@ -28,6 +28,7 @@ LAYERS = (
     {"options", "cache", "precision", "valid_json", "textfiles"},
     {"config", "devices"},
     {"kernels", "kv_cache"},
+    {"input_checks"},
     {"modelfile"},
     {"model"},
     {"tokenizer", "sampling"},

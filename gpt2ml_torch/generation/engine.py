@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from gpt2ml_torch.cache import cache_root
-from gpt2ml_torch.kv_cache import CacheTensors, KVCache
+from gpt2ml_torch.kv_cache import KVCache
 from gpt2ml_torch.model import GPT2ML
 
 _logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ SMALLEST_PREFILL = 16
 def prefill(model: GPT2ML, token_ids: Tensor, last: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Read a text from its start into the cache; logits after place `last`, (1, T) -> (1, V)."""
     positions = torch.arange(token_ids.shape[1], device=token_ids.device)[None]
-    h = model.hidden_states(token_ids, positions=positions, cache=CacheTensors(keys, values))
+    h = model.hidden_states(token_ids, positions=positions, cache=(keys, values))
     return model.logits(h.index_select(1, last)[:, 0])
 
 
@@ -46,7 +46,7 @@ def decode(
     model: GPT2ML, token_ids: Tensor, positions: Tensor, keys: Tensor, values: Tensor
 ) -> Tensor:
     """Read T more tokens of each row; logits after each, (B, T) -> (B, T, V)."""
-    h = model.hidden_states(token_ids, positions=positions, cache=CacheTensors(keys, values))
+    h = model.hidden_states(token_ids, positions=positions, cache=(keys, values))
     return model.logits(h)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gpt2ml_torch import GPT2ML, GPT2MLConfig, KVCache, kernels
 from gpt2ml_torch.kernels import ops
-from gpt2ml_torch.model import Block, KeysValues
+from gpt2ml_torch.model import Block
 from gpt2ml_torch.precision import PACKABLE
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -39,6 +39,13 @@ def loud_block(*, heads: int, width: int, inner: int, dtype: torch.dtype = torch
             else:
                 parameter.normal_(std=parameter.shape[1] ** -0.5)
     return block.requires_grad_(False).to(dtype)
+
+
+class KeysValues(NamedTuple):
+    """One layer's cache, (B, S, H, K)."""
+
+    keys: Tensor
+    values: Tensor
 
 
 def empty_cache(h: Tensor, heads: int, *, slots: int = SLOTS) -> KeysValues:

@@ -69,8 +69,8 @@ class RowDataset(Dataset[Rows]):
     share `overlap` tokens (an eighth of the length by default), each target learned in the first
     window that has it. Documents of at most `min_tokens` are left out and counted in `too_short`
     (the original left out those of 64 and fewer), and so are those without a target. With `pack`,
-    rows hold several documents, of which none is cut that fits into a row; use `attention_mask`.
-    What follows a prompt is learned, the prompt is not.
+    rows hold several documents, of which none is cut that fits into a row; the
+    model takes their `document_ids`. What follows a prompt is learned, the prompt is not.
 
     Raises `ValueError` for sizes that make no row, and where no document is left.
     """
