@@ -6,10 +6,23 @@ Shapes:
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from gpt2ml_torch.config import GPT2MLConfig
+
+
+class CacheTensors(NamedTuple):
+    """The tensors of a cache, or a view of some of its rows: what steps and graphs take."""
+
+    keys: Tensor  # (layers, B, S, H, K)
+    values: Tensor
+
+    @property
+    def length(self) -> int:
+        return self.keys.shape[2]
 
 
 class KVCache(nn.Module):

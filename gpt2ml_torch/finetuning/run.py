@@ -208,7 +208,7 @@ def _sampler(job: _Job, model: GPT2ML) -> Sampler:
     from gpt2ml_torch.generation import Generator
 
     def sample(prompts: Sequence[str]) -> list[str]:
-        generator = Generator(model, job.tokenizer, compile=False)
+        generator = Generator(model, job.tokenizer, compile=False, pack=False)
         return list(
             generator.generate(
                 list(prompts),

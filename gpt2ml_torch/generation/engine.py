@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from gpt2ml_torch.cache import cache_root
-from gpt2ml_torch.kv_cache import KVCache
+from gpt2ml_torch.kv_cache import CacheTensors, KVCache
 from gpt2ml_torch.model import GPT2ML
 
 _logger = logging.getLogger(__name__)

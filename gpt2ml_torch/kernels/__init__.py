@@ -1,7 +1,7 @@
 """Weights of 32 to 4 bits for decoding at the speed of memory, with kernels built on demand."""
 
 from gpt2ml_torch.kernels.layers import can_run_layers, run_layers
-from gpt2ml_torch.kernels.modules import PackedEmbedding, PackedLinear, fill_rows, pack_model
+from gpt2ml_torch.kernels.modules import PackedEmbedding, PackedLinear
 from gpt2ml_torch.kernels.ops import (
     load_kernels,
     pack,
@@ -9,19 +9,29 @@ from gpt2ml_torch.kernels.ops import (
     packed_linear,
     supports_layers,
 )
+from gpt2ml_torch.kernels.packed_model import (
+    PlainState,
+    fill_rows,
+    pack_for_decoding,
+    pack_model,
+    unpack_model,
+)
 from gpt2ml_torch.kernels.packing import unpack
 
 __all__ = [
     "PackedEmbedding",
     "PackedLinear",
+    "PlainState",
     "can_run_layers",
     "fill_rows",
     "load_kernels",
     "pack",
+    "pack_for_decoding",
     "pack_model",
     "packed_layers",
     "packed_linear",
     "run_layers",
     "supports_layers",
     "unpack",
+    "unpack_model",
 ]

@@ -5,20 +5,55 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from gpt2ml_torch.kernels.modules import PackedLinear
 from gpt2ml_torch.kernels.ops import packed_layers, supports_layers
+
+_EPSILON = 1e-5  # of every LayerNorm, a constant in the kernel
+_MODULE = "gpt2ml_torch.model"  # whose blocks are what the kernel computes
 
 
 def can_run_layers(blocks: Iterable[Any], *, like: Tensor, head_size: int) -> bool:
     """Whether `run_layers` takes these blocks, with activations of the device and dtype of `like`.
 
-    All linear layers must be packed: one with an adapter is no packed layer any more.
+    Every linear layer must be packed, since one with an adapter is no packed layer any more, and no
+    module may have a hook, which the operator would not call.
     """
     return supports_layers(like, head_size) and all(
-        isinstance(layer, PackedLinear) and layer.has_kernel for layer in _linears(blocks)
+        runs_as_written(block, PackedLinear) for block in blocks
     )
+
+
+def runs_as_written(block: Any, linear: type[nn.Linear]) -> bool:
+    """Whether the kernel computes what a block does: its parts are of their very types, with linear
+    layers of the given one, and untouched.
+
+    Asked of every block at every step, so it looks into the modules' own dictionaries: an attribute
+    of an `nn.Module` takes ten times as long.
+    """
+    parts = block._modules
+    attention, mlp = parts["attention"], parts["mlp"]
+    for part in (block, attention, mlp):
+        if type(part).__module__ != _MODULE or not is_untouched(part):
+            return False
+    for norm in (parts["mlp_norm"], parts["output_norm"]):
+        if type(norm) is not nn.LayerNorm or norm.eps != _EPSILON or not is_untouched(norm):
+            return False
+    inner = attention._modules, mlp._modules
+    layers = (inner[0]["qkv"], inner[0]["output"], inner[1]["up"], inner[1]["down"])
+    return all(
+        type(layer) is linear
+        and is_untouched(layer)
+        and (linear is not PackedLinear or layer.has_kernel)
+        for layer in layers
+    )
+
+
+def is_untouched(module: nn.Module) -> bool:
+    """Whether calling a module does what its class says: no hooks, no forward of its own."""
+    state = module.__dict__
+    return not (state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state)
 
 
 def run_layers(
@@ -26,7 +61,11 @@ def run_layers(
 ) -> Tensor:
     """All blocks over their key-value cache, as `packed_layers` says: (B, T, D) -> (B, T, D)."""
     blocks = list(blocks)
-    layers = _linears(blocks)
+    layers = [
+        layer
+        for block in blocks
+        for layer in (block.attention.qkv, block.attention.output, block.mlp.up, block.mlp.down)
+    ]
     norms = [norm for block in blocks for norm in (block.mlp_norm, block.output_norm)]
     return packed_layers(
         h,
@@ -39,12 +78,3 @@ def run_layers(
         norms=[parameter for norm in norms for parameter in (norm.weight, norm.bias)],
         bits=layers[0].bits,
     )
-
-
-def _linears(blocks: Iterable[Any]) -> list[Any]:
-    """The layers with the large matrices, in the order in which they are used."""
-    return [
-        layer
-        for block in blocks
-        for layer in (block.attention.qkv, block.attention.output, block.mlp.up, block.mlp.down)
-    ]

@@ -1,4 +1,4 @@
-"""Layers with packed weights, and their way into a model, one layer at a time.
+"""Layers with packed weights.
 
 `PackedLinear` and `PackedEmbedding` are an `nn.Linear` and an `nn.Embedding` to whoever asks
 (`in_features`, `embedding_dim`, LoRA's adapters), but `weight` is a buffer in the packed format.
@@ -6,8 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,20 +20,22 @@ from gpt2ml_torch.kernels.ops import (
     packed_linear,
     unpacked_linear,
 )
-from gpt2ml_torch.precision import PACKABLE, PANEL, Precision
-
-_Module = TypeVar("_Module", bound=nn.Module)
+from gpt2ml_torch.precision import PANEL, Precision
 
 
-class _Packed(nn.Module):
+class Packed(nn.Module):
     """Buffers `weight` and `weight_scale` (`None` unless integers); on `meta` until filled."""
 
     weight: Tensor
     weight_scale: Tensor | None
 
-    def _allocate(self, outputs: int, inputs: int, precision: Precision | str) -> None:
+    def _allocate(
+        self, outputs: int, inputs: int, precision: Precision | str, dtype: torch.dtype
+    ) -> None:
         precision = Precision.of(precision)
         self.outputs, self.inputs, self.precision = outputs, inputs, precision
+        self.dtype = dtype
+        self.trainable = False
         self.bits = precision.bits
         shapes = precision.packed_shapes(outputs, inputs)
         dtype = packing.storage_dtype(precision)
@@ -57,8 +59,24 @@ class _Packed(nn.Module):
             )
         pack_rows(rows, self.weight, self.weight_scale, self.precision, first=first)
 
+    def unpacked(self) -> nn.Module:
+        """The plain layer that this one was packed from."""
+        raise TypeError(f"{type(self).__name__} is no layer of a model")
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Moves with the model but keeps the buffers' dtypes: they are a format, no precision."""
+        """Moves with the model; the packed weight itself is a format, which no dtype changes.
+
+        Raises `ValueError` for another dtype of the activations, which the packed weight would not
+        follow.
+        """
+        for dtype in (torch.float32, torch.bfloat16):
+            wanted = fn(torch.empty(0, dtype=dtype)).dtype
+            if wanted not in (dtype, self.dtype):
+                raise ValueError(
+                    f"the model's large matrices are packed as {self.precision}, beside which "
+                    f"activations stay {self.dtype}: load it with "
+                    f"dtype={wanted} instead, or unpack it first (kernels.unpack_model)"
+                )
         kept = {name: self._buffers.pop(name) for name in ("weight", "weight_scale")}
         super()._apply(fn, recurse)
         for name, buffer in kept.items():
@@ -75,42 +93,69 @@ class _Packed(nn.Module):
             return packed_linear(x, self.weight, scale, bias, bits=self.bits, outputs=self.outputs)
         return unpacked_linear(x, self.weight, scale, bias, self.bits, self.outputs)
 
+    def plain_weight(self) -> Tensor:
+        """The weight as it was, bit for bit; if it was rounded to integers, what they stand for."""
+        if self.precision.is_integer:
+            return self.dequantized().to(self.dtype)
+        rows = self.weight.transpose(1, 2).flatten(2).flatten(0, 1)
+        return rows[: self.outputs, : self.inputs].contiguous()
+
     def dequantized(self) -> Tensor:
         """The weight that the packed one stands for, float32 (outputs, inputs)."""
         return packing.unpack(self.weight, self.weight_scale, self.bits, self.outputs, self.inputs)
 
 
-class PackedLinear(_Packed, nn.Linear):
+class PackedLinear(Packed, nn.Linear):
     """x Wᵀ + b with a packed weight: (..., K) -> (..., N), in the dtype of x."""
 
     weight: Tensor  # a buffer, where nn.Linear has a parameter
 
     def __init__(
-        self, in_features: int, out_features: int, *, precision: Precision | str, bias: bool
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        precision: Precision | str,
+        bias: bool,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
-        self._allocate(out_features, in_features, precision)
-        values = torch.empty(out_features, device="meta") if bias else None
+        self._allocate(out_features, in_features, precision, dtype)
+        values = torch.empty(out_features, device="meta", dtype=dtype) if bias else None
         self.register_parameter("bias", None if values is None else nn.Parameter(values, False))
 
     @classmethod
     def pack(cls, linear: nn.Linear, precision: Precision | str) -> PackedLinear:
-        """A packed copy of `linear`; the bias is shared, and frozen."""
-        packed = cls(linear.in_features, linear.out_features, precision=precision, bias=False)
+        """A packed copy of `linear`; the bias is shared, and frozen. On `meta` it is not filled."""
+        dtype, has_bias = linear.weight.dtype, linear.bias is not None
+        features = linear.in_features, linear.out_features
+        packed = cls(*features, precision=precision, bias=has_bias, dtype=dtype)
+        packed.trainable = linear.weight.requires_grad
+        if linear.weight.is_meta:
+            return packed
         packed._fill(linear.weight)
-        if linear.bias is not None:
+        if has_bias:
             packed.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
         return packed
 
     def forward(self, x: Tensor) -> Tensor:
         return self._product(x, self.bias)
 
+    def unpacked(self) -> nn.Linear:
+        """A plain layer again, with `plain_weight`."""
+        has_bias = self.bias is not None
+        linear = nn.Linear(self.in_features, self.out_features, bias=has_bias, device="meta")
+        linear.weight = nn.Parameter(self.plain_weight(), self.trainable)
+        if has_bias:
+            linear.bias = nn.Parameter(self.bias.detach(), self.trainable)
+        return linear.train(self.training)
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, precision={self.precision}"
 
 
-class PackedEmbedding(_Packed, nn.Embedding):
+class PackedEmbedding(Packed, nn.Embedding):
     """Embedding rows, and the scores against all of them, from one packed weight."""
 
     weight: Tensor  # a buffer, where nn.Embedding has a parameter
@@ -124,17 +169,27 @@ class PackedEmbedding(_Packed, nn.Embedding):
         dtype: torch.dtype,
     ) -> None:
         nn.Module.__init__(self)
-        self.num_embeddings, self.embedding_dim, self.dtype = num_embeddings, embedding_dim, dtype
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.padding_idx = self.max_norm = None
         self.norm_type, self.scale_grad_by_freq, self.sparse = 2.0, False, False
-        self._allocate(num_embeddings, embedding_dim, precision)
+        self._allocate(num_embeddings, embedding_dim, precision, dtype)
+        self.plain_type: type[nn.Embedding] = nn.Embedding
 
     @classmethod
     def pack(cls, embedding: nn.Embedding, precision: Precision | str) -> PackedEmbedding:
+        """A packed copy of `embedding`. On `meta` it is not filled."""
         weight = embedding.weight
         packed = cls(*weight.shape, precision=precision, dtype=weight.dtype)
-        packed._fill(weight)
+        packed.plain_type, packed.trainable = type(embedding), weight.requires_grad
+        if not weight.is_meta:
+            packed._fill(weight)
         return packed
+
+    def unpacked(self) -> nn.Embedding:
+        """A plain embedding again, of the type that was packed, with `plain_weight`."""
+        weight = self.plain_weight()
+        plain = self.plain_type.from_pretrained(weight, freeze=not self.trainable)
+        return plain.train(self.training)
 
     def forward(self, token_ids: Tensor) -> Tensor:
         panel, lane = token_ids // PANEL, token_ids % PANEL
@@ -148,62 +203,3 @@ class PackedEmbedding(_Packed, nn.Embedding):
     def logits(self, h: Tensor) -> Tensor:
         """Scores of every row, in float32 or wider: (..., D) -> (..., V)."""
         return self._product(h.to(torch.promote_types(h.dtype, torch.float32)), None)
-
-
-def pack_model(model: _Module, precision: Precision | str) -> _Module:
-    """Replace the linear layers and the token embedding of a GPT2ML by packed ones, in place.
-
-    With "int4" the embedding, which is the output layer too, has 8 bits. Each weight is freed as
-    soon as it is packed. On `meta` the layers are only replaced, for packed tensors to be loaded
-    into. Raises `ValueError` for a precision that weights can't be packed in.
-    """
-    if precision not in PACKABLE:
-        raise ValueError(f"precision is {str(precision)!r}; expected one of {', '.join(PACKABLE)}")
-    for parent, name, layer in list(_layers(model)):
-        setattr(parent, name, _replacement(layer, Precision(precision)))
-    return model
-
-
-@torch.no_grad()
-def fill_rows(model: nn.Module, name: str, rows: Tensor, first: int, dtype: torch.dtype) -> None:
-    """Give a model that `pack_model` prepared on `meta` rows of one plain tensor of a state dict.
-
-    A packed layer's weight is packed, `first` then being a multiple of 16; anything else is copied,
-    in `dtype`.
-    """
-    path, leaf = name.rsplit(".", 1)
-    module = model.get_submodule(path)
-    if isinstance(module, _Packed) and leaf == "weight":
-        try:
-            module.fill_rows(rows, first)
-        except ValueError as error:
-            raise ValueError(f"tensor {name!r}: {error}") from None
-        return
-    parameter = module.get_parameter(leaf)
-    if parameter.is_meta:
-        parameter = nn.Parameter(torch.empty_like(parameter, dtype=dtype, device="cpu"), False)
-        module.register_parameter(leaf, parameter)
-    parameter[first : first + len(rows)].copy_(rows)
-
-
-def _layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    """The layers to pack: (parent, attribute, layer)."""
-    for parent in model.modules():
-        for name, layer in parent.named_children():
-            is_linear = isinstance(layer, nn.Linear)
-            if (is_linear or name == "token_embedding") and not isinstance(layer, _Packed):
-                yield parent, name, layer
-
-
-def _replacement(layer: nn.Module, precision: Precision) -> nn.Module:
-    if isinstance(layer, nn.Embedding):
-        precision = precision.of_embedding
-        if layer.weight.is_meta:
-            dtype = layer.weight.dtype
-            return PackedEmbedding(*layer.weight.shape, precision=precision, dtype=dtype)
-        return PackedEmbedding.pack(layer, precision)
-    assert isinstance(layer, nn.Linear)
-    if layer.weight.is_meta:
-        features = layer.in_features, layer.out_features
-        return PackedLinear(*features, precision=precision, bias=layer.bias is not None)
-    return PackedLinear.pack(layer, precision)

@@ -11,7 +11,10 @@ Shapes:
 
 from __future__ import annotations
 
+import ctypes
 import mmap
+import sys
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +27,7 @@ LARGEST = {8: 127, 4: 7}  # of a value; the smallest is -LARGEST at 8 bits and -
 OFFSET = {8: 128, 4: 8}  # values are stored unsigned
 
 _HUGE_PAGE = 2 << 20
+_MADV_PAGEOUT = 21
 
 
 def storage_dtype(precision: Precision) -> torch.dtype:
@@ -52,6 +56,30 @@ def empty_in_huge_pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+def release_pages(tensor: Tensor) -> None:
+    """Take the pages of a memory-mapped tensor out of this process's memory, where Linux can.
+
+    They are read from the file again when they are used again, so nothing is lost.
+    """
+    if sys.platform == "linux":
+        page = mmap.PAGESIZE
+        start = -(-tensor.data_ptr() // page) * page
+        size = (tensor.data_ptr() + tensor.nbytes) // page * page - start
+        if size > 0:
+            arguments = ctypes.c_void_p(start), ctypes.c_size_t(size), _MADV_PAGEOUT
+            ctypes.CDLL(None).madvise(*arguments)
+
+
+def available_memory() -> int | None:
+    """Bytes that can be allocated without swapping, where Linux says so."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        line = next(line for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return None
+    return int(line.split()[1]) << 10
 
 
 @torch.no_grad()

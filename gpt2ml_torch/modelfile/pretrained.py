@@ -37,6 +37,7 @@ class Pretrained(nn.Module):
         self.config = config
         self.generation_defaults: dict[str, Any] = {}  # for `Generator`; kept in the file
         self.packed: Precision | None = None  # of the large matrices, where they are packed
+        self.memory_mapped = False  # weights lie in a file's pages, which freeing them leaves
 
     @property
     def quantization(self) -> str | None:
@@ -95,6 +96,9 @@ class Pretrained(nn.Module):
         if model.packed == file.packed:
             tensors = file.state_dict(device=device, dtype=dtype)
             model.load_state_dict(tensors, strict=True, assign=True)
+            model.memory_mapped = device.type == "cpu" and (
+                file.packed is None and dtype in (None, file.dtype.dtype)
+            )
         else:
             for name, first, rows in file.rows():
                 kernels.fill_rows(model, name, rows, first, dtype or file.dtype.dtype)
@@ -119,14 +123,16 @@ class Pretrained(nn.Module):
         `OSError` where it can't be written, and `ValueError` for a weight that is NaN or infinite,
         unless `allow_non_finite`.
         """
+        # Floats are packed for speed, integers for size too: only these stay packed in a file.
+        keeps_packed = self.packed is None or self.packed.is_integer
         save(
             path,
-            self.state_dict(),
+            self.state_dict() if keeps_packed else kernels.PlainState(self),
             self.config,
             vocab=None if tokenizer is None else tokenizer.vocab_text,
             source=source,
             generation=self.generation_defaults if generation is None else generation,
-            packed=self.packed,
+            packed=self.packed if keeps_packed else None,
             overwrite=overwrite,
             allow_non_finite=allow_non_finite,
         )

@@ -330,11 +330,6 @@ def save(
     don't belong to the configuration, or of several dtypes, or not finite (unless
     `allow_non_finite`), and `OSError`.
     """
-    if packed is not None and packed not in INTEGER:
-        raise ValueError(
-            f"weights packed as {packed} are for decoding only; save the model before they are "
-            "packed"
-        )
     packed = None if packed is None else Precision(packed)
     expected = expected_tensors(config, "float32", packed)
     check_names(tensors, expected, "the state dict")

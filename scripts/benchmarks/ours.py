@@ -35,7 +35,7 @@ class GPT2MLGenerator:
         started = time.perf_counter()
         model = GPT2ML.from_pretrained(path, device=device, quantize=precision if packed else None)
         self.generator = Generator(
-            model, Tokenizer.from_pretrained(path), compile=compile, batch_size=32
+            model, Tokenizer.from_pretrained(path), compile=compile, batch_size=32, pack=packed
         )
         self.load_seconds = time.perf_counter() - started
         started = time.perf_counter()

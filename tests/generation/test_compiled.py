@@ -38,13 +38,13 @@ def model(tokenizer: Tokenizer, request: pytest.FixtureRequest) -> GPT2ML:
 
 @pytest.fixture(scope="module")
 def eager(model: GPT2ML, tokenizer: Tokenizer) -> Generator:
-    return Generator(model, tokenizer, compile=False)
+    return Generator(model, tokenizer, compile=False, pack=False)
 
 
 @pytest.fixture(scope="module")
 def compiled(model: GPT2ML, tokenizer: Tokenizer) -> Generator:
     """Warmed up for texts of up to 32 tokens, in batches of 1, 2 and 4 rows."""
-    generator = Generator(model, tokenizer, compile=True)
+    generator = Generator(model, tokenizer, compile=True, pack=False)
     for rows in (1, 2, 4):
         generator.engine.warm_up(rows=rows, tokens=32)
     assert generator.engine.compiled
@@ -84,9 +84,9 @@ def test_compiled_text_is_eager_text_and_nothing_is_compiled_anew(
 @needs_compiler
 def test_an_assistant_compiles_each_size_once(tokenizer: Tokenizer) -> None:
     model, helper = (tiny_model(tokenizer, positions=400, seed=seed) for seed in (0, 1))
-    eager = Generator(model, tokenizer, compile=False)
-    helped = Generator(model, tokenizer, compile=True, assistant=helper)
-    own = Generator(model, tokenizer, compile=True, assistant=model)
+    eager = Generator(model, tokenizer, compile=False, pack=False)
+    helped = Generator(model, tokenizer, compile=True, assistant=helper, pack=False)
+    own = Generator(model, tokenizer, compile=True, assistant=model, pack=False)
     for generator in (helped, own):  # wrong guesses, right guesses
         options: dict[str, Any] = {"max_new_tokens": 24, "top_k": 3}
         generator.generate("今天天气不错", seed=1, **options)
@@ -139,7 +139,7 @@ def test_without_a_compiler_it_runs_eagerly_and_says_so_once(
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     with caplog.at_level(logging.WARNING):
-        generator = Generator(model, tokenizer, compile=True)
+        generator = Generator(model, tokenizer, compile=True, pack=False)
         texts = generator.generate(["今天", "双"], seed=0, max_new_tokens=5)
     assert texts == eager.generate(["今天", "双"], seed=0, max_new_tokens=5)
     assert len(caplog.records) == 1
@@ -160,7 +160,7 @@ def test_a_failing_compilation_runs_eagerly_and_says_so_once(
     monkeypatch.setattr(engine, "why_no_compiler", lambda: None)
     monkeypatch.setattr(engine.Engine, "_compile", lambda *_, **__: fail)
     with caplog.at_level(logging.WARNING):
-        texts = Generator(model, tokenizer).generate("今天", seed=0, max_new_tokens=5)
+        texts = Generator(model, tokenizer, pack=False).generate("今天", seed=0, max_new_tokens=5)
     assert texts == eager.generate("今天", seed=0, max_new_tokens=5)
     assert [record.getMessage() for record in caplog.records] == [
         "generation runs uncompiled: RuntimeError: the backend broke"
@@ -174,7 +174,7 @@ def test_cuda_writes_what_the_cpu_writes(
 ) -> None:
     prompts = ["今天天气不错", "双", "春眠不觉晓"]
     options: dict[str, Any] = {"seed": 3, "max_new_tokens": 40, "top_k": 10, "top_p": 0.9}
-    expected = Generator(model, tokenizer, compile=False).generate(prompts, **options)
+    expected = Generator(model, tokenizer, compile=False, pack=False).generate(prompts, **options)
     on_cuda = tiny_model(tokenizer, positions=400).cuda()
     assert Generator(on_cuda, tokenizer, compile=compile).generate(prompts, **options) == expected
     helped = Generator(on_cuda, tokenizer, compile=compile, assistant=on_cuda)
