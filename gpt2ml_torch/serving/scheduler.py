@@ -25,11 +25,14 @@ import torch
 from torch import Tensor
 
 from gpt2ml_torch.generation import GenerationConfig, Generator
+from gpt2ml_torch.generation.draft import DraftModel
 from gpt2ml_torch.generation.sampler import Sampler, SamplingParams
 from gpt2ml_torch.generation.text import Text
 from gpt2ml_torch.serving.chunks import ChunkSize
 from gpt2ml_torch.serving.handle import Handle, Piece, TokenInfo
+from gpt2ml_torch.serving.logprobs import token_infos
 from gpt2ml_torch.serving.prefixes import PrefixCache, common_length
+from gpt2ml_torch.serving.request import Request
 from gpt2ml_torch.serving.rows import RowCache
 
 __all__ = ["Handle", "Piece", "QueueFull", "Scheduler", "TokenInfo"]
@@ -43,24 +46,6 @@ PREFIX_TOKENS = 4096
 
 class QueueFull(RuntimeError):
     """More texts wait than the scheduler may queue; try again later."""
-
-
-@dataclasses.dataclass(eq=False)
-class _Request:
-    """One text: its settings, its state, and its caller's handle."""
-
-    text: Text
-    handle: Handle
-    top_logprobs: int | None
-    prompt_logprobs: bool
-    only_read: bool
-    row: int = 0  # of the cache, while its window is being read
-    read: int = 0  # tokens of its window that the row holds by then
-    cancelled: bool = False
-
-    @property
-    def window(self) -> list[int]:
-        return self.text.ids[self.text.start :]
 
 
 class Scheduler:
@@ -87,11 +72,14 @@ class Scheduler:
         self._prefixes = PrefixCache(prefix_tokens)
         self._max_queue = max_queue
         self._chunks = ChunkSize(generator.engine)
-        self._running: list[_Request] = []
+        self._draft: DraftModel | None = None
+        if generator.assistant is not None:
+            self._draft = DraftModel(generator.assistant, generator.engine.limit)
+        self._running: list[Request] = []
         self._logits: Tensor | None = None  # (A, V), after each running text's last token
         self._sampler = self._new_sampler()
-        self._reading: _Request | None = None
-        self._waiting: deque[_Request] = deque()
+        self._reading: Request | None = None
+        self._waiting: deque[Request] = deque()
         self._wake = threading.Condition()
         self._closing = False
         self._thread: threading.Thread | None = None
@@ -208,19 +196,19 @@ class Scheduler:
             self._wake.notify_all()
         return [request.handle for request in requests]
 
-    def _request(self, text: Text, **wishes: Any) -> _Request:
+    def _request(self, text: Text, **wishes: Any) -> Request:
         handle = Handle(text.prompt, text.ids, lambda: self._cancel(request))
-        request = _Request(text=text, handle=handle, **wishes)
+        request = Request(text=text, handle=handle, **wishes)
         return request
 
-    def _cancel(self, request: _Request) -> None:
+    def _cancel(self, request: Request) -> None:
         with self._wake:
             request.cancelled = True
             self._wake.notify_all()
 
     # -- the loop ---------------------------------------------------------------------------------
 
-    def _all_requests(self) -> list[_Request]:
+    def _all_requests(self) -> list[Request]:
         reading = [] if self._reading is None else [self._reading]
         return [*self._running, *reading, *self._waiting]
 
@@ -292,7 +280,7 @@ class Scheduler:
             self._prefixes.add(window, self._rows.cache, request.row)
             self._begin_writing(request, logits)
 
-    def _share(self, request: _Request, window: Sequence[int]) -> int:
+    def _share(self, request: Request, window: Sequence[int]) -> int:
         """Copy the beginning of a window that is known already; returns how long it is.
 
         The last token is always read, for its logits.
@@ -310,7 +298,7 @@ class Scheduler:
             self._prefixes.copy_to(entry, count, self._rows.cache, request.row)
         return count
 
-    def _read_part(self, request: _Request, part: Sequence[int]) -> Tensor:
+    def _read_part(self, request: Request, part: Sequence[int]) -> Tensor:
         """Logits after the part, (1, V)."""
         if not request.prompt_logprobs:
             return self._rows.read(request.row, part, request.read)
@@ -321,7 +309,7 @@ class Scheduler:
         request.handle.prompt_tokens += (*first, *infos)
         return logits[-1:]
 
-    def _begin_writing(self, request: _Request, logits: Tensor) -> None:
+    def _begin_writing(self, request: Request, logits: Tensor) -> None:
         self._reading = None
         request.prompt_logprobs = False  # they are there; the window may be read again later
         if request.only_read:
@@ -348,36 +336,32 @@ class Scheduler:
 
     @torch.inference_mode()
     def _step(self) -> None:
-        """One more token of every running text."""
+        """One more token of every running text; several of a single one, where they are guessed."""
         if not self._running:
             return
         began = time.perf_counter()
         assert self._logits is not None
-        logits = self._logits
-        ids = self._choose(logits)
-        infos = self._infos(logits, ids)
-        for request, id_, info in zip(self._running, ids, infos, strict=True):
-            count = request.text.count
-            piece = request.text.put(id_)
-            tokens = (info,) if request.text.count > count else ()
-            request.handle.put(Piece(piece, tokens, request.text.finish_reason))
+        self._take(self._logits, self._pick(self._logits))
         with self._wake:
             going = [request for request in self._running if not request.text.finished]
             outgrown = [r for r in going if r.text.position >= self._engine.limit]
             for request in outgrown:
-                self._slide(request)
+                request.text.slide(self._engine.limit)
+                self._waiting.appendleft(request)  # its window is read again
             self._keep([request for request in going if request not in outgrown])
             if not self._all_requests():
                 self._wake.notify_all()
+            alone = len(self._all_requests()) == 1
+        if alone and self._running and self._speculate(self._running[0]):
+            return
         if self._running:
             last = [request.text.ids[-1] for request in self._running]
             positions = [request.text.position for request in self._running]
             self._logits = self._rows.decode(last, positions)
             self._chunks.note_step(time.perf_counter() - began)
 
-    def _choose(self, logits: Tensor) -> list[int]:
-        """The next token of each running text."""
-        rows = len(self._running)
+    def _pick(self, logits: Tensor) -> Tensor:
+        """The next token of each row of the sampler; changes no state."""
         padded = self._pad(logits)
         ids = self._sampler.choose(padded)
         blocked: Tensor | None = None
@@ -390,9 +374,44 @@ class Scheduler:
             for row, id_ in offenders:
                 blocked[row, id_] = True
             ids = self._sampler.choose(padded, blocked=blocked)
-        self._sampler.advance(ids)
-        chosen: list[int] = ids.tolist()
-        return chosen[:rows]
+        return ids
+
+    def _take(self, logits: Tensor, picked: Tensor) -> None:
+        """Hand the picked tokens to the running texts."""
+        self._sampler.advance(picked)
+        ids: list[int] = picked.tolist()[: len(self._running)]
+        infos = self._infos(logits, ids)
+        for request, id_, info in zip(self._running, ids, infos, strict=True):
+            count = request.text.count
+            piece = request.text.put(id_)
+            tokens = (info,) if request.text.count > count else ()
+            request.handle.put(Piece(piece, tokens, request.text.finish_reason))
+
+    def _speculate(self, request: Request) -> bool:
+        """Let the generator's assistant draft tokens of the only text, and check them in one step.
+
+        A drafted token is kept where it is the one that is picked anyway, so the text stays what it
+        is. Returns False where nothing could be drafted.
+        """
+        text, size = request.text, request.text.config.num_assistant_tokens
+        if self._draft is None or self._rows.whole or not size:
+            return False
+        if text.position + size >= self._engine.limit:
+            return False
+        drafted = self._draft.propose(text.ids[text.start :], size, self._sampler)
+        if not drafted:
+            return False
+        checked = self._rows.read_all(0, [text.ids[-1], *drafted], text.position)  # (1 + size, V)
+        for place, id_ in enumerate([*drafted, None]):
+            self._logits = checked[place : place + 1]
+            # What was not drafted right is picked at the next step, from these logits.
+            if id_ is None or text.finished or text.to_come == 1:
+                break
+            picked = self._pick(self._logits)
+            if int(picked[0]) != id_:
+                break
+            self._take(self._logits, picked)
+        return True
 
     def _infos(self, logits: Tensor, ids: Sequence[int]) -> list[TokenInfo]:
         wanted = [request.top_logprobs for request in self._running]
@@ -406,12 +425,7 @@ class Scheduler:
             for info, top in zip(infos, wanted, strict=True)
         ]
 
-    def _slide(self, request: _Request) -> None:
-        """Let the window of a text that has outgrown it be read again from its later part."""
-        request.text.slide(self._engine.limit)
-        self._waiting.appendleft(request)
-
-    def _keep(self, requests: Sequence[_Request]) -> None:
+    def _keep(self, requests: Sequence[Request]) -> None:
         """Go on with these of the running texts; the last ones move to the rows set free."""
         if len(requests) == len(self._running):
             return
@@ -448,22 +462,3 @@ class Scheduler:
         """(A, V) with a row for every row of the sampler."""
         missing = self._sampler_rows(len(logits)) - len(logits)
         return torch.nn.functional.pad(logits, (0, 0, 0, missing)) if missing else logits
-
-
-def token_infos(logits: Tensor, ids: Sequence[int], top: int) -> list[TokenInfo]:
-    """The log-probabilities of ids and of the `top` best in their places, from (T, V) logits."""
-    if not ids:
-        return []
-    logprobs = logits.float().log_softmax(-1)
-    chosen = logprobs.gather(-1, torch.tensor(ids, device=logits.device)[:, None])[:, 0].tolist()
-    best: list[tuple[tuple[int, float], ...]] = [()] * len(ids)
-    if top:
-        values, places = logprobs.topk(top)
-        best = [
-            tuple(zip(row_ids, row_values, strict=True))
-            for row_ids, row_values in zip(places.tolist(), values.tolist(), strict=True)
-        ]
-    return [
-        TokenInfo(id_, logprob, alternatives)
-        for id_, logprob, alternatives in zip(ids, chosen, best, strict=True)
-    ]

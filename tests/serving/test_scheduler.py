@@ -79,6 +79,22 @@ def test_texts_are_the_same_in_every_precision(shipped_model: Path, precision: s
         assert [handle.result(60) for handle in handles] == alone
 
 
+def test_a_single_text_is_speculated_and_stays_the_same(shipped_model: Path) -> None:
+    plain = Generator.from_pretrained(shipped_model)
+    helped = Generator.from_pretrained(shipped_model, assistant="int4")
+    assert helped.assistant is not None
+    draw = random.Random(7)
+    requests = [(draw.choice(PROMPTS), options_of(draw)) for _ in range(10)]
+    alone = [plain.generate(p, return_full_text=False, **options)[0] for p, options in requests]
+    with Scheduler(helped, max_rows=3) as scheduler:
+        assert [scheduler.submit(p, **options).result(60) for p, options in requests] == alone
+        assert scheduler._draft is not None
+        steps = scheduler._draft.steps
+        handles = [scheduler.submit(prompt, **options) for prompt, options in requests]
+        assert [handle.result(60) for handle in handles] == alone
+    assert steps > 0
+
+
 def test_samples_of_one_prompt_are_those_of_generate(generator: Generator) -> None:
     options: dict[str, Any] = {"seed": 3, "max_new_tokens": 12}
     texts = generator.generate(

@@ -1,0 +1,26 @@
+"""A request of the scheduler: one text under way, and how far it is."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from gpt2ml_torch.generation.text import Text
+from gpt2ml_torch.serving.handle import Handle
+
+
+@dataclasses.dataclass(eq=False)
+class Request:
+    """One text: its settings, its state, and its caller's handle."""
+
+    text: Text
+    handle: Handle
+    top_logprobs: int | None
+    prompt_logprobs: bool
+    only_read: bool
+    row: int = 0  # of the cache, while its window is being read
+    read: int = 0  # tokens of its window that the row holds by then
+    cancelled: bool = False
+
+    @property
+    def window(self) -> list[int]:
+        return self.text.ids[self.text.start :]
