@@ -121,8 +121,8 @@ class Corpus(Dataset[npt.NDArray[Any]]):
         if chosen.all():
             raise ValueError(
                 f"{len(self)} document(s), all alike, cannot be split into training and "
-                "validation; give more documents (one a line with --separator line), or "
-                "validation files of their own (--valid), or go without (--valid-share 0)"
+                "validation; give more documents (one a line with separator='line'), or "
+                "validation files of their own (valid), or go without (valid_share 0)"
             )
         return everything[~chosen], everything[chosen]
 
