@@ -23,7 +23,7 @@ FULL_LEARNING_RATE = 1e-5
 LORA_LEARNING_RATE = 1e-4
 
 # Limits that keep sizes sensible; what a machine can hold is checked apart.
-MANY = 1 << 40
+MANY = 10**9
 _MOST_ROWS = 1 << 30
 _MOST_BATCHES = 1 << 16
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import resource
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,13 @@ import torch
 
 from gpt2ml_torch.finetuning import (
     CheckpointSaved,
+    Evaluated,
     Event,
     FinetuneConfig,
     RunEnded,
+    StepSkipped,
     StepTaken,
+    checkpoints,
     finetune,
 )
 from gpt2ml_torch.finetuning.checkpoints import CheckpointFolder
@@ -161,3 +166,43 @@ def test_the_last_and_the_best_checkpoints_are_kept(tmp_path: Path) -> None:
     for step in range(1, 7):
         folder.save(step, {"a": torch.zeros(1)}, {"best_step": 2})
     assert folder.steps() == [2, 5, 6]
+
+
+def test_a_full_disk_is_called_full(
+    tuning_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both where the room is missing before writing, and where PyTorch's writer runs out of it."""
+    folder = CheckpointFolder(tmp_path)
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
+        with pytest.raises(OSError, match=r"step-00000001: disk full; make room") as caught:
+            folder.save(1, {"a": torch.zeros(1000)}, {"best_step": None})
+    assert caught.value.errno == errno.ENOSPC
+    words = RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+    assert checkpoints._as_os_error(words).errno == errno.ENOSPC
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_prune_left_goes_when_the_run_goes_on(
+    tuning_files: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.safetensors"
+    run(tuning_files, out, stop_after=5)
+    doomed = tmp_path / "out.run" / "checkpoints" / "step-00000003.partial"
+    doomed.mkdir()
+    (doomed / "progress.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ValueError, match="learning_rate"):
+        run(tuning_files, out, resume=True, learning_rate=2e-2)
+    assert not doomed.exists()
+
+
+def test_metrics_are_json_even_where_a_loss_is_not_a_number(tmp_path: Path) -> None:
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    metrics(StepSkipped(step=1, loss=float("nan"), reason="the loss is nan", at=1))
+    metrics(Evaluated(step=1, best=False, loss=float("inf"), perplexity=2.0))
+    metrics.close()
+    lines = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    assert [row["loss"] for row in rows] == [None, None]
+    assert "bits_per_character" not in rows[1]
