@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gpt2ml_torch.config import GPT2MLConfig
+from gpt2ml_torch.export.names import LAYER, SCOPE, exported_modules
 from gpt2ml_torch.finetuning.adapter_config import (
     MAX_CONFIG_BYTES,
     AdapterConfig,
@@ -112,6 +113,28 @@ def own_places(config: GPT2MLConfig) -> dict[str, Place]:
         module, _, parameter = name.rpartition(".")
         shapes.setdefault(module, {})[parameter] = shape
     return {module: Place(module, parameters) for module, parameters in shapes.items()}
+
+
+def exported_places(config: GPT2MLConfig) -> dict[str, Place]:
+    """The places of the modules of the class that is exported for transformers, by name there."""
+    places: dict[str, Place] = {}
+    for module, own in own_places(config).items():
+        names = exported_modules(module)
+        shapes = {key: (rows // len(names), *rest) for key, (rows, *rest) in own.shapes.items()}
+        for index, name in enumerate(names):
+            places[name] = Place(module, shapes, first_row=index * shapes["weight"][0])
+    return places
+
+
+def places_of(adapter: Adapter, config: GPT2MLConfig) -> dict[str, Place]:
+    """The places of the model that an adapter was trained on: this one or the exported class."""
+    names = [plain_name(name) for name in adapter.tensors]
+    if any(name.startswith(SCOPE) for name in names):
+        return exported_places(config)
+    if any(name.startswith(LAYER.split("{")[0]) for name in names):  # without the output layer
+        exported = exported_places(config)
+        return {name.removeprefix(SCOPE): place for name, place in exported.items()}
+    return own_places(config)
 
 
 def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
@@ -340,7 +363,7 @@ def merge_adapter(
         )
     found = read_adapter(adapter)
     try:
-        changes = weight_changes(found, own_places(file.config))
+        changes = weight_changes(found, places_of(found, file.config))
     except ValueError as error:
         raise ValueError(f"the adapter {adapter} does not fit {model_path}: {error}") from None
     if not any(change.has_effect for each in changes.values() for change in each):

@@ -1,0 +1,89 @@
+"""A LoRA adapter that was trained here, written for the exported class, where peft loads it.
+
+The joined query, key and value have one adapter here and one each there: they share the first
+matrix, and each takes its rows of the second, so the change of the weights is the same.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gpt2ml_torch.export.names import exported_modules
+from gpt2ml_torch.finetuning.adapter_config import plain_name
+from gpt2ml_torch.finetuning.adapters import own_places, read_adapter, weight_changes
+from gpt2ml_torch.modelfile import ModelFile
+
+_PREFIX = "base_model.model."  # what peft puts before the names of modules
+_SHARED = ("lora_A.weight", "lora_embedding_A", "lora_embedding_B")  # not cut by rows
+
+
+def export_adapter(
+    model: str | os.PathLike[str],
+    adapter: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+) -> None:
+    """Write an adapter of `model`, in peft's format, for the class that `export_folder` exports.
+
+    Raises `ValueError` for an adapter that does not fit the model, was not trained here, or holds
+    whole weights beside its products, and `OSError` (`FileExistsError` if `folder` exists).
+    """
+    found = read_adapter(adapter)
+    with ModelFile.open(model) as file:
+        places = own_places(file.config)
+    try:
+        weight_changes(found, places)  # every tensor has its place and shape
+        if found.config.modules_to_save or found.config.bias != "none" or found.config.lora_bias:
+            raise ValueError("it holds whole weights or biases, which only `gpt2ml merge` takes")
+    except ValueError as error:
+        raise ValueError(f"the adapter {adapter} can't be exported: {error}") from None
+    settings = json.loads((Path(adapter) / "adapter_config.json").read_bytes())
+    targets = [name for name in places if places[name].adaptable and found.config.targets(name)]
+    settings.update(_targets(found.config, targets))
+    try:
+        Path(folder).mkdir()
+    except FileExistsError:
+        raise FileExistsError(errno.EEXIST, f"{folder} exists already") from None
+    path = Path(folder)
+    save_file(_split(found.tensors), path / "adapter_model.safetensors", {"format": "pt"})
+    text = json.dumps(settings, ensure_ascii=False, indent=2) + "\n"
+    (path / "adapter_config.json").write_text(text, encoding="utf-8")
+
+
+def _targets(config: Any, targets: list[str]) -> dict[str, Any]:
+    """Settings that name modules, for the exported names; each is named in full."""
+    ranks, alphas = {}, {}
+    for name in targets:
+        rank = config.rank_of(name)
+        factor = rank**0.5 if config.rank_stabilized else rank
+        for exported in exported_modules(name):
+            ranks[exported], alphas[exported] = rank, config.scale_of(name) * factor
+    return {
+        "target_modules": sorted(ranks),
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "rank_pattern": {name: rank for name, rank in ranks.items() if rank != config.rank},
+        "alpha_pattern": {name: alpha for name, alpha in alphas.items() if alpha != config.alpha},
+        "base_model_name_or_path": None,
+    }
+
+
+def _split(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    result: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        module, _, kind = plain_name(name).partition(".lora_")
+        kind = f"lora_{kind}"
+        names = exported_modules(module)
+        shared = kind in _SHARED
+        parts: Any = [tensor] * len(names) if shared else torch.chunk(tensor, len(names))
+        for exported, part in zip(names, parts, strict=True):
+            result[f"{_PREFIX}{exported}.{kind}"] = part.clone().contiguous()
+    return result

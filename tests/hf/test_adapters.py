@@ -1,0 +1,71 @@
+"""LoRA adapters between `GPT2ML` and the exported class, against peft's own results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gpt2ml_torch import GPT2ML
+from gpt2ml_torch.__main__ import main
+
+transformers = pytest.importorskip("transformers", reason="transformers (extra [hf]) is missing")
+peft = pytest.importorskip("peft", reason="peft (extra [hf]) is missing")
+
+IDS = torch.tensor([[219, 758, 207, 549, 456, 104]])
+
+
+def _perturb(model: Any) -> None:
+    """An adapter that was trained: its second matrices are not zero."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj", "v_proj"]},
+        {"target_modules": "all-linear", "use_rslora": True},
+        {"target_modules": ["k_proj", "down_proj"], "use_dora": True},
+        {"target_modules": ["q_proj", "k_proj", "v_proj"], "rank_pattern": {"k_proj": 2}},
+    ],
+    ids=["q v", "all", "dora", "ranks"],
+)
+def test_an_adapter_of_the_exported_class_merges_as_peft_merges_it(
+    model: Any, shipped_model: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=6, **options))
+    _perturb(adapted)
+    adapted.save_pretrained(tmp_path / "adapter")
+    merged = adapted.merge_and_unload()
+    out = tmp_path / "merged.safetensors"
+    assert main(["merge", str(shipped_model), str(tmp_path / "adapter"), "--out", str(out)]) == 0
+    ours, before = GPT2ML.from_pretrained(out), GPT2ML.from_pretrained(shipped_model)
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(IDS), merged(IDS).logits, rtol=1e-4, atol=1e-4)
+        assert (ours(IDS) - before(IDS)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}], ids=str)
+def test_an_adapter_trained_here_loads_in_peft(
+    model: Any, ours: GPT2ML, shipped_model: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    targets = ["qkv", "blocks.1.mlp.up"]
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=targets, rank_pattern={"up": 2}, **options
+    )
+    adapted = peft.get_peft_model(GPT2ML.from_pretrained(shipped_model), config)
+    _perturb(adapted)
+    adapted.save_pretrained(tmp_path / "adapter")
+    command = ["export", str(shipped_model), str(tmp_path / "for-peft")]
+    assert main([*command, "--adapter", str(tmp_path / "adapter")]) == 0
+    theirs = peft.PeftModel.from_pretrained(model, tmp_path / "for-peft")
+    with torch.inference_mode():
+        expected = adapted.merge_and_unload()(IDS)
+        torch.testing.assert_close(theirs(IDS).logits, expected, rtol=1e-4, atol=1e-4)
+        assert (expected - ours(IDS)).abs().max() > 0.1
