@@ -20,6 +20,7 @@ from convert.tensorflow import Variable, write_checkpoint
 from gpt2ml_torch.modelfile import ModelFile
 from gpt2ml_torch.modelfile.format import SLOT
 from gpt2ml_torch.modelfile.header import TensorInfo
+from gpt2ml_torch.options import OptionFileExistsError
 
 _STATE = 'model_checkpoint_path: "{0}"\nall_model_checkpoint_paths: "{0}"\n'
 
@@ -116,7 +117,9 @@ def _check_folder(folder: Path, names: Sequence[str], overwrite: bool) -> None:
         )
     existing = [name for name in names if (folder / name).exists()]
     if existing and not overwrite:
-        raise FileExistsError(f"{folder} has {', '.join(existing)} already")
+        raise OptionFileExistsError(
+            "{} has {} already; {overwrite=True} overwrites it", folder, ", ".join(existing)
+        )
 
 
 def _file_names(prefix: str, file: ModelFile) -> list[str]:

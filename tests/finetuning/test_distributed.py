@@ -82,7 +82,7 @@ def test_two_processes_go_on_from_one_and_write_the_file(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 3}, "batch_size 3 is not divisible by 2 processes.*; use 4"),
+        ({"batch_size": 3}, "batch_size is 3, not divisible by 2 processes.*; use 4"),
         ({"lora_rank": 2}, "LoRA works with one process"),
         ({"optimizer": "adamw8bit"}, "8-bit AdamW works with one process"),
         ({"prompts": ("春",)}, "sampling from prompts works with one process"),
