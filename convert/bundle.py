@@ -19,9 +19,8 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from crc32c import crc32c
-
 from convert.arrays import storage_dtype
+from gpt2ml_torch.modelfile.checksum import crc32c
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # protocol buffers' wire types
 

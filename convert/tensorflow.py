@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from crc32c import crc32c
 
 from convert import bundle, foreign, mapping, published
 from convert.arrays import Array, mapped, storage_dtype, widened
 from convert.inputs import tf_data_files
 from convert.source import Source, Stored
 from gpt2ml_torch.modelfile import disk
+from gpt2ml_torch.modelfile.checksum import crc32c
 
 _MAX_INDEX = 64 << 20  # bytes; the published ones have 26 KB
 

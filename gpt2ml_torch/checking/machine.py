@@ -133,7 +133,8 @@ def measure(
         found = _logits_in_steps(model, ids)
         _leave_kernels(model)
         plain = model(ids)[0].double().cpu()
-        exact = model.double()(ids)[0].cpu()
+        _compute_in_float64(model)
+        exact = model(ids)[0].cpu()
     return Measured(
         precision=precision,
         divergence=_divergence(text.logits, found),
@@ -192,6 +193,15 @@ def _leave_kernels(model: GPT2ML) -> None:
     for module in model.modules():
         if isinstance(module, kernels.PackedLinear | kernels.PackedEmbedding):
             module.has_kernel = False
+
+
+def _compute_in_float64(model: GPT2ML) -> None:
+    """Widen everything except packed weights, which plain PyTorch unpacks for each product."""
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.double()
+        if isinstance(module, kernels.PackedEmbedding):
+            module.dtype = torch.float64
 
 
 def _tokens_per_second(model: GPT2ML, tokenizer: Tokenizer) -> float:
