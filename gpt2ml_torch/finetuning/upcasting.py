@@ -7,6 +7,8 @@ of one block's weights, which lives as long as the block is computed, costs litt
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt2ml_torch.kernels.build import cpu_features
-from gpt2ml_torch.model import GPT2ML, Block, TokenEmbedding
+from gpt2ml_torch.model import GPT2ML, TokenEmbedding
 
 
 def cpu_lacks_bfloat16() -> bool:
@@ -26,27 +28,31 @@ def cpu_lacks_bfloat16() -> bool:
 def upcast_products(model: GPT2ML) -> None:
     """Let the model compute in float32 whatever its weights are, which stay as they are; in place.
 
-    Gradients arrive in the weights' own dtype. Decoding with a cache is as it was.
+    Gradients arrive in the weights' own dtype. Decoding with a cache stays as it was. Names,
+    parameters, adapters and hooks stay, since only the methods of these modules are replaced.
     """
     for block in model.blocks:
-        _change_class(block, _UpcastBlock)
-    _change_class(model.token_embedding, _UpcastEmbedding)
+        block.forward = functools.partial(_upcast_forward, block, block.forward)
+    embedding = model.token_embedding
+    logits = functools.partial(_upcast_logits, embedding)
+    embedding.logits = logits
 
 
-def _change_class(module: nn.Module, kind: type[nn.Module]) -> None:
-    """As `fully_shard` does it: names and parameters stay, and so do adapters and hooks."""
-    module.__class__ = kind
+def _upcast_forward(
+    block: nn.Module,
+    forward: Callable[..., Tensor],
+    h: Tensor,
+    *arguments: Any,
+    cache: Any = None,
+    **options: Any,
+) -> Tensor:
+    """A block's `forward` with float32 copies of its weights, which `functional_call` puts in."""
+    if cache is not None or h.dtype == torch.float32:
+        return forward(h, *arguments, cache=cache, **options)
+    wide = {name: parameter.float() for name, parameter in block.named_parameters()}
+    result: Tensor = torch.func.functional_call(block, wide, (h.float(), *arguments), options)
+    return result.to(h.dtype)
 
 
-class _UpcastBlock(Block):
-    def forward(self, h: Tensor, *, cache: Any = None, **options: Any) -> Tensor:
-        if cache is not None or h.dtype == torch.float32:
-            return super().forward(h, cache=cache, **options)
-        wide = {name: parameter.float() for name, parameter in self.named_parameters()}
-        result: Tensor = torch.func.functional_call(self, wide, (h.float(),), options)
-        return result.to(h.dtype)
-
-
-class _UpcastEmbedding(TokenEmbedding):
-    def logits(self, h: Tensor) -> Tensor:
-        return F.linear(h.float(), self.weight.float())
+def _upcast_logits(embedding: TokenEmbedding, h: Tensor) -> Tensor:
+    return F.linear(h.float(), embedding.weight.float())
