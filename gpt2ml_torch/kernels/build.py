@@ -20,7 +20,7 @@ import torch
 
 from gpt2ml_torch.cache import cache_root
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parent / "csrc"
 SOURCES = tuple(sorted(FOLDER.glob("*.cpp"), key=lambda path: -path.stat().st_size))
 HEADERS = tuple(sorted(FOLDER.glob("*.h")))
 TIMEOUT_SECONDS = 300

@@ -1,5 +1,5 @@
-// Sums of products of unsigned weights and inputs of -127..127, four of each in a lane, in the form that the processor's
-// instructions take: exact, so that every form gives the same.
+// Sums of products of unsigned weights and inputs of -127..127, four of each in a lane, in the form that the
+// processor's instructions take: exact, so that every form gives the same.
 
 #pragma once
 
@@ -28,9 +28,9 @@ inline Ints end_int4(Ints sum, int32_t) { return sum; }
 
 #else
 
-// Bytes multiply into sums of two products of 16 bits. For 2 * 255 * 127 those are too few: int8 takes numbers of 16 bits,
-// two of the four, then the others. A whole group of int4's products, 16 * 15 * 127, fits: it is widened at its end.
-// The instructions themselves, since around the intrinsics GCC 12 keeps half of the sums in memory.
+// Bytes multiply into sums of two products of 16 bits. For 2 * 255 * 127 those are too few: int8 takes numbers of 16
+// bits, two of the four, then the others. A whole group of int4's products, 16 * 15 * 127, fits: it is widened at its
+// end.
 
 struct Int8Weights {
   Ints even, odd;  // of each lane's bytes
@@ -48,10 +48,8 @@ inline Int8Weights int8_weights(Ints bytes) {
   return {{_mm256_and_si256(bytes.low, even), _mm256_and_si256(bytes.high, even)},
           {_mm256_srli_epi16(bytes.low, 8), _mm256_srli_epi16(bytes.high, 8)}};
 }
-inline Int8Inputs int8_inputs(const uint8_t* four) { return {broadcast_4_bytes(four).low, broadcast_4_bytes(four + 4).low}; }
-inline void add_products(__m256i& to, __m256i weights, __m256i inputs) {
-  __m256i products;
-  asm("vpmaddwd %2, %3, %1\n\tvpaddd %1, %0, %0" : "+x"(to), "=&x"(products) : "x"(weights), "x"(inputs));
+inline Int8Inputs int8_inputs(const uint8_t* four) {
+  return {broadcast_4_bytes(four).low, broadcast_4_bytes(four + 4).low};
 }
 inline Ints dot_int8(Ints to, Int8Weights weights, Int8Inputs inputs) {
   add_products(to.low, weights.even.low, inputs.even), add_products(to.high, weights.even.high, inputs.even);
@@ -60,10 +58,6 @@ inline Ints dot_int8(Ints to, Int8Weights weights, Int8Inputs inputs) {
 }
 
 inline Ints begin_int4(int32_t) { return all(0); }
-inline void add_short_products(__m256i& to, __m256i weights, __m256i inputs) {
-  __m256i products;
-  asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(to), "=&x"(products) : "x"(weights), "x"(inputs));
-}
 inline Ints dot_int4(Ints to, Ints weights, Ints inputs) {
   add_short_products(to.low, weights.low, inputs.low), add_short_products(to.high, weights.high, inputs.high);
   return to;

@@ -8,7 +8,7 @@
 
 namespace {
 
-constexpr float kEpsilon = 1e-5f;  // of every LayerNorm of GPT2_ML
+constexpr float kEpsilon = 1e-5f;   // of every LayerNorm of GPT2_ML
 constexpr int64_t kSerialRows = 8;  // that one thread handles faster than two
 
 struct Buffer {  // (tokens, size) of float32

@@ -11,8 +11,8 @@
 
 namespace {
 
-constexpr int64_t kAhead = 2;     // heads that are fetched in advance
-constexpr int64_t kTogether = 4;  // tokens whose sums fit the registers
+constexpr int64_t kAhead = 2;          // heads that are fetched in advance
+constexpr int64_t kTogether = 4;       // tokens whose sums fit the registers
 constexpr int64_t kTokensAtOnce = 32;  // that share what was read of a head
 
 // Weights that sum to 1 from scores of `size` slots, a multiple of 16.
@@ -29,56 +29,53 @@ void softmax(float* scores, int64_t size) {
   for (int64_t slot = 0; slot < size; slot += kLanes) store(scores + slot, load(scores + slot) * inverse);
 }
 
-// The scores of 16 keys, (kSize, 16), for kCount queries, (kCount, kSize). A score's products are summed as `sum_each` sums
-// a vector: first those 16 apart, then fours, then the rest.
-template <int kCount, int kSize> [[gnu::noinline]] void score(const float* q, const float* keys, Floats (&scores)[kCount]) {
+// The scores of 16 keys, (kSize, 16), for kCount queries, (kCount, kSize). A score's products are summed as `sum_each`
+// sums a vector: first those 16 apart, then fours, then the rest.
+template <int kCount, int kSize> [[gnu::noinline]] void score(const float* q, const float* keys,
+                                                              Floats (&scores)[kCount]) {
   Floats quarters[4][kCount];
-#pragma GCC unroll 4
+  UNROLL(4)
   for (int quarter = 0; quarter < 4; ++quarter) {
     Floats sum[kCount][4];
-#pragma GCC unroll 4
-    for (int lane = 0; lane < 4; ++lane)
-#pragma GCC unroll 8
-      for (int k = 4 * quarter + lane; k < kSize; k += kLanes) {
-        const Floats key = load(keys + k * kLanes);
-#pragma GCC unroll 8
-        for (int c = 0; c < kCount; ++c) {
-          const Floats value = all(q[c * kSize + k]);
-          sum[c][lane] = k < kLanes ? value * key : fma(value, key, sum[c][lane]);
-        }
+    UNROLL(4)
+    for (int lane = 0; lane < 4; ++lane) UNROLL(8)
+    for (int k = 4 * quarter + lane; k < kSize; k += kLanes) {
+      const Floats key = load(keys + k * kLanes);
+      UNROLL(8)
+      for (int c = 0; c < kCount; ++c) {
+        const Floats value = all(q[c * kSize + k]);
+        sum[c][lane] = k < kLanes ? value * key : fma(value, key, sum[c][lane]);
       }
-#pragma GCC unroll 8
+    }
+    UNROLL(8)
     for (int c = 0; c < kCount; ++c) quarters[quarter][c] = (sum[c][0] + sum[c][2]) + (sum[c][1] + sum[c][3]);
   }
-#pragma GCC unroll 8
-  for (int c = 0; c < kCount; ++c)
-    scores[c] = (quarters[0][c] + quarters[1][c]) + (quarters[2][c] + quarters[3][c]);
+  UNROLL(8)
+  for (int c = 0; c < kCount; ++c) scores[c] = (quarters[0][c] + quarters[1][c]) + (quarters[2][c] + quarters[3][c]);
 }
 
 // Adds `count` values, (count, kSize), times their weights, `stride` apart for each of kCount queries, to the means.
 template <int kCount, int kSize>
-[[gnu::noinline]] void add_weighted(const float* values, int64_t count, const float* weights, int64_t stride, float* means) {
+[[gnu::noinline]] void add_weighted(const float* values, int64_t count, const float* weights, int64_t stride,
+                                    float* means) {
   constexpr int kVectors = kSize / kLanes;
   Floats sum[kCount][kVectors];
-#pragma GCC unroll 8
-  for (int c = 0; c < kCount; ++c)
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) sum[c][v] = load(means + c * kSize + v * kLanes);
-  for (int64_t j = 0; j < count; ++j)
-#pragma GCC unroll 8
-    for (int c = 0; c < kCount; ++c) {
-      const Floats weight = all(weights[c * stride + j]);
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) sum[c][v] = fma(weight, load(values + j * kSize + v * kLanes), sum[c][v]);
-    }
-#pragma GCC unroll 8
-  for (int c = 0; c < kCount; ++c)
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) store(means + c * kSize + v * kLanes, sum[c][v]);
+  UNROLL(8)
+  for (int c = 0; c < kCount; ++c) UNROLL(8)
+  for (int v = 0; v < kVectors; ++v) sum[c][v] = load(means + c * kSize + v * kLanes);
+  for (int64_t j = 0; j < count; ++j) UNROLL(8)
+  for (int c = 0; c < kCount; ++c) {
+    const Floats weight = all(weights[c * stride + j]);
+    UNROLL(8)
+    for (int v = 0; v < kVectors; ++v) sum[c][v] = fma(weight, load(values + j * kSize + v * kLanes), sum[c][v]);
+  }
+  UNROLL(8)
+  for (int c = 0; c < kCount; ++c) UNROLL(8)
+  for (int v = 0; v < kVectors; ++v) store(means + c * kSize + v * kLanes, sum[c][v]);
 }
 
-// One thread's work: some tokens of some heads. Both run inside slots: tokens then share what was read of a head, and heads
-// read the cache as it lies in memory. A token's sums have the same order in any company.
+// One thread's work: some tokens of some heads. Both run inside slots: tokens then share what was read of a head, and
+// heads read the cache as it lies in memory. A token's sums have the same order in any company.
 template <Type kType, int kSize> class Attender {
  public:
   Attender(const Attention& job, int64_t items)
@@ -107,7 +104,8 @@ template <Type kType, int kSize> class Attender {
         }
         read_keys(b, slot, longest, h + i);
         int64_t token = 0;
-        for (; token + kTogether <= tokens; token += kTogether) score_tile<kTogether>(slot, stride, token, i * tokens + token);
+        for (; token + kTogether <= tokens; token += kTogether)
+          score_tile<kTogether>(slot, stride, token, i * tokens + token);
         for (; token < tokens; ++token) score_tile<1>(slot, stride, token, i * tokens + token);
       }
     for (int64_t i = 0; i < tokens * heads; ++i) softmax(&scores_[i * stride], round_up(lengths_[i % tokens]));
@@ -120,7 +118,8 @@ template <Type kType, int kSize> class Attender {
         }
         read_values(b, slot, longest, h + i);
         int64_t token = 0;
-        for (; token + kTogether <= tokens; token += kTogether) add_tile<kTogether>(slot, stride, token, i * tokens + token);
+        for (; token + kTogether <= tokens; token += kTogether)
+          add_tile<kTogether>(slot, stride, token, i * tokens + token);
         for (; token < tokens; ++token) add_tile<1>(slot, stride, token, i * tokens + token);
       }
     for (int64_t i = 0; i < tokens * heads; ++i)
@@ -143,18 +142,20 @@ template <Type kType, int kSize> class Attender {
     add_weighted<kCount, kSize>(block_, common, weights, stride, &means_[item * kSize]);
     for (int c = 0; c < kCount && kCount > 1; ++c) {
       const int64_t more = std::min(lengths_[token + c] - slot, kLanes) - common;
-      if (more > 0) add_weighted<1, kSize>(block_ + common * kSize, more, weights + c * stride + common, stride, &means_[(item + c) * kSize]);
+      if (more > 0)
+        add_weighted<1, kSize>(block_ + common * kSize, more, weights + c * stride + common, stride,
+                               &means_[(item + c) * kSize]);
     }
   }
 
   // A single token's scores and means, straight from the cache.
   void score_alone(int64_t b, int64_t slot, int64_t end, int64_t h, int64_t item, int64_t stride) {
     Floats dots[kLanes];
-#pragma GCC unroll 16
+    UNROLL(16)
     for (int64_t j = 0; j < kLanes; ++j) {
       const char* key = head(job_.keys, b, std::min(slot + j, end - 1), h);
       dots[j] = load(&q_[item * kSize]) * part(key, 0);
-#pragma GCC unroll 8
+      UNROLL(8)
       for (int k = kLanes; k < kSize; k += kLanes) dots[j] = fma(load(&q_[item * kSize + k]), part(key, k), dots[j]);
     }
     store(&scores_[item * stride + slot], first_lanes(end - slot, sum_each(dots), all(-INFINITY)));
@@ -162,15 +163,15 @@ template <Type kType, int kSize> class Attender {
 
   void add_alone(int64_t b, int64_t slot, int64_t end, int64_t h, int64_t item, int64_t stride) {
     Floats sum[kSize / kLanes];
-#pragma GCC unroll 8
+    UNROLL(8)
     for (int v = 0; v < kSize / kLanes; ++v) sum[v] = load(&means_[item * kSize + v * kLanes]);
     for (int64_t j = slot; j < std::min(slot + kLanes, end); ++j) {
       const char* value = head(job_.values, b, j, h);
       const Floats weight = all(scores_[item * stride + j]);
-#pragma GCC unroll 8
+      UNROLL(8)
       for (int v = 0; v < kSize / kLanes; ++v) sum[v] = fma(weight, part(value, v * kLanes), sum[v]);
     }
-#pragma GCC unroll 8
+    UNROLL(8)
     for (int v = 0; v < kSize / kLanes; ++v) store(&means_[item * kSize + v * kLanes], sum[v]);
   }
 
@@ -180,10 +181,10 @@ template <Type kType, int kSize> class Attender {
     for (int64_t j = 0; j < kLanes; ++j) rows[j] = head(job_.keys, b, std::min(slot + j, end - 1), h);
     for (int k = 0; k < kSize; k += kLanes) {
       Floats keys[kLanes];
-#pragma GCC unroll 16
+      UNROLL(16)
       for (int j = 0; j < kLanes; ++j) keys[j] = part(rows[j], k);
       transpose(keys);
-#pragma GCC unroll 16
+      UNROLL(16)
       for (int j = 0; j < kLanes; ++j) store(&block_[(k + j) * kLanes], keys[j]);
     }
   }
@@ -235,10 +236,14 @@ template <Type kType, int kSize> void attend_all(const Attention& job) {
 
 template <Type kType> void dispatch(const Attention& job) {
   switch (job.head_size) {
-    case 16: return attend_all<kType, 16>(job);
-    case 32: return attend_all<kType, 32>(job);
-    case 64: return attend_all<kType, 64>(job);
-    case 128: return attend_all<kType, 128>(job);
+    case 16:
+      return attend_all<kType, 16>(job);
+    case 32:
+      return attend_all<kType, 32>(job);
+    case 64:
+      return attend_all<kType, 64>(job);
+    case 128:
+      return attend_all<kType, 128>(job);
   }
 }
 
@@ -248,8 +253,11 @@ bool supports_head_size(int64_t size) { return size == 16 || size == 32 || size 
 
 void attend(const Attention& job) {
   switch (job.keys.numbers.type) {
-    case Type::BFloat16: return dispatch<Type::BFloat16>(job);
-    case Type::Float16: return dispatch<Type::Float16>(job);
-    default: return dispatch<Type::Float32>(job);
+    case Type::BFloat16:
+      return dispatch<Type::BFloat16>(job);
+    case Type::Float16:
+      return dispatch<Type::Float16>(job);
+    default:
+      return dispatch<Type::Float32>(job);
   }
 }

@@ -32,10 +32,14 @@ Numbers numbers(const Tensor& t) {
 
 Format format_of(const Tensor& weight, int64_t bits) {
   switch (weight.scalar_type()) {
-    case ScalarType::Float: return Format::Float32;
-    case ScalarType::Half: return Format::Float16;
-    case ScalarType::BFloat16: return Format::BFloat16;
-    default: STD_TORCH_CHECK(bits == 8 || bits == 4, "integers must have 8 or 4 bits, not ", bits);
+    case ScalarType::Float:
+      return Format::Float32;
+    case ScalarType::Half:
+      return Format::Float16;
+    case ScalarType::BFloat16:
+      return Format::BFloat16;
+    default:
+      STD_TORCH_CHECK(bits == 8 || bits == 4, "integers must have 8 or 4 bits, not ", bits);
   }
   return bits == 8 ? Format::Int8 : Format::Int4;
 }
@@ -48,20 +52,26 @@ void check_panels(Format format, const Tensor& weight, const Maybe& scale, int64
                   "the weight is not packed for ", inputs, " inputs and ", outputs, " outputs");
   if (!is_integer(format)) return;
   const int64_t groups = round_up(padded, group_of(format)) / group_of(format);
-  STD_TORCH_CHECK(scale && scale->is_contiguous() && scale->scalar_type() == ScalarType::BFloat16 && scale->numel() == rows * groups,
+  STD_TORCH_CHECK(scale && scale->is_contiguous() && scale->scalar_type() == ScalarType::BFloat16 &&
+                      scale->numel() == rows * groups,
                   "the scales don't fit the weight");
 }
 
-Linear linear(const Tensor& weight, const Maybe& scale, const Maybe& bias, int64_t bits, int64_t outputs, int64_t inputs) {
+Linear linear(const Tensor& weight, const Maybe& scale, const Maybe& bias, int64_t bits, int64_t outputs,
+              int64_t inputs) {
   const Format format = format_of(weight, bits);
   check_panels(format, weight, scale, outputs, inputs);
   STD_TORCH_CHECK(!bias || bias->numel() == outputs, "the bias needs ", outputs, " values");
-  return {format, inputs, outputs, static_cast<const uint8_t*>(weight.const_data_ptr()),
+  return {format,
+          inputs,
+          outputs,
+          static_cast<const uint8_t*>(weight.const_data_ptr()),
           is_integer(format) ? static_cast<const uint16_t*>(scale->const_data_ptr()) : nullptr,
           bias ? numbers(*bias) : Numbers{nullptr, Type::Float32}};
 }
 
-Tensor packed_linear(const Tensor& x, const Tensor& weight, const Maybe& scale, const Maybe& bias, int64_t bits, int64_t outputs) {
+Tensor packed_linear(const Tensor& x, const Tensor& weight, const Maybe& scale, const Maybe& bias, int64_t bits,
+                     int64_t outputs) {
   const int64_t inputs = x.size(x.dim() - 1), rows = inputs ? x.numel() / inputs : 0;
   const Linear layer = linear(weight, scale, bias, bits, outputs, inputs);
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
@@ -79,9 +89,11 @@ Heads heads_of(const Tensor& cache, int64_t layer) {
 }
 
 void check_cache(const Tensor& cache, const Tensor& h, int64_t layers) {
-  const bool fits = cache.dim() == 5 && cache.size(0) == layers && cache.size(1) == h.size(0) && cache.size(3) * cache.size(4) == h.size(2);
-  STD_TORCH_CHECK(fits && cache.stride(4) == 1 && cache.stride(3) == cache.size(4) && cache.scalar_type() == h.scalar_type(),
-                  "the cache must be (layers, rows, slots, heads, head size) of h's dtype, with contiguous heads");
+  const bool fits = cache.dim() == 5 && cache.size(0) == layers && cache.size(1) == h.size(0) &&
+                    cache.size(3) * cache.size(4) == h.size(2);
+  STD_TORCH_CHECK(
+      fits && cache.stride(4) == 1 && cache.stride(3) == cache.size(4) && cache.scalar_type() == h.scalar_type(),
+      "the cache must be (layers, rows, slots, heads, head size) of h's dtype, with contiguous heads");
   STD_TORCH_CHECK(supports_head_size(cache.size(4)), "heads of ", cache.size(4), " are not supported");
 }
 
@@ -94,11 +106,13 @@ Tensor packed_layers(const Tensor& h, const Tensor& positions, Tensor keys, Tens
   check_cache(keys, h, layers);
   check_cache(values, h, layers);
   const int64_t S = std::min(keys.size(2), values.size(2)), H = keys.size(3);
-  STD_TORCH_CHECK(positions.scalar_type() == ScalarType::Long && positions.numel() == B * T, "positions must be int64 of shape (B, T)");
+  STD_TORCH_CHECK(positions.scalar_type() == ScalarType::Long && positions.numel() == B * T,
+                  "positions must be int64 of shape (B, T)");
   const Tensor places = torch::stable::contiguous(positions);
   const int64_t* position = static_cast<const int64_t*>(places.const_data_ptr());
   for (int64_t i = 0; i < B * T; ++i)
-    STD_TORCH_CHECK(position[i] >= 0 && position[i] < S, "position ", position[i], " is outside the cache of ", S, " slots");
+    STD_TORCH_CHECK(position[i] >= 0 && position[i] < S, "position ", position[i], " is outside the cache of ", S,
+                    " slots");
   for (const Tensor& norm : norms) STD_TORCH_CHECK(norm.numel() == D, "a norm needs ", D, " values");
 
   Tensor out = torch::stable::new_empty(h, {B, T, D});
@@ -108,10 +122,14 @@ Tensor packed_layers(const Tensor& h, const Tensor& positions, Tensor keys, Tens
       i += 4 * layer;
       return linear(weights[i], scales.empty() ? Maybe() : Maybe(scales[i]), biases[i], bits, outputs, inputs);
     };
-    const auto norm = [&](int64_t i) { return Norm{numbers(norms[4 * layer + 2 * i]), numbers(norms[4 * layer + 2 * i + 1])}; };
+    const auto norm = [&](int64_t i) {
+      return Norm{numbers(norms[4 * layer + 2 * i]), numbers(norms[4 * layer + 2 * i + 1])};
+    };
     const int64_t inner = biases[4 * layer + 2].numel();
-    const Block block{product(0, 3 * D, D), product(1, D, D), product(2, inner, D), product(3, D, inner), norm(0), norm(1)};
-    run(block, numbers(layer ? out : source), numbers(out), heads_of(keys, layer), heads_of(values, layer), position, B, T, S, H);
+    const Block block{product(0, 3 * D, D), product(1, D, D), product(2, inner, D),
+                      product(3, D, inner), norm(0),          norm(1)};
+    run(block, numbers(layer ? out : source), numbers(out), heads_of(keys, layer), heads_of(values, layer), position, B,
+        T, S, H);
   }
   return out;
 }

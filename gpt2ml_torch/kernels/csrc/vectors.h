@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include "compiler.h"
+
 #include <cstdint>
 #include <cstring>
 
@@ -26,8 +28,9 @@ struct Numbers {
 
 inline Floats load(Numbers source, int64_t index) {
   const void* p = source.at(index);
-  return source.type == Type::Float32 ? load(static_cast<const float*>(p))
-         : source.type == Type::Float16 ? from_half(p) : from_bfloat16(p);
+  return source.type == Type::Float32   ? load(static_cast<const float*>(p))
+         : source.type == Type::Float16 ? from_half(p)
+                                        : from_bfloat16(p);
 }
 
 inline void store(Numbers target, int64_t index, Floats value) {
@@ -59,7 +62,7 @@ inline Floats exp_of_negative(Floats x) {
   Floats rest = fnma(n, all(0.693359375f), x);  // ln 2 in two parts
   rest = fnma(n, all(-2.12194440e-4f), rest);
   Floats sum = all(1.9875691500e-4f);  // Cephes, expf
-#pragma GCC unroll 16
+  UNROLL(16)
   for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
     sum = fma(sum, rest, all(c));
   sum = fma(sum, rest * rest, rest) + all(1.0f);
@@ -72,7 +75,7 @@ inline Floats gelu(Floats x) {
   const Floats z = magnitude(x) * all(0.70710678f);
   const Floats t = all(1.0f) / fma(z, all(0.3275911f), all(1.0f));
   Floats sum = all(1.061405429f);
-#pragma GCC unroll 16
+  UNROLL(16)
   for (float c : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f}) sum = fma(sum, t, all(c));
   const Floats tail = sum * t * exp_of_negative(fnma(z, z, all(0.0f)));
   const Floats half = x * all(0.5f) * tail;  // x erfc(z) / 2

@@ -9,8 +9,9 @@
 //     float32    [N/16][K][16]                               -                                    float32
 //     float16    [N/16][K][16]                               -                                    float32
 //     bfloat16   [N/16][K/2][16][2]                          -                                    float32 or bfloat16
-//     int8       [N/16][K/4][16][4] uint8, value + 128       [N/16][K/128][16] bfloat16           int8, scaled in groups
-//     int4       [N/16][K/8][16][4] uint8, value + 8,        [N/16][K/32][16] bfloat16            int8, scaled in groups
+//     int8       [N/16][K/4][16][4] uint8, value + 128       [N/16][K/128][16] bfloat16           int8, scaled in
+//     groups int4       [N/16][K/8][16][4] uint8, value + 8,        [N/16][K/32][16] bfloat16            int8, scaled
+//     in groups
 //                inputs 4..7 of 8 in the upper half-byte
 //
 // Without VNNI the int8 that meet int8 weights take 16 bits each: see integer_products.h.
@@ -34,31 +35,36 @@ namespace {
 
 constexpr int64_t kSerialWork = 1 << 16;    // elements of x that one thread prepares faster than two
 constexpr int64_t kAhead = 2048;            // bytes of a panel that are fetched in advance: about what a load takes
-constexpr int64_t kBlockBytes = 16 << 10;   // of a floating-point panel, for many rows: two stay in the first cache
-constexpr int64_t kChunkBytes = 512 << 10;  // of prepared rows, along a block: they stay in the second
+constexpr int64_t kSliceBytes = 16 << 10;   // of a floating-point panel, for many rows: two stay in the first cache
+constexpr int64_t kChunkBytes = 512 << 10;  // of prepared rows, along a slice: they stay in the second
 
 // What a vector load of one panel holds: so many inputs of 16 outputs.
-template <Format kFormat> constexpr int64_t kInputs =
-    kFormat == Format::BFloat16 ? 2 : kFormat == Format::Int8 ? 4 : kFormat == Format::Int4 ? 8 : 1;
+template <Format kFormat> constexpr int64_t kInputs = kFormat == Format::BFloat16 ? 2
+                                                      : kFormat == Format::Int8   ? 4
+                                                      : kFormat == Format::Int4   ? 8
+                                                                                  : 1;
 template <Format kFormat> constexpr int64_t kStepBytes = kFormat == Format::Float16 ? 32 : 64;
 template <Format kFormat> constexpr bool kInteger = is_integer(kFormat);
 template <Format kFormat> constexpr int64_t kGroup = group_of(kFormat);
 // What is to be taken back of the unsigned weights.
 template <Format kFormat> constexpr int32_t kOffset = kFormat == Format::Int4 ? 8 : 128;
 template <Format kFormat> constexpr int64_t kInputBytes =  // of one prepared number
-    kFormat == Format::Int8 ? kInt8InputBytes : kFormat == Format::Int4 ? 1 : kFormat == Format::BFloat16 && kMultipliesBfloat16 ? 2 : 4;
+    kFormat == Format::Int8                              ? kInt8InputBytes
+    : kFormat == Format::Int4                            ? 1
+    : kFormat == Format::BFloat16 && kMultipliesBfloat16 ? 2
+                                                         : 4;
 template <Format kFormat> constexpr int kManyRows = kInteger<kFormat> ? kManyIntegerRows : kManyFloatingRows;
 // Inputs that many rows are multiplied by before the next ones. Rows of integers are short: all at once is faster.
-template <Format kFormat> constexpr int64_t kBlock =
-    kInteger<kFormat> ? std::numeric_limits<int64_t>::max() : kBlockBytes / kStepBytes<kFormat> * kInputs<kFormat>;
+template <Format kFormat> constexpr int64_t kSlice =
+    kInteger<kFormat> ? std::numeric_limits<int64_t>::max() : kSliceBytes / kStepBytes<kFormat> * kInputs<kFormat>;
 
 // ---- the inputs: floating point, or int8 with a scale and a starting sum for each group
 
 struct Inputs {
   std::unique_ptr<uint8_t, void (*)(void*)> memory{nullptr, std::free};
-  const uint8_t* values = nullptr;   // [M][row_bytes]
-  const float* scales = nullptr;     // [M][groups]
-  const int32_t* starts = nullptr;   // [M][groups]: -offset * sum of the group's int8 values
+  const uint8_t* values = nullptr;  // [M][row_bytes]
+  const float* scales = nullptr;    // [M][groups]
+  const int32_t* starts = nullptr;  // [M][groups]: -offset * sum of the group's int8 values
   int64_t row_bytes = 0, groups = 0;
 };
 
@@ -136,7 +142,7 @@ struct Job {
 
 // The inputs [begin, end) of a product, and each row's sums up to there, (rows, kCols, 16): read unless begin is 0,
 // written unless end is the last.
-struct Block {
+struct Slice {
   int64_t begin, end;
   float* sums;
 };
@@ -149,22 +155,24 @@ inline Floats broadcast_float(const uint8_t* p) {
   return all(value);
 }
 
-template <int kCols> inline void add_products(Floats (&sum)[kCols], const Floats (&weights)[kCols], const uint8_t* input) {
+template <int kCols> inline void add_products(Floats (&sum)[kCols], const Floats (&weights)[kCols],
+                                              const uint8_t* input) {
   const Floats value = broadcast_float(input);
-#pragma GCC unroll 16
+  UNROLL(16)
   for (int c = 0; c < kCols; ++c) sum[c] = fma(weights[c], value, sum[c]);
 }
 
-// kRows rows of x times kCols panels; the accumulators stay in registers all along the block. GCC keeps an array in
+// kRows rows of x times kCols panels; the accumulators stay in registers all along the slice. GCC keeps an array in
 // registers only where it unrolls every loop over it early, and that takes the pragma.
 template <Format kFormat, int kRows, int kCols>
-void sums_floating(const Job& job, Block block, const uint8_t* x, const uint8_t* w, Floats (&sum)[kRows][kCols]) {
+void sums_floating(const Job& job, Slice slice, const uint8_t* x, const uint8_t* w, Floats (&sum)[kRows][kCols]) {
   constexpr bool kSplits = kInputBytes<kFormat> == 4 && kInputs<kFormat> == 2;  // pairs into their two numbers
-  x += block.begin * kInputBytes<kFormat>, w += block.begin / kInputs<kFormat> * kStepBytes<kFormat>;
-  for (int64_t k = block.begin; k < block.end; k += kInputs<kFormat>, x += kInputs<kFormat> * kInputBytes<kFormat>, w += kStepBytes<kFormat>) {
+  x += slice.begin * kInputBytes<kFormat>, w += slice.begin / kInputs<kFormat> * kStepBytes<kFormat>;
+  for (int64_t k = slice.begin; k < slice.end;
+       k += kInputs<kFormat>, x += kInputs<kFormat> * kInputBytes<kFormat>, w += kStepBytes<kFormat>) {
     Floats first[kCols], second[kCols];
     Ints pairs[kCols];
-#pragma GCC unroll 16
+    UNROLL(16)
     for (int c = 0; c < kCols; ++c) {
       const uint8_t* weight = w + c * job.panel_bytes;
       prefetch(weight + kAhead);
@@ -173,12 +181,12 @@ void sums_floating(const Job& job, Block block, const uint8_t* x, const uint8_t*
       if constexpr (kFormat == Format::BFloat16) pairs[c] = load_bytes(weight), first[c] = first_of_pairs(pairs[c]);
       if constexpr (kSplits && kHoldsPairs) second[c] = second_of_pairs(pairs[c]);
     }
-#pragma GCC unroll 16
+    UNROLL(16)
     for (int r = 0; r < kRows; ++r) {
       const uint8_t* input = x + r * job.in.row_bytes;
       if constexpr (kInputBytes<kFormat> == 2) {
         const Ints pair = broadcast_4_bytes(input);
-#pragma GCC unroll 16
+        UNROLL(16)
         for (int c = 0; c < kCols; ++c) sum[r][c] = dot_bfloat16(sum[r][c], pairs[c], pair);
       } else {
         add_products(sum[r], first, input);
@@ -186,62 +194,62 @@ void sums_floating(const Job& job, Block block, const uint8_t* x, const uint8_t*
       }
     }
     if constexpr (kSplits && !kHoldsPairs) {
-#pragma GCC unroll 16
+      UNROLL(16)
       for (int c = 0; c < kCols; ++c) second[c] = second_of_pairs(pairs[c]);
-#pragma GCC unroll 16
+      UNROLL(16)
       for (int r = 0; r < kRows; ++r) add_products(sum[r], second, x + r * job.in.row_bytes + 4);
     }
   }
 }
 
 template <Format kFormat, int kRows, int kCols>
-void sums_integer(const Job& job, int64_t row, const uint8_t* x, const uint8_t* w, const uint16_t* scale, Floats (&sum)[kRows][kCols]) {
+void sums_integer(const Job& job, int64_t row, const uint8_t* x, const uint8_t* w, const uint16_t* scale,
+                  Floats (&sum)[kRows][kCols]) {
   const float* x_scale = job.in.scales + row * job.in.groups;
   const int32_t* start = job.in.starts + row * job.in.groups;
   for (int64_t begin = 0, g = 0; begin < job.padded; begin += kGroup<kFormat>, ++g) {
     const int64_t end = std::min(begin + kGroup<kFormat>, job.padded);
     Ints dot[kRows][kCols];
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 16
-      for (int c = 0; c < kCols; ++c) {
-        const int32_t first = start[r * job.in.groups + g];
-        dot[r][c] = kFormat == Format::Int4 ? begin_int4(first) : all(first);
-      }
+    UNROLL(16)
+    for (int r = 0; r < kRows; ++r) UNROLL(16)
+    for (int c = 0; c < kCols; ++c) {
+      const int32_t first = start[r * job.in.groups + g];
+      dot[r][c] = kFormat == Format::Int4 ? begin_int4(first) : all(first);
+    }
     for (int64_t k = begin; k < end; k += kInputs<kFormat>, x += kInputs<kFormat> * kInputBytes<kFormat>, w += 64) {
       Ints weight[kCols];
-#pragma GCC unroll 16
+      UNROLL(16)
       for (int c = 0; c < kCols; ++c) {
         weight[c] = load_bytes(w + c * job.panel_bytes);
         prefetch(w + c * job.panel_bytes + kAhead);
       }
       if constexpr (kFormat == Format::Int8) {
         Int8Weights form[kCols];
-#pragma GCC unroll 16
+        UNROLL(16)
         for (int c = 0; c < kCols; ++c) form[c] = int8_weights(weight[c]);
-#pragma GCC unroll 16
+        UNROLL(16)
         for (int r = 0; r < kRows; ++r) {
           const Int8Inputs four = int8_inputs(x + r * job.in.row_bytes);
-#pragma GCC unroll 16
+          UNROLL(16)
           for (int c = 0; c < kCols; ++c) dot[r][c] = dot_int8(dot[r][c], form[c], four);
         }
       } else {
         Ints low[kCols], high[kCols];
-#pragma GCC unroll 16
+        UNROLL(16)
         for (int c = 0; c < kCols; ++c) low[c] = low_nibbles(weight[c]), high[c] = high_nibbles(weight[c]);
-#pragma GCC unroll 16
+        UNROLL(16)
         for (int r = 0; r < kRows; ++r) {
           const uint8_t* input = x + r * job.in.row_bytes;
           const Ints four = broadcast_4_bytes(input), next = broadcast_4_bytes(input + 4);
-#pragma GCC unroll 16
+          UNROLL(16)
           for (int c = 0; c < kCols; ++c) dot[r][c] = dot_int4(dot_int4(dot[r][c], low[c], four), high[c], next);
         }
       }
     }
-#pragma GCC unroll 16
+    UNROLL(16)
     for (int c = 0; c < kCols; ++c) {
       const Floats weight_scale = from_bfloat16(scale + (c * job.in.groups + g) * kPanel);
-#pragma GCC unroll 16
+      UNROLL(16)
       for (int r = 0; r < kRows; ++r) {
         const Floats both = weight_scale * all(x_scale[r * job.in.groups + g]);
         const Ints whole = kFormat == Format::Int4 ? end_int4(dot[r][c], start[r * job.in.groups + g]) : dot[r][c];
@@ -251,29 +259,27 @@ void sums_integer(const Job& job, int64_t row, const uint8_t* x, const uint8_t* 
   }
 }
 
-template <Format kFormat, int kRows, int kCols> void tile(const Job& job, Block block, int64_t row, int64_t panel) {
+template <Format kFormat, int kRows, int kCols> void tile(const Job& job, Slice slice, int64_t row, int64_t panel) {
   Floats sum[kRows][kCols];
-#pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 16
-    for (int c = 0; c < kCols; ++c) sum[r][c] = block.begin ? load(block.sums + (r * kCols + c) * kPanel) : all(0.0f);
+  UNROLL(16)
+  for (int r = 0; r < kRows; ++r) UNROLL(16)
+  for (int c = 0; c < kCols; ++c) sum[r][c] = slice.begin ? load(slice.sums + (r * kCols + c) * kPanel) : all(0.0f);
   const uint8_t* x = job.in.values + row * job.in.row_bytes;
   const uint8_t* w = job.weight + panel * job.panel_bytes;
   if constexpr (kInteger<kFormat>)
     sums_integer<kFormat, kRows, kCols>(job, row, x, w, job.scale + panel * job.in.groups * kPanel, sum);
-  else sums_floating<kFormat, kRows, kCols>(job, block, x, w, sum);
-  if (block.end < job.padded) {
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 16
-      for (int c = 0; c < kCols; ++c) store(block.sums + (r * kCols + c) * kPanel, sum[r][c]);
+  else sums_floating<kFormat, kRows, kCols>(job, slice, x, w, sum);
+  if (slice.end < job.padded) {
+    UNROLL(16)
+    for (int r = 0; r < kRows; ++r) UNROLL(16)
+    for (int c = 0; c < kCols; ++c) store(slice.sums + (r * kCols + c) * kPanel, sum[r][c]);
     return;
   }
-#pragma GCC unroll 16
+  UNROLL(16)
   for (int c = 0; c < kCols; ++c) {
     // Through memory, so that the loop below need not be unrolled: an index that varies would keep `sum` itself there.
     alignas(64) float columns[kRows][kPanel];
-#pragma GCC unroll 16
+    UNROLL(16)
     for (int r = 0; r < kRows; ++r) store(columns[r], sum[r][c]);
     const int64_t n = (panel + c) * kPanel, count = job.N - n;
     const Floats bias = job.bias.data ? load_first(job.bias, n, count) : all(0.0f);
@@ -286,25 +292,26 @@ template <Format kFormat, int kRows, int kCols> void tile(const Job& job, Block 
 
 // Rows [row, end) of x for the panels [panel, panel + kCols), in tiles of kRows rows and smaller ones for the rest.
 template <Format kFormat, int kRows, int kCols>
-void column(const Job& job, Block block, int64_t panel, int64_t row, int64_t end) {
-  for (; row + kRows <= end; row += kRows, block.sums += kRows * kCols * kPanel)
-    tile<kFormat, kRows, kCols>(job, block, row, panel);
+void column(const Job& job, Slice slice, int64_t panel, int64_t row, int64_t end) {
+  for (; row + kRows <= end; row += kRows, slice.sums += kRows * kCols * kPanel)
+    tile<kFormat, kRows, kCols>(job, slice, row, panel);
   if constexpr (kRows > 1)
-    if (row < end) column<kFormat, kRows == 6 ? 4 : kRows / 2, kCols>(job, block, panel, row, end);
+    if (row < end) column<kFormat, kRows == 6 ? 4 : kRows / 2, kCols>(job, slice, panel, row, end);
 }
 
 template <Format kFormat> void multiply(const Job& job) {
-  const int64_t panels = (job.N + kPanel - 1) / kPanel, block = std::min(kBlock<kFormat>, job.padded);
-  const int64_t chunk = std::max<int64_t>(kChunkBytes / (block * kInputBytes<kFormat>) / kManyRows<kFormat>, 1) * kManyRows<kFormat>;
+  const int64_t panels = (job.N + kPanel - 1) / kPanel, slice = std::min(kSlice<kFormat>, job.padded);
+  const int64_t chunk =
+      std::max<int64_t>(kChunkBytes / (slice * kInputBytes<kFormat>) / kManyRows<kFormat>, 1) * kManyRows<kFormat>;
   for (int64_t row = 0; row < job.M; row += chunk) {
     const int64_t end = std::min(row + chunk, job.M), rows = end - row;
-    const Block whole{0, job.padded, nullptr};
+    const Slice whole{0, job.padded, nullptr};
     parallel_for(0, panels, 4, [&](int64_t panel, int64_t last) {
       if (rows > kFewRows) {
-        std::vector<float> sums(block < job.padded ? rows * kManyPanels * kPanel : 0);
+        std::vector<float> sums(slice < job.padded ? rows * kManyPanels * kPanel : 0);
         for (; panel + kManyPanels <= last; panel += kManyPanels)
-          for (int64_t k = 0; k < job.padded; k += block) {
-            const Block part{k, std::min(k + block, job.padded), sums.data()};
+          for (int64_t k = 0; k < job.padded; k += slice) {
+            const Slice part{k, std::min(k + slice, job.padded), sums.data()};
             column<kFormat, kManyRows<kFormat>, kManyPanels>(job, part, panel, row, end);
           }
       } else if (rows > kSingleRows) {
@@ -317,19 +324,25 @@ template <Format kFormat> void multiply(const Job& job) {
 }
 
 template <Format kFormat> void run(const Linear& layer, Numbers x, int64_t rows, Numbers out, bool with_gelu) {
-  const int64_t padded = round_up(layer.inputs, kMultiple), panel_bytes = padded / kInputs<kFormat> * kStepBytes<kFormat>;
-  multiply<kFormat>(Job{prepare<kFormat>(x, rows, layer.inputs), layer.weight, layer.scale, layer.bias, out, with_gelu, rows,
-                        layer.outputs, padded, panel_bytes});
+  const int64_t padded = round_up(layer.inputs, kMultiple),
+                panel_bytes = padded / kInputs<kFormat> * kStepBytes<kFormat>;
+  multiply<kFormat>(Job{prepare<kFormat>(x, rows, layer.inputs), layer.weight, layer.scale, layer.bias, out, with_gelu,
+                        rows, layer.outputs, padded, panel_bytes});
 }
 
 }  // namespace
 
 void apply(const Linear& layer, Numbers x, int64_t rows, Numbers out, bool with_gelu) {
   switch (layer.format) {
-    case Format::Float32: return run<Format::Float32>(layer, x, rows, out, with_gelu);
-    case Format::Float16: return run<Format::Float16>(layer, x, rows, out, with_gelu);
-    case Format::BFloat16: return run<Format::BFloat16>(layer, x, rows, out, with_gelu);
-    case Format::Int8: return run<Format::Int8>(layer, x, rows, out, with_gelu);
-    case Format::Int4: return run<Format::Int4>(layer, x, rows, out, with_gelu);
+    case Format::Float32:
+      return run<Format::Float32>(layer, x, rows, out, with_gelu);
+    case Format::Float16:
+      return run<Format::Float16>(layer, x, rows, out, with_gelu);
+    case Format::BFloat16:
+      return run<Format::BFloat16>(layer, x, rows, out, with_gelu);
+    case Format::Int8:
+      return run<Format::Int8>(layer, x, rows, out, with_gelu);
+    case Format::Int4:
+      return run<Format::Int4>(layer, x, rows, out, with_gelu);
   }
 }

@@ -36,7 +36,8 @@ inline Floats inverse_of(Floats scale) {
 
 // The nearest value of the format.
 template <Format kFormat> Floats round(Floats x, Floats inverse) {
-  const Floats low = all(kFormat == Format::Int8 ? -127.0f : -8.0f), high = all(kFormat == Format::Int8 ? 127.0f : 7.0f);
+  const Floats low = all(kFormat == Format::Int8 ? -127.0f : -8.0f),
+               high = all(kFormat == Format::Int8 ? 127.0f : 7.0f);
   return min(max(nearest(x * inverse), low), high);
 }
 
@@ -51,8 +52,8 @@ template <Format kFormat> Floats error_of(const Floats* group, int64_t size, Flo
   return min(error, all(std::numeric_limits<float>::max()));
 }
 
-// The scales of a group. At 4 bits the best of a few, of either sign: a negative one lets the group's largest weight, if
-// positive, use the value -8.
+// The scales of a group. At 4 bits the best of a few, of either sign: a negative one lets the group's largest weight,
+// if positive, use the value -8.
 template <Format kFormat> Floats scale_of(const Floats* group, int64_t size) {
   Floats widest = all(0.0f), check = all(0.0f);
   for (int64_t k = 0; k < size; ++k) {
@@ -75,7 +76,7 @@ template <Format kFormat> void store_values(const Floats* group, int64_t size, F
   const Floats inverse = inverse_of(scale), offset = all(kFormat == Format::Int8 ? 128.0f : 8.0f);
   for (int64_t k = 0; k < size; k += kValues, out += 4 * kPanel) {
     Ints word = all(0);
-#pragma GCC unroll 8
+    UNROLL(8)
     for (int i = 0; i < kValues; ++i)
       word = add(word, shift_left(to_ints(round<kFormat>(group[k + i], inverse) + offset), i % 4 * 8 + i / 4 * 4));
     store_bytes(out, word);
@@ -127,10 +128,15 @@ template <Format kFormat> void pack(Numbers rows, int64_t count, int64_t inputs,
 
 void pack_rows(Format format, Numbers rows, int64_t count, int64_t inputs, uint8_t* weight, uint16_t* scale) {
   switch (format) {
-    case Format::Float32: return pack<Format::Float32>(rows, count, inputs, weight, scale);
-    case Format::Float16: return pack<Format::Float16>(rows, count, inputs, weight, scale);
-    case Format::BFloat16: return pack<Format::BFloat16>(rows, count, inputs, weight, scale);
-    case Format::Int8: return pack<Format::Int8>(rows, count, inputs, weight, scale);
-    case Format::Int4: return pack<Format::Int4>(rows, count, inputs, weight, scale);
+    case Format::Float32:
+      return pack<Format::Float32>(rows, count, inputs, weight, scale);
+    case Format::Float16:
+      return pack<Format::Float16>(rows, count, inputs, weight, scale);
+    case Format::BFloat16:
+      return pack<Format::BFloat16>(rows, count, inputs, weight, scale);
+    case Format::Int8:
+      return pack<Format::Int8>(rows, count, inputs, weight, scale);
+    case Format::Int4:
+      return pack<Format::Int4>(rows, count, inputs, weight, scale);
   }
 }

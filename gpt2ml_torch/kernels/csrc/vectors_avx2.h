@@ -64,9 +64,12 @@ inline Floats where_positive(Floats x, Floats a, Floats b) {  // a where x >= 0,
           _mm256_blendv_ps(b.high, a.high, _mm256_cmp_ps(x.high, zero, _CMP_GE_OQ))};
 }
 inline Floats first_lanes(int64_t count, Floats x, Floats rest) {
-  const __m256i limit = _mm256_set1_epi32(std::clamp<int64_t>(count, 0, 16)), lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  const __m256i low = _mm256_cmpgt_epi32(limit, lane), high = _mm256_cmpgt_epi32(limit, _mm256_add_epi32(lane, _mm256_set1_epi32(8)));
-  return {_mm256_blendv_ps(rest.low, x.low, _mm256_castsi256_ps(low)), _mm256_blendv_ps(rest.high, x.high, _mm256_castsi256_ps(high))};
+  const __m256i limit = _mm256_set1_epi32(std::clamp<int64_t>(count, 0, 16)),
+                lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256i low = _mm256_cmpgt_epi32(limit, lane),
+                high = _mm256_cmpgt_epi32(limit, _mm256_add_epi32(lane, _mm256_set1_epi32(8)));
+  return {_mm256_blendv_ps(rest.low, x.low, _mm256_castsi256_ps(low)),
+          _mm256_blendv_ps(rest.high, x.high, _mm256_castsi256_ps(high))};
 }
 inline float sum(Floats x) {
   const __m256 eight = x.low + x.high;
@@ -84,7 +87,8 @@ inline float largest(Floats x) {
 // Lane j of x[i] becomes lane i of x[j].
 inline void transpose(__m256 (&x)[8]) {
   __m256 a[8], b[8];
-  for (int i = 0; i < 8; i += 2) a[i] = _mm256_unpacklo_ps(x[i], x[i + 1]), a[i + 1] = _mm256_unpackhi_ps(x[i], x[i + 1]);
+  for (int i = 0; i < 8; i += 2)
+    a[i] = _mm256_unpacklo_ps(x[i], x[i + 1]), a[i + 1] = _mm256_unpackhi_ps(x[i], x[i + 1]);
   for (int i = 0; i < 8; i += 4)
     for (int j = 0; j < 2; ++j) {
       const __m256d low = _mm256_castps_pd(a[i + j]), high = _mm256_castps_pd(a[i + j + 2]);
@@ -124,7 +128,8 @@ inline void to_half(void* p, Floats x) {
   _mm_storeu_si128(halves + 1, _mm256_cvtps_ph(x.high, _MM_FROUND_TO_NEAREST_INT));
 }
 inline __m256i to_bfloat16(__m256 x) {  // in the low half of each lane
-  const __m256i bits = _mm256_castps_si256(x), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i bits = _mm256_castps_si256(x),
+                odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   const __m256i nearest_even = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
   const __m256i quiet_nan = _mm256_or_si256(bits, _mm256_set1_epi32(1 << 22));
   const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
@@ -136,11 +141,13 @@ inline void to_bfloat16(void* p, Floats x) {
 }
 // The first and the second of 16 pairs of bfloat16.
 inline Floats first_of_pairs(Ints pairs) {
-  return {_mm256_castsi256_ps(_mm256_slli_epi32(pairs.low, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(pairs.high, 16))};
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(pairs.low, 16)),
+          _mm256_castsi256_ps(_mm256_slli_epi32(pairs.high, 16))};
 }
 inline Floats second_of_pairs(Ints pairs) {
   const __m256i upper = _mm256_set1_epi32(-1 << 16);
-  return {_mm256_castsi256_ps(_mm256_and_si256(pairs.low, upper)), _mm256_castsi256_ps(_mm256_and_si256(pairs.high, upper))};
+  return {_mm256_castsi256_ps(_mm256_and_si256(pairs.low, upper)),
+          _mm256_castsi256_ps(_mm256_and_si256(pairs.high, upper))};
 }
 
 inline Ints add(Ints a, Ints b) { return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)}; }
@@ -167,8 +174,10 @@ inline Ints low_nibbles(Ints x) {
 inline Ints high_nibbles(Ints x) { return low_nibbles({_mm256_srli_epi16(x.low, 4), _mm256_srli_epi16(x.high, 4)}); }
 
 #ifdef __AVXVNNI__
-inline Ints dot_bytes(Ints to, Ints weights, Ints inputs) {  // in each lane, `to` plus 4 products: unsigned times signed
-  return {_mm256_dpbusd_avx_epi32(to.low, weights.low, inputs.low), _mm256_dpbusd_avx_epi32(to.high, weights.high, inputs.high)};
+inline Ints dot_bytes(Ints to, Ints weights,
+                      Ints inputs) {  // in each lane, `to` plus 4 products: unsigned times signed
+  return {_mm256_dpbusd_avx_epi32(to.low, weights.low, inputs.low),
+          _mm256_dpbusd_avx_epi32(to.high, weights.high, inputs.high)};
 }
 #endif
 
@@ -176,7 +185,8 @@ constexpr bool kMultipliesBfloat16 = false;
 inline Floats dot_bfloat16(Floats to, Ints, Ints) { return to; }
 
 // Rows and panels of a product's tile, by how many rows there are: as many accumulators as fit the registers.
-constexpr int kManyFloatingRows = 6, kManyIntegerRows = 4, kManyPanels = 1, kFewRows = 4, kFewPanels = 1, kSingleRows = 4;
+constexpr int kManyFloatingRows = 6, kManyIntegerRows = 4, kManyPanels = 1, kFewRows = 4, kFewPanels = 1,
+              kSingleRows = 4;
 
 // Whether the registers hold both numbers of the weights' pairs of bfloat16 beside such a tile's accumulators.
 constexpr bool kHoldsPairs = false;

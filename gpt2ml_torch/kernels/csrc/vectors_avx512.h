@@ -23,8 +23,10 @@ inline Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }           
 inline Floats min(Floats a, Floats b) { return _mm512_min_ps(a, b); }                   // likewise
 inline Floats magnitude(Floats x) { return _mm512_abs_ps(x); }
 inline Floats nearest(Floats x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT); }
-inline Floats times_power_of_2(Floats x, Floats n) { return _mm512_scalef_ps(x, n); }  // n whole; 0, of NaN too, for -infinity
-inline Floats where_positive(Floats x, Floats a, Floats b) {                           // a where x >= 0, else b
+inline Floats times_power_of_2(Floats x, Floats n) {
+  return _mm512_scalef_ps(x, n);
+}  // n whole; 0, of NaN too, for -infinity
+inline Floats where_positive(Floats x, Floats a, Floats b) {  // a where x >= 0, else b
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GE_OQ), b, a);
 }
 inline Floats first_lanes(int64_t count, Floats x, Floats rest) {
@@ -37,15 +39,15 @@ inline float largest(Floats x) { return _mm512_reduce_max_ps(x); }
 // Lane i is the sum over the lanes of x[i], in each quarter (0 + 2) + (1 + 3), and of the quarters (0 + 1) + (2 + 3).
 inline Floats sum_each(Floats (&x)[16]) {
   Floats eighths[8], fours[4], twos[2];
-#pragma GCC unroll 16
+  UNROLL(16)
   for (int i = 0; i < 8; ++i)
     eighths[i] = _mm512_unpacklo_ps(x[2 * i], x[2 * i + 1]) + _mm512_unpackhi_ps(x[2 * i], x[2 * i + 1]);
-#pragma GCC unroll 16
+  UNROLL(16)
   for (int i = 0; i < 4; ++i) {
     const __m512d a = _mm512_castps_pd(eighths[2 * i]), b = _mm512_castps_pd(eighths[2 * i + 1]);
     fours[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b)) + _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
   }
-#pragma GCC unroll 16
+  UNROLL(16)
   for (int i = 0; i < 2; ++i)
     twos[i] = _mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0x88) +
               _mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0xdd);
@@ -55,22 +57,23 @@ inline Floats sum_each(Floats (&x)[16]) {
 // Lane j of x[i] becomes lane i of x[j].
 inline void transpose(Floats (&x)[16]) {
   Floats a[16], b[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; i += 2) a[i] = _mm512_unpacklo_ps(x[i], x[i + 1]), a[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; i += 4)
-#pragma GCC unroll 16
-    for (int j = 0; j < 2; ++j) {
-      const __m512d low = _mm512_castps_pd(a[i + j]), high = _mm512_castps_pd(a[i + j + 2]);
-      b[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
-      b[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
-    }
-#pragma GCC unroll 16
+  UNROLL(16)
+  for (int i = 0; i < 16; i += 2)
+    a[i] = _mm512_unpacklo_ps(x[i], x[i + 1]), a[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
+  UNROLL(16)
+  for (int i = 0; i < 16; i += 4) UNROLL(16)
+  for (int j = 0; j < 2; ++j) {
+    const __m512d low = _mm512_castps_pd(a[i + j]), high = _mm512_castps_pd(a[i + j + 2]);
+    b[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+    b[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+  }
+  UNROLL(16)
   for (int i = 0; i < 4; ++i) {  // quarters of the registers, in two steps
     a[i] = _mm512_shuffle_f32x4(b[i], b[i + 4], 0x88), a[i + 4] = _mm512_shuffle_f32x4(b[i], b[i + 4], 0xdd);
-    a[i + 8] = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0x88), a[i + 12] = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0xdd);
+    a[i + 8] = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0x88),
+          a[i + 12] = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0xdd);
   }
-#pragma GCC unroll 16
+  UNROLL(16)
   for (int i = 0; i < 8; ++i)
     x[i] = _mm512_shuffle_f32x4(a[i], a[i + 8], 0x88), x[i + 8] = _mm512_shuffle_f32x4(a[i], a[i + 8], 0xdd);
 }
@@ -103,27 +106,17 @@ inline void to_int8(void* p, Ints x) { _mm_storeu_si128(static_cast<__m128i*>(p)
 inline Ints low_nibbles(Ints x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
 inline Ints high_nibbles(Ints x) { return low_nibbles(_mm512_srli_epi16(x, 4)); }
 
-// In each lane, `to` plus the products of 4 bytes, unsigned times signed. The instruction itself, since around the
-// compiler's intrinsic GCC 12 copies each accumulator twice.
-inline Ints dot_bytes(Ints to, Ints weights, Ints inputs) {
-  asm("vpdpbusd %2, %1, %0" : "+v"(to) : "v"(weights), "v"(inputs));
-  return to;
-}
-
-// In each lane, `to` plus the products of a pair of bfloat16.
+// Whether pairs of bfloat16 are multiplied as they are.
 #ifdef __AVX512BF16__
 constexpr bool kMultipliesBfloat16 = true;
-inline Floats dot_bfloat16(Floats to, Ints weights, Ints inputs) {
-  asm("vdpbf16ps %2, %1, %0" : "+v"(to) : "v"(weights), "v"(inputs));
-  return to;
-}
 #else
 constexpr bool kMultipliesBfloat16 = false;
 inline Floats dot_bfloat16(Floats to, Ints, Ints) { return to; }
 #endif
 
 // Rows and panels of a product's tile, by how many rows there are: as many accumulators as fit the registers.
-constexpr int kManyFloatingRows = 12, kManyIntegerRows = 6, kManyPanels = 2, kFewRows = 8, kFewPanels = 2, kSingleRows = 4;
+constexpr int kManyFloatingRows = 12, kManyIntegerRows = 6, kManyPanels = 2, kFewRows = 8, kFewPanels = 2,
+              kSingleRows = 4;
 
 // Whether the registers hold both numbers of the weights' pairs of bfloat16 beside such a tile's accumulators.
 constexpr bool kHoldsPairs = true;

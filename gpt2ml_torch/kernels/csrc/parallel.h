@@ -1,5 +1,5 @@
-// PyTorch's threads, so that there is one pool of them. operators.cpp has what this declares: it alone includes PyTorch's
-// headers, which take longer to compile than most of the kernels.
+// PyTorch's threads, so that there is one pool of them. operators.cpp has what this declares: it alone includes
+// PyTorch's headers, which take longer to compile than most of the kernels.
 
 #pragma once
 
@@ -12,5 +12,6 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, const void* work, P
 
 // Calls work(from, to) for parts of [begin, end), of `grain` or more, side by side.
 template <class Work> void parallel_for(int64_t begin, int64_t end, int64_t grain, const Work& work) {
-  parallel_for(begin, end, grain, &work, [](const void* work, int64_t from, int64_t to) { (*static_cast<const Work*>(work))(from, to); });
+  parallel_for(begin, end, grain, &work,
+               [](const void* work, int64_t from, int64_t to) { (*static_cast<const Work*>(work))(from, to); });
 }

@@ -6,8 +6,8 @@
 
 enum class Format { Float32, Float16, BFloat16, Int8, Int4 };
 
-constexpr int64_t kPanel = kLanes;   // outputs in a panel
-constexpr int64_t kMultiple = 32;    // inputs are padded to a multiple of it
+constexpr int64_t kPanel = kLanes;  // outputs in a panel
+constexpr int64_t kMultiple = 32;   // inputs are padded to a multiple of it
 
 constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
