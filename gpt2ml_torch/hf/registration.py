@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 
-import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from gpt2ml_torch.hf.configuration_gpt2ml import GPT2MLConfig
@@ -24,10 +23,3 @@ def register() -> None:
     with contextlib.suppress(ImportError):
         importlib.import_module("peft.utils.constants")
     tell_peft()
-
-
-def register_in_vllm() -> None:
-    """Entry point `vllm.general_plugins`: vLLM looks classes up as attributes of transformers."""
-    register()
-    for class_ in (GPT2MLConfig, GPT2MLModel, GPT2MLForCausalLM):
-        setattr(transformers, class_.__name__, class_)
