@@ -53,7 +53,7 @@ def main() -> int:
 
 def _expected(model: Path) -> dict[str, object]:
     """What the server should answer, by `Generator` and `Tokenizer`."""
-    generator = Generator.from_pretrained(model, compile=False)
+    generator = Generator.from_pretrained(model, compile=False, quantize="float32")
     texts = generator.generate(list(PROMPTS), do_sample=False, max_new_tokens=TOKENS)
     tokenizer = Tokenizer.from_pretrained(model)
     return {
