@@ -43,6 +43,8 @@ SENTENCES = {
 }
 LEAST_MARGIN = 1.0  # nats a token: e times as probable as shuffled or shifted
 LARGEST_GAIN = 0.05  # nats a token by which a rival may fit better, by chance
+LARGE = 10**8  # parameters, from which on time counts: there FEW_TOKENS of a sentence are read
+FEW_TOKENS = 20
 MOST_UNKNOWN = 0.2  # of a sentence's tokens
 
 Rival = Callable[[GPT2ML], contextlib.AbstractContextManager[Any]]
@@ -85,7 +87,8 @@ def read_sentences(model: GPT2ML, tokenizer: Tokenizer) -> list[Reading]:
     readings = []
     for genre, text in SENTENCES.items():
         ids = torch.tensor([tokenizer.encode(text)], device=model.device)
-        ids = ids[:, : model.config.max_position_embeddings - 1]
+        longest = FEW_TOKENS if model.config.num_parameters > LARGE else ids.shape[1]
+        ids = ids[:, : min(longest, model.config.max_position_embeddings - 1)]
         unknown = (ids == tokenizer.unk_id).float().mean().item()
         if unknown > MOST_UNKNOWN or ids.shape[1] < 8:
             continue
