@@ -62,7 +62,8 @@ class Attention(nn.Module):
             rows = torch.arange(B, device=h.device)[:, None]  # (B, 1)
             for slots, new in zip(cache, (k, v), strict=True):
                 slots.index_put_((rows, positions), new)
-            k, v = cache  # (B, S, H, K)
+            if mask is not None:  # else the cache was empty: these tokens attend to each other
+                k, v = cache  # (B, S, H, K)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T or S, K)
         a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.output(a.transpose(1, 2).reshape(B, T, D))
@@ -191,21 +192,30 @@ class GPT2ML(Pretrained):
         positions: Tensor | None = None,
         cache: KeysValues | None = None,
         document_ids: Tensor | None = None,
+        cache_is_empty: bool = False,
+        on_kernels: bool | None = None,
+        share_code: bool = False,
     ) -> Tensor:
         """The last block's output, (B, T) -> (B, T, D); inputs are not checked.
 
         `cache` holds the tensors of a `KVCache`, keys and values, each (layers, B, S, H, K):
-        compiled graphs take tensors, whose sizes may differ from call to call.
+        compiled graphs take tensors, whose sizes may differ from call to call. With
+        `cache_is_empty` the tokens are the first of their rows, at positions 0, 1, ..., and
+        attention needs no mask. `on_kernels` is `runs_on_kernels` where the caller knows it. With
+        `share_code`, which is for blocks that are equal except for their weights, a compiled graph
+        holds the code of one block.
         """
         B, T = token_ids.shape
         if positions is None:
             positions = torch.arange(T, device=token_ids.device).expand(B, T)
         h = self.token_embedding(token_ids) + self.position_embedding(positions)
         h = self.embedding_norm(h)  # (B, T, D); the original has no dropout here
-        if cache is not None and self.runs_on_kernels:
+        if on_kernels is None:
+            on_kernels = cache is not None and self.runs_on_kernels
+        if on_kernels and cache is not None:
             return kernels.run_layers(self.blocks, h, positions, *cache)
         mask = None  # plain causal attention among the tokens of this call
-        if cache is not None:
+        if cache is not None and not cache_is_empty:
             slots = torch.arange(cache[0].shape[2], device=token_ids.device)  # (S,)
             mask = (slots <= positions[:, :, None])[:, None]  # (B, 1, T, S)
         elif document_ids is not None:
@@ -217,7 +227,7 @@ class GPT2ML(Pretrained):
                 h = recompute_in_backward(block, h, mask=mask, use_reentrant=False)
             else:
                 layer = None if cache is None else (cache[0][index], cache[1][index])
-                run = _run_block if cache is None else _run_block_once_compiled
+                run = _run_block_once_compiled if share_code else _run_block
                 h = run(block, h, positions, mask, layer)
         return h
 
@@ -237,6 +247,6 @@ def _run_block(
     return result
 
 
-# In a compiled graph, code for one layer that serves all of them; elsewhere the same function.
+# In a compiled graph, code for one layer that serves its equals; elsewhere the same function.
 # PyTorch has it since 2.8; it takes gradients too, but dropout and LoRA may break in it.
 _run_block_once_compiled = getattr(torch.compiler, "nested_compile_region", lambda f: f)(_run_block)

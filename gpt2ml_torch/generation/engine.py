@@ -1,10 +1,14 @@
 """Engine: the two steps that decoding is made of, as plain functions, compiled if wanted.
 
-A step is one graph, whose blocks are one nested region, compiled once for all layers (see
-`model.py`). Sizes are padded up to a few, each with a graph of its own: CUDA graphs replay fixed
-addresses, and a nested region loses what is written to a cache of symbolic size (PyTorch 2.13).
-Packed weights on the CPU need none of that: all layers are one operator, compiled already, which
-takes any number of rows, tokens and cache slots.
+A step is one graph, whose blocks, where all are equal, are calls of one nested region that is
+compiled once (see `regions.py`). Sizes are padded up to a few, each with a graph of its own: CUDA
+graphs replay fixed addresses, and a nested region loses what is written to a cache of symbolic size
+(PyTorch 2.13). Packed weights on the CPU need none of that: all layers are one operator, compiled
+already, which takes any number of rows, tokens and cache slots.
+
+On the kernels a token's logits are the same, bit for bit, whatever other rows and tokens are read
+with it, however a text is cut into chunks, and whatever the cache's size. Elsewhere they are the
+same up to the rounding of differently shaped matrix products.
 
 Shapes:
     B  batch rows       T  tokens in this call      S  slots of the cache      V  vocabulary
@@ -12,7 +16,6 @@ Shapes:
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 import shutil
@@ -20,12 +23,14 @@ import sysconfig
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from types import FunctionType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gpt2ml_torch.cache import cache_root
+from gpt2ml_torch.generation.regions import are_equal, outline
 from gpt2ml_torch.kv_cache import CacheTensors, KVCache
 from gpt2ml_torch.model import GPT2ML
 
@@ -35,36 +40,80 @@ SLOTS = 128  # a cache holds a multiple of this many slots
 SMALLEST_PREFILL = 16
 
 
-def prefill(model: GPT2ML, token_ids: Tensor, last: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Read a text from its start into the cache; logits after place `last`, (1, T) -> (1, V)."""
-    positions = torch.arange(token_ids.shape[1], device=token_ids.device)[None]
-    h = model.hidden_states(token_ids, positions=positions, cache=(keys, values))
-    return model.logits(h.index_select(1, last)[:, 0])
+class Plan(NamedTuple):
+    """How a model's blocks run; see `GPT2ML.hidden_states`."""
+
+    on_kernels: bool
+    share_code: bool  # blocks are equal, and compiled
+
+
+def prefill(
+    model: GPT2ML,
+    plan: Plan,
+    token_ids: Tensor,
+    places: Tensor,
+    keys: Tensor,
+    values: Tensor,
+) -> Tensor:
+    """Read tokens from position places[0] on into the cache, (1, T); logits after the one at
+    places[1] of them, (1, V).
+    """
+    positions = places[:1] + torch.arange(token_ids.shape[1], device=token_ids.device)[None]
+    h = model.hidden_states(token_ids, positions=positions, cache=(keys, values), **plan._asdict())
+    return model.logits(h.index_select(1, places[1:])[:, 0])
+
+
+def prefill_from_start(
+    model: GPT2ML,
+    plan: Plan,
+    token_ids: Tensor,
+    places: Tensor,
+    keys: Tensor,
+    values: Tensor,
+) -> Tensor:
+    """As `prefill` where the cache is empty: plain causal attention, which needs no mask."""
+    cache = keys, values
+    h = model.hidden_states(token_ids, cache=cache, cache_is_empty=True, **plan._asdict())
+    return model.logits(h.index_select(1, places[1:])[:, 0])
 
 
 def decode(
-    model: GPT2ML, token_ids: Tensor, positions: Tensor, keys: Tensor, values: Tensor
+    model: GPT2ML, plan: Plan, token_ids: Tensor, positions: Tensor, keys: Tensor, values: Tensor
 ) -> Tensor:
     """Read T more tokens of each row; logits after each, (B, T) -> (B, T, V)."""
-    h = model.hidden_states(token_ids, positions=positions, cache=(keys, values))
+    h = model.hidden_states(token_ids, positions=positions, cache=(keys, values), **plan._asdict())
     return model.logits(h)
 
 
 class Engine:
     """A model's two steps, eager or compiled, and caches of the sizes that they like.
 
-    Compiling happens at the first call of a size, but for a model that runs on the kernels, which
-    has nothing to compile; where it can't, steps run eagerly, and the log says why, once. From then
-    on the model's layers must stay what they are; their weights may change. No method checks ids or
-    positions: `Generator` does.
+    Compiling happens at the first call of a size, except for a model that runs on the kernels,
+    which has nothing to compile; where it can't, steps run eagerly, and the log says why, once.
+    `refresh` notices that the model's layers have changed, as by adapters, hooks or `train()`, but
+    not the constants in them; weights may change at any time. No method checks ids or positions:
+    `Generator` does.
     """
 
     def __init__(self, model: GPT2ML, *, compile: bool = True) -> None:
         self.model = model
         self.on_cuda = model.device.type == "cuda"
-        self.on_kernels = model.runs_on_kernels
+        self._compile_wanted = compile
+        self._outline: object = None
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Look at the model's layers again: if they have changed, compiled steps are dropped."""
+        found = outline(self.model)
+        if found == self._outline:
+            return
+        self._outline = found
         self._steps: dict[tuple[object, ...], Callable[..., Tensor]] = {}
-        self.compiled = compile and not self.on_kernels and self._can_compile()
+        self.on_kernels = self.model.runs_on_kernels
+        wanted = self._compile_wanted and not self.on_kernels
+        self.compiled = wanted and self._can_compile()
+        share_code = self.compiled and are_equal(self.model.blocks)
+        self._plan = Plan(self.on_kernels, share_code)
 
     def _can_compile(self) -> bool:
         obstacle = None if self.on_cuda else why_no_compiler()
@@ -127,10 +176,22 @@ class Engine:
 
     def read_into(self, cache: KVCache, row: int, token_ids: Sequence[int]) -> Tensor:
         """Read a text into a row of a cache; logits after it, (1, V)."""
-        if self.on_kernels and cache.keys.shape[1] == 1:
-            return self.prefill(token_ids, cache)
-        logits, alone = self.read(token_ids)  # a graph of one row, for each length a cache
-        alone.copy_row(0, cache, row, len(token_ids))
+        return self.read_chunk(cache, row, token_ids, 0)
+
+    def read_chunk(self, cache: KVCache, row: int, token_ids: Sequence[int], start: int) -> Tensor:
+        """Read the next tokens of a text into a row whose slots before `start` hold what comes
+        before them; logits after the last, (1, V).
+        """
+        if self.on_kernels:
+            alone = CacheTensors(cache.keys[:, row : row + 1], cache.values[:, row : row + 1])
+            return self.prefill(token_ids, alone, start=start)
+        end = start + len(token_ids)
+        fits = start + self.padded_tokens(len(token_ids)) <= self.limit
+        padded = start + self.padded_tokens(len(token_ids)) if fits else end
+        own = self.new_cache(1, self.padded_tokens(padded))
+        cache.copy_row(row, own, 0, start)
+        logits = self.prefill(token_ids, own, start=start)  # a graph of one row, for each length
+        own.copy_row(0, cache, row, end)
         return logits
 
     def warm_up(self, *, rows: int = 1, tokens: int | None = None) -> None:
@@ -148,13 +209,20 @@ class Engine:
             self.decode(ids, ids, cache)
 
     @torch.inference_mode()
-    def prefill(self, token_ids: Sequence[int], cache: KVCache) -> Tensor:
-        """Read a whole text into a cache of one row; logits after its last token, (1, V)."""
-        padding = self.padded_tokens(len(token_ids)) - len(token_ids)
+    def prefill(
+        self, token_ids: Sequence[int], cache: KVCache | CacheTensors, *, start: int = 0
+    ) -> Tensor:
+        """Read tokens from position `start` on into a cache of one row; logits after the last,
+        (1, V).
+        """
+        padded = self.padded_tokens(len(token_ids))
+        padding = padded - len(token_ids) if start + padded <= cache.length else 0
         device = self.model.device
         ids = torch.tensor([[*token_ids, *[0] * padding]], device=device)
-        last = torch.tensor([len(token_ids) - 1], device=device)
-        return self._run("prefill", prefill, ids, last, cache=cache)
+        places = torch.tensor([start, len(token_ids) - 1], device=device)
+        # On the CPU attention reads the whole cache either way, in the order of sums that it has.
+        function = prefill_from_start if self.on_cuda and start == 0 else prefill
+        return self._run("prefill", function, ids, places, cache=cache)
 
     @torch.inference_mode()
     def decode(self, token_ids: Tensor, positions: Tensor, cache: KVCache | CacheTensors) -> Tensor:
@@ -170,10 +238,10 @@ class Engine:
         *others: Tensor,
         cache: KVCache | CacheTensors,
     ) -> Tensor:
-        arguments = (self.model, ids, *others, cache.keys, cache.values)
+        arguments = (self.model, self._plan, ids, *others, cache.keys, cache.values)
         if not self.compiled:
             return function(*arguments)
-        key = (name, *ids.shape, cache.length)  # calls of the same key share a graph
+        key = (function, *ids.shape, cache.length)  # calls of the same key share a graph
         if key in self._steps:
             return self._steps[key](*arguments)
         step = self._compile(function, replay=name == "decode")
@@ -186,6 +254,7 @@ class Engine:
             result = step(*arguments)
         except Exception as error:
             self.compiled = False
+            self._compile_wanted = False
             _logger.warning("generation runs uncompiled: %s", _one_line(error))
             return function(*arguments)
         _logger.info("compiled %s in %.1f s", name, time.perf_counter() - began)
@@ -203,19 +272,26 @@ class Engine:
         }
         if self.on_cuda:
             options = {"triton.cudagraphs": True} if replay else {}
-        extra: dict[str, Any] = {}
-        if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
-            extra["isolate_recompiles"] = True  # each size has its own cache of code ...
-            # ... so there is nothing to tell apart at each call, which takes 2 ms for 48 layers.
-            options["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe
+        # Each size has one entry in a cache of its own, so there is nothing to tell apart at each
+        # call, which takes 2 ms for 48 layers.
+        guards = getattr(torch.compiler, "skip_all_guards_unsafe", None)
+        if guards is not None:
+            options["guard_filter_fn"] = guards
         compiled: Callable[..., Tensor] = torch.compile(
-            function,
-            fullgraph=True,
-            dynamic=False,
-            options=options,
-            **extra,
+            _twin(function, len(self._steps)), fullgraph=True, dynamic=False, options=options
         )
         return compiled
+
+
+def _twin(function: Callable[..., Tensor], number: int) -> Callable[..., Tensor]:
+    """The function with a code object of its own.
+
+    PyTorch keeps what it compiled with the code object, and compiles no more than eight sizes of
+    one: the ninth would run uncompiled, and every call would look through the others.
+    """
+    assert isinstance(function, FunctionType)
+    code = function.__code__.replace(co_name=f"{function.__name__}_{number}")
+    return FunctionType(code, function.__globals__, function.__name__)
 
 
 def why_no_compiler() -> str | None:

@@ -362,6 +362,9 @@ class Generator:
         self, texts: list[Text], stats: Stats | None, *, logprobs: bool = False
     ) -> Iterator[tuple[Text, str]]:
         stats = Stats() if stats is None else stats
+        for engine in (self.engine, self.assistant):
+            if engine is not None:
+                engine.refresh()
         searched = [text for text in texts if text.config.num_beams > 1]
         if searched and logprobs:
             raise ValueError("log-probabilities of beams are not kept; see Completion.score")

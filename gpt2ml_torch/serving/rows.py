@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gpt2ml_torch.generation.engine import Engine, decode
+from gpt2ml_torch.generation.engine import Engine, Plan, decode
 from gpt2ml_torch.kv_cache import CacheTensors
 
 
@@ -70,7 +70,8 @@ class RowCache:
         positions = start + torch.arange(len(ids), device=device)[None]
         part, tokens = self._part(row, row + 1), torch.tensor([ids], device=device)
         if self.whole:  # any number of tokens: nothing to compile for
-            return decode(self._engine.model, tokens, positions, part.keys, part.values)[0]
+            plan = Plan(on_kernels=False, share_code=False)
+            return decode(self._engine.model, plan, tokens, positions, *part)[0]
         return self._engine.decode(tokens, positions, part)[0]
 
     def decode(self, ids: Sequence[int], positions: Sequence[int]) -> Tensor:

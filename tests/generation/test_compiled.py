@@ -120,11 +120,12 @@ def test_each_block_is_a_call_of_a_nested_region(compiled: Generator) -> None:
         graphs.append(graph)
         return graph.forward
 
-    cache = engine.Engine(model, compile=False).new_cache(1, 32)
+    used = engine.Engine(model)
+    cache = used.new_cache(1, 32)
     step = torch.compile(engine.decode, fullgraph=True, backend=keep)
     zero = torch.zeros(1, 1, dtype=torch.int64)
     with torch.inference_mode():
-        step(model, zero, zero, cache.keys, cache.values)
+        step(model, used._plan, zero, zero, cache.keys, cache.values)
     (graph,) = graphs
     calls = [node for node in graph.graph.nodes if "invoke_subgraph" in str(node.target)]
     assert len(calls) == 5
