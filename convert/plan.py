@@ -29,7 +29,7 @@ class Options:
     """What the user chose; `vocab` and `config` are files, None to look beside the source."""
 
     dtype: str = "float32"
-    quantization: str | None = None  # of the large matrices; `dtype` is then that of the rest
+    quantization: str | None = None  # of the large matrices; `dtype` then describes the rest
     config: Path | None = None
     vocab: Path | None = None
     with_vocab: bool = True

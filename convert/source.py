@@ -24,7 +24,7 @@ class Stored:
 class Source(ABC):
     """A checkpoint whose tensors are read one by one, from several threads.
 
-    `layouts` are the families of names that this format comes with, `files` those that hold the
+    `layouts` are the families of names that this format comes with, `files` the ones that hold the
     weights, `checksum` is the kind that `read` verifies, None where the format has none, and
     `notes` is what the user should know.
     """

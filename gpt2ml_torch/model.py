@@ -173,7 +173,7 @@ class GPT2ML(Pretrained):
 
         `positions`, (B, T) int64, defaults to 0..T-1 in each row. With a `cache`, the keys and
         values of these tokens are written to the slots of their positions, and each token attends
-        to all slots up to its own: feed a text in any chunks and the logits are those of the whole.
+        to all slots up to its own: a text fed in any chunks has the same logits as the whole.
         Without one, `document_ids`, (B, T), keeps several documents of a row apart: a token attends
         only to those before it with its own id. Raises `ValueError` for ids outside the vocabulary
         and positions past the last; inside `torch.compile` the same checks raise `RuntimeError`.

@@ -1,6 +1,6 @@
 """Whether this installation computes the original's logits: a tiny model with known answers.
 
-The weights come from integers, so that every machine makes the same; the answers are those of the
+The weights come from integers, so that every machine makes the same; the answers come from the
 TensorFlow reference in float64 (`python -m tests.golden` writes reference.json again). Activations
 are near 1 here, where an approximate GELU or another epsilon shows; on real weights it hides.
 """

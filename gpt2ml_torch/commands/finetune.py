@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def to_config(arguments: argparse.Namespace) -> FinetuneConfig:
-    """The settings; raises `ValueError` for those that make no sense."""
+    """The settings; raises `ValueError` for settings that make no sense."""
     values = given(arguments, FinetuneConfig)
     # Under torchrun, which sets this variable, a row for each process.
     values.setdefault("batch_size", int(os.environ.get("WORLD_SIZE", "1")))

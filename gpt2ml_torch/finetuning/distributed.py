@@ -1,6 +1,6 @@
 """Several processes: who is who, sums over all of them, and FSDP2 over the blocks.
 
-`torchrun` starts them; without it everything here is that of one process.
+`torchrun` starts them; without it everything here describes a single process.
 """
 
 from __future__ import annotations

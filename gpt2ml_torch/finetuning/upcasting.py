@@ -1,7 +1,7 @@
 """bfloat16 weights multiplied in float32, one block at a time.
 
 A CPU without bfloat16 instructions (before Intel's Sapphire Rapids and AMD's Zen 4) takes three to
-six times as long for bfloat16 products and attention as for those of float32. There a float32 copy
+six times as long for bfloat16 products and attention as for float32. There a float32 copy
 of one block's weights, which lives as long as the block is computed, costs little beside the gain.
 """
 

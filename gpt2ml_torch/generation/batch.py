@@ -134,7 +134,7 @@ class Batch:
         return max(1, min(CUDA_BURST, room, left))
 
     def _decode(self, ids: Tensor, *, ahead: int = 0) -> Tensor:
-        """Logits after these ids, (B,) -> (B, V), `ahead` tokens after those of the texts."""
+        """Logits after these ids, (B,) -> (B, V), `ahead` tokens past the end of the texts."""
         last = self._cache.length - 1
         places = [min(text.position + ahead, last) for text in self._texts]
         places += [0] * (len(ids) - len(places))

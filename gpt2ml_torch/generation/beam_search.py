@@ -126,7 +126,7 @@ class BeamSearch:
         return engine.decode(ids, positions, cache)[:, -1]
 
     def _follow(self, parents: list[int], position: int) -> None:
-        """Make row r of the cache that of parents[r], with room for a slot more."""
+        """Copy row parents[r] of the cache to row r, with room for one more slot."""
         rows = self._engine.padded_rows(len(parents))
         fits = self._cache.keys.shape[1] == rows and self._cache.length > position
         if fits and parents == list(range(len(parents))):

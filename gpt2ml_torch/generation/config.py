@@ -1,6 +1,6 @@
 """GenerationConfig: how to continue a text, validated once; a model's file holds its defaults.
 
-Names are those of transformers' `generate`, because that is what users know.
+Names follow transformers' `generate`, which users know.
 """
 
 from __future__ import annotations

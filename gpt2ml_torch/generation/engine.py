@@ -130,7 +130,7 @@ class Engine:
 
     @property
     def weight_bytes(self) -> int:
-        """What one decoding step reads: all weights but the position embedding."""
+        """Bytes that one decoding step reads: all weights except the position embedding."""
         tensors = [*self.model.parameters(), *self.model.buffers()]
         unread = self.model.position_embedding.weight.nbytes
         return sum(tensor.nbytes for tensor in tensors) - unread

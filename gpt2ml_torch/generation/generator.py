@@ -36,11 +36,12 @@ Configs = GenerationConfig | Sequence[GenerationConfig] | None
 class Generator:
     """Continues texts: `Generator(model, tokenizer).generate("今天天气不错", top_k=5)`.
 
-    Options are those of `GenerationConfig`; `defaults` replaces its defaults (else those that came
-    with the model's file, if any). At most `batch_size` texts are decoded at once, which bounds the
-    memory of the key-value cache. With `compile`, the first call of each size compiles, except for
-    weights packed on a CPU with kernels, which are compiled already. Each row has a random stream
-    of its own, made of the seed and its number, so what it draws depends on nothing else.
+    Options are the fields of `GenerationConfig`; `defaults` replaces its defaults (otherwise
+    the model file's, if it has any, do). At most `batch_size` texts are decoded at once, which
+    bounds the memory of the key-value cache. With `compile`, the first call of each size
+    compiles, except for weights packed on a CPU with kernels, which are compiled already. Each
+    row has a random stream of its own, made of the seed and its number, so what it draws
+    depends on nothing else.
 
     With `pack`, a plain model on a CPU with kernels is packed in place, for several times the speed
     and without a second copy (`kernels.pack_for_decoding`); `unpack` undoes it.
@@ -106,7 +107,7 @@ class Generator:
     ) -> Generator:
         """Model, vocabulary and defaults of one model file.
 
-        `quantize` and `dtype` are those of `GPT2ML.from_pretrained`; "auto" takes the fastest safe
+        `quantize` and `dtype` work as in `GPT2ML.from_pretrained`; "auto" takes the fastest safe
         precision of the device. `tokenizer` is for files that hold no vocabulary. `assistant`, a
         precision such as "int4", also loads the weights in this precision as a draft model.
         """

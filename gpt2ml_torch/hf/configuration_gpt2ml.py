@@ -7,7 +7,7 @@ from transformers import PreTrainedConfig
 
 
 class GPT2MLConfig(PreTrainedConfig):
-    """Sizes and constants of one GPT2_ML; the defaults are those of the published 15G model.
+    """Sizes and constants of one GPT2_ML; the defaults describe the published 15G model.
 
     Source: imcaspar/gpt2-ml, train/modeling.py, GroverConfig.
     """

@@ -51,7 +51,7 @@ def runs_as_written(block: Any, linear: type[nn.Linear]) -> bool:
 
 
 def is_untouched(module: nn.Module) -> bool:
-    """Whether calling a module does what its class says: no hooks, no forward of its own."""
+    """Whether calling a module runs its class's forward: no hooks, no replaced method."""
     state = module.__dict__
     return not (state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state)
 

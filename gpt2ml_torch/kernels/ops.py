@@ -49,8 +49,8 @@ def packed_linear(
     """x Wᵀ + b for a weight from `pack`: (..., K) -> (..., N) in the dtype of x.
 
     On the CPU the inputs of integer weights are rounded too, to int8 with a scale for each row and
-    group, and on CPUs that multiply bfloat16 those of bfloat16 weights; sums are exact or in
-    float32. A row's result does not depend on the other rows. Gradients flow to x only.
+    group, and on CPUs that multiply bfloat16 inputs of bfloat16 weights are too; sums are exact or
+    in float32. A row's result does not depend on the other rows. Gradients flow to x only.
     """
     return torch.ops.gpt2ml.packed_linear(x, weight, scale, bias, bits, outputs)
 

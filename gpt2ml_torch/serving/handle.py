@@ -24,7 +24,7 @@ class TokenInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """What one step added to a text; the last one has the reason to stop.
+    """The text that one step added; the last piece has the reason to stop.
 
     `text` may be empty while a character is uncertain. `tokens` holds the step's tokens where
     log-probabilities were asked for, and their ids in any case.

@@ -25,7 +25,7 @@ class RowCache:
     """Keys and values of at most `max_rows` texts, as long as the model sees.
 
     On a CPU its memory is taken from the system only as tokens come. `max_memory`, in bytes,
-    lowers the number of rows to those that fit; raises `ValueError` where none does.
+    lowers the number of rows until they fit; raises `ValueError` where none does.
     """
 
     def __init__(self, engine: Engine, *, max_rows: int, max_memory: int | None) -> None:

@@ -150,7 +150,7 @@ class Scheduler:
     ) -> Handle:
         """Queue one text; its handle gives the pieces.
 
-        `config` and `options` are those of `Generator.generate`, and text number `sample` of a call
+        `config` and `options` work as in `Generator.generate`, and text number `sample` of a call
         with the same seed is what this writes. `top_logprobs` asks for the log-probabilities of the
         tokens and of so many alternatives. Raises `ValueError` as `generate` does, and `QueueFull`.
         """
@@ -170,8 +170,8 @@ class Scheduler:
     ) -> list[Handle]:
         """Queue several texts of one configuration, all or none; see `submit`.
 
-        `prompt_logprobs` asks for those of the prompts too, which are then read without the prefix
-        cache; with `only_read` nothing is written.
+        `prompt_logprobs` asks for log-probabilities of the prompts too, which are then read without
+        the prefix cache; with `only_read` nothing is written.
         """
         if config.num_beams > 1:
             raise ValueError(f"num_beams is {config.num_beams}; the scheduler samples, expected 1")

@@ -21,7 +21,7 @@ CJK_BLOCKS = (
 
 
 def is_cjk(character: str) -> bool:
-    """Whether a character is one of those that the original sets apart as Chinese."""
+    """Whether the original treats a character as Chinese, a word by itself."""
     return character != "" and any(low <= ord(character) <= high for low, high in CJK_BLOCKS)
 
 

@@ -1,13 +1,13 @@
-"""Memory and speed of fine-tuning at the published size, ours and that of transformers' GPT-2.
+"""Memory and speed of fine-tuning at the published size, ours and transformers' GPT-2.
 
     scripts/bench finetune                          # every setting, a table in benchmarks/
     scripts/bench finetune bfloat16 --layers 4      # less
 
-Each setting runs in a process of its own, on random weights that it loads from a file as
-`gpt2ml finetune` does. Memory is the largest resident set so far above that of a process which only
-imports torch. For speed ours in bfloat16 and transformers' GPT-2 of the same size, with the same
-optimizer, step in the backward pass and checkpointing, stay loaded side by side and take turns; the
-other settings take one step. Writes RESULT.json and RESULT.md.
+Each setting runs in a process of its own, on random weights that it loads from a file as `gpt2ml
+finetune` does. Memory is the largest resident set so far, less the resident set of a process that
+only imports torch. For speed ours in bfloat16 and transformers' GPT-2 of the same size, with the
+same optimizer, step in the backward pass and checkpointing, stay loaded side by side and take
+turns; the other settings take one step. Writes RESULT.json and RESULT.md.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"{about['date']}, {about['processor']}, {about['cores']} cores, "
         f"{about['memory_gib']} GiB, GPU: {about['gpu']}; torch {about['torch']}. "
         f"{result['layers']} layers of the published size, 1 × {result['tokens']:,} tokens a step, "
-        "gradient checkpointing. Memory: peak resident set above that of `import torch` "
+        "gradient checkpointing. Memory: peak resident set above what `import torch` takes "
         f"({result['import_torch_gib']:.2f} GiB), loading included. Speed: median of "
         f"{result['steps']} steps after one more. Products of the MLP's size run at "
         f"{rates['float32']:.0f} Gflop/s in float32, {rates['bfloat16']:.0f} in bfloat16.",

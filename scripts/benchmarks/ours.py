@@ -69,7 +69,7 @@ class GPT2MLGenerator:
 
 
 class NoCache:
-    """The same model without a cache: the whole text anew for each token, as bert4keras decodes."""
+    """The same model without a cache: each token reads the whole text again, as in bert4keras."""
 
     def __init__(self, config: GPT2MLConfig, precision: str, folder: Path) -> None:
         path = folder / f"random-{precision}.safetensors"

@@ -2,7 +2,7 @@
 
     scripts/bench quality                           # about five minutes on two cores
 
-Perplexity is that of the shipped model on the held-out poems, computed as a text is continued: over
+Perplexity is the shipped model's on the held-out poems, computed as a text is continued: over
 a cache, with the kernels where weights are packed. At the published size, with random weights, it
 is the error of the logits. Writes RESULT.json and RESULT.md.
 """
@@ -26,7 +26,7 @@ from scripts.benchmarks import machine
 from scripts.benchmarks.shipped import ROOT, add_arguments, prepare
 from scripts.benchmarks.weights import write_random_model
 
-# Weights, activations: packed for the kernels, but for those of `None`.
+# Weights, activations: packed for the kernels, except where `None` stands.
 PRECISIONS: list[tuple[str | None, str]] = [
     (None, "float32"),
     (None, "bfloat16"),

@@ -35,7 +35,7 @@ class TensorFlowReference:
         self.vocab_size = config.vocab_size
         self._step: Any = (
             self.reference.decode
-        )  # one graph a length would trace anew for each token
+        )  # one graph a length would trace again for each token
 
     def prefill(self, tokens: int) -> float:
         ids = random_ids(1, tokens, self.vocab_size)

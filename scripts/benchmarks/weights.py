@@ -30,7 +30,7 @@ def prompt(tokens: int) -> str:
 
 
 def write_random_model(path: Path, config: GPT2MLConfig, dtype: torch.dtype) -> None:
-    """Initialised as for training, but for the norms and biases, which a trained model has too."""
+    """Kernels and embeddings drawn with std 0.02; norm weights are 1 and biases 0."""
     generator = torch.Generator().manual_seed(0)
     with ModelWriter(
         path, config, dtype=dtype, vocab="\n".join(vocabulary(config)) + "\n", overwrite=True

@@ -76,6 +76,6 @@ class KneserNey:
 
 
 def _find(sorted_keys: Keys, wanted: Keys) -> NDArray[np.int64]:
-    """Where each wanted key stands; -1 for those that are not there."""
+    """Where each wanted key stands; -1 for missing keys."""
     places = np.minimum(np.searchsorted(sorted_keys, wanted), len(sorted_keys) - 1)
     return np.where(sorted_keys[places] == wanted, places, -1)

@@ -58,7 +58,7 @@ def test_float32_is_rounded_as_pytorch_does_it(dtype: str) -> None:
 @pytest.mark.parametrize("dtype", [*SIXTEEN_BITS, "float32"])
 @pytest.mark.parametrize("source", ["float64", "float32"])
 def test_no_number_stays_none_and_infinity_infinite(dtype: str, source: str) -> None:
-    # The second NaN's bits would round up to those of -0.
+    # The second NaN's bits would round up to the bits of -0.
     bits = np.array([0x7FC00000, 0x7FFFFFFF, 0x7F800001, 0x7F800000, 0xFF800000], np.uint32)
     with np.errstate(invalid="ignore"):
         rounded = round_to(dtype, bits.view(np.float32).astype(source))

@@ -34,7 +34,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def assert_converts(source: Path, capfd: pytest.CaptureFixture[str] | None = None) -> str:
-    """Convert; the weights must be those of the TensorFlow checkpoint. Returns the summary."""
+    """Convert; the weights must equal the TensorFlow checkpoint's. Returns the summary."""
     out = source.parent / "out.safetensors"
     assert main([str(source), str(out), "--force"]) == 0
     found = ModelFile.open(out).state_dict()

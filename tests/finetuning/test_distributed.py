@@ -22,7 +22,7 @@ ROUNDING = 2e-5
 
 @pytest.fixture(scope="module")
 def alone(tuning_files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What one process makes."""
+    """The result of one process."""
     out = tmp_path_factory.mktemp("alone") / "one.safetensors"
     run(tuning_files, out, **SAME)
     return out

@@ -43,7 +43,7 @@ def small_model() -> GPT2ML:
 
 
 class Counting:
-    """Rows that count up from 1 to 12, easily learned; those of some steps hold noise instead."""
+    """Rows that count up from 1 to 12, easily learned; some steps hold noise instead."""
 
     steps_per_epoch = 10
 

@@ -1,4 +1,4 @@
-"""The compiled engine: the eager one's tokens, nothing compiled anew, and the fallback."""
+"""The compiled engine: the eager one's tokens, nothing compiled again, and the fallback."""
 
 from __future__ import annotations
 

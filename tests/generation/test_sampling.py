@@ -34,7 +34,7 @@ def scalar(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def clear_of(p: float, x: Tensor) -> Tensor:
-    """The rows in which no sum of the best probabilities is p but for rounding."""
+    """The rows in which no sum of the best probabilities equals p up to rounding."""
     sums = x.double().softmax(-1).sort(-1, descending=True).values.cumsum(-1)
     rows = x[((sums - p).abs() > 1e-6).all(-1)]
     assert len(rows) > len(x) / 2

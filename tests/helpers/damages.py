@@ -43,7 +43,7 @@ def truncate(path: Path, keep: int) -> None:
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Write the checkpoint anew with other tensors."""
+    """Write the checkpoint again with other tensors."""
     tensors: dict[str, Any] = factory.with_slots(factory.tf_weights())
     change(tensors)
     factory.write_tf(folder, tensors)

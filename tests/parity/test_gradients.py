@@ -64,8 +64,8 @@ def test_float64_loss_and_every_gradient_agree_within_1e_10(
 
 def test_float32_losses_stray_at_most_twice_as_far_as_tensorflows() -> None:
     """Position by position: the loss of a batch is a single number, whose error is a matter of
-    luck. Over 20 pairs of weights and batches the ratio of two such single errors was 0.1 to 35,
-    that of the root mean squares over the positions 0.8 to 1.4.
+    luck. Over 20 pairs of weights and batches the ratio of two such single errors was 0.1 to 35;
+    the ratio of the root mean squares over the positions was 0.8 to 1.4.
     """
     tokens = to_torch(ODD.ids)
     with torch.no_grad():

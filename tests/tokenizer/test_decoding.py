@@ -85,7 +85,7 @@ def test_streamed_pieces_join_to_the_text(ids: list[int], keep: bool):
     stream = TOKENIZER.stream_decoder(skip_special_tokens=not keep)
     pieces = [stream.put(id_) for id_ in ids] + [stream.end()]
     assert "".join(pieces) == TOKENIZER.decode(ids, skip_special_tokens=not keep)
-    assert [stream.put(id_) for id_ in ids] + [stream.end()] == pieces  # `end` starts anew
+    assert [stream.put(id_) for id_ in ids] + [stream.end()] == pieces  # `end` starts again
 
 
 @settings(max_examples=300, deadline=None)

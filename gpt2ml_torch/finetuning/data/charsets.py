@@ -20,7 +20,7 @@ _MAGIC = {
     b"\x89HDF": "HDF5: export it as JSON Lines",
     b"\x93NUMPY": "a NumPy array of numbers: expected the text they were made from",
 }
-_MARKS = {  # longest first: that of UTF-16 begins another
+_MARKS = {  # longest first: the mark of UTF-16 begins another
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
     codecs.BOM_UTF16_LE: "UTF-16",

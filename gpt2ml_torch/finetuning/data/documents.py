@@ -1,7 +1,7 @@
 """Documents out of text and JSON files, a piece at a time.
 
 A document is given in pieces so that one of any length fits in memory: pieces end where the
-tokenizer separates words anyway, so the tokens of the pieces are those of the whole.
+tokenizer separates words anyway, so the pieces have the same tokens as the whole.
 """
 
 from __future__ import annotations

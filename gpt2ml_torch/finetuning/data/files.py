@@ -98,8 +98,8 @@ def _files_in(folder: Path) -> list[Source]:
 
 
 def _suffix(name: str) -> str:
-    """The suffix that tells text from JSON Lines, in lower case, that of a compression taken
-    off.
+    """The suffix that tells text from JSON Lines, in lower case, without the suffix of a
+    compression.
     """
     path = Path(name.lower())
     return Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix

@@ -47,7 +47,7 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True)
 class Fields:
-    """Which fields hold the texts, where the names are not those that are recognised.
+    """Which fields hold the texts, where the names are not recognised.
 
     Raises `ValueError` for a prompt without a completion, a completion without a prompt, and for
     either beside a text.

@@ -26,7 +26,7 @@ PAD_ID = 0  # as a target: not learned, which is the original's rule
 
 
 class Rows(NamedTuple):
-    """What one step reads: each (B, T) int64, or (T,) for a single row."""
+    """The input of one step: each (B, T) int64, or (T,) for a single row."""
 
     token_ids: Tensor  # padded with 0 on the right
     labels: Tensor  # the next token; 0 where nothing is learned
@@ -68,7 +68,7 @@ class RowDataset(Dataset[Rows]):
     A document of n tokens has n - 1 targets. Where they exceed `length` it is cut into windows that
     share `overlap` tokens (an eighth of the length by default), each target learned in the first
     window that has it. Documents of at most `min_tokens` are left out and counted in `too_short`
-    (the original left out those of 64 and fewer), and so are those without a target. With `pack`,
+    (the original left out 64 tokens and fewer), and so are documents without a target. With `pack`,
     rows hold several documents, of which none is cut that fits into a row; the
     model takes their `document_ids`. What follows a prompt is learned, the prompt is not.
 

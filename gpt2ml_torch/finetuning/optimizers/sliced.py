@@ -111,14 +111,14 @@ class SlicedOptimizer(torch.optim.Optimizer):
         self._generator.set_state(state.cpu())
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimizer's state, that of the stochastic rounding included."""
+        """The optimizer's state, including the stochastic rounding's."""
         return super().state_dict() | {"rounding_state": self.rounding_state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a `state_dict`."""
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "rounding_state"})
         self.rounding_state = state_dict["rounding_state"]
-        # PyTorch casts slots to the dtype of the weights, which rounds those of bfloat16 weights.
+        # PyTorch casts slots to the weights' dtype, which rounds slots of bfloat16 weights.
         saved, own = (
             itertools.chain.from_iterable(group["params"] for group in groups)
             for groups in (state_dict["param_groups"], self.param_groups)

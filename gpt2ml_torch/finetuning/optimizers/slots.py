@@ -15,7 +15,7 @@ from gpt2ml_torch.finetuning.optimizers.adafactor import Adafactor
 def start_from(optimizer: Adafactor, module: nn.Module, slots: Mapping[str, Tensor]) -> None:
     """Take statistics by name, such as `blocks.0.mlp.up.weight.vr`, instead of zeros.
 
-    `module` gives the parameters their names; those that are not trained are left out. Raises
+    `module` gives the parameters their names; frozen ones are left out. Raises
     `ValueError` where one is missing or has another shape.
     """
     optimizer.allocate()

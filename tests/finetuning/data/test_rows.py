@@ -38,7 +38,7 @@ def learned_tokens(rows: RowDataset) -> Counter[int]:
 
 
 def targets_of(corpus: Corpus) -> Counter[int]:
-    """All tokens but the first of each document and those of its prompt."""
+    """All tokens except the first of each document and its prompt's."""
     prompts = corpus.documents["prompt"]
     return Counter(
         int(id_) for i in range(len(corpus)) for id_ in corpus[i][max(1, int(prompts[i])) :]
