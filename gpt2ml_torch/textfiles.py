@@ -21,6 +21,9 @@ def read_text_file(
     path = Path(path)
     # Without O_NONBLOCK, opening a pipe waits for a writer, who may never come.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    if stat.S_ISDIR(os.fstat(descriptor).st_mode):  # `open` would name it by its descriptor
+        os.close(descriptor)
+        raise IsADirectoryError(f"{path} is a folder; expected a file: {expected}")
     with open(descriptor, "rb") as file:
         mode = os.fstat(descriptor).st_mode
         if pipes and stat.S_ISFIFO(mode):

@@ -65,7 +65,9 @@ def describe(error: Exception, context: str = "") -> str:
     if isinstance(error, OSError) and error.strerror:
         text = error.strerror
         if error.errno and text == os.strerror(error.errno):  # the system's bare words
-            place = os.fsdecode(error.filename) if error.filename is not None else context
+            # A file that was opened by its descriptor has a number for a name.
+            named = isinstance(error.filename, (str, bytes, os.PathLike))
+            place = os.fsdecode(error.filename) if named else context
             text = f"{place}: {text}" if place else text
     return one_line(text)
 

@@ -26,7 +26,7 @@ _NUMBERS = {  # name: smallest, largest, whether the smallest is allowed
     "top_p": (0.0, 1.0, False),
     "min_p": (0.0, 1.0, True),
     "typical_p": (0.0, 1.0, False),
-    "repetition_penalty": (0.0, math.inf, False),
+    "repetition_penalty": (0.0, 1e6, False),
 }
 _SIGNED = ("presence_penalty", "frequency_penalty")  # from -2 to 2, as OpenAI's
 _CHOICES = {"top_p_rule": ("huggingface", "grover"), "on_long_prompt": ("cut", "error")}

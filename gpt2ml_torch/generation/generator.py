@@ -231,8 +231,8 @@ class Generator:
     def score(self, texts: str | Sequence[str]) -> list[Score]:
         """The log-likelihood and perplexity of given texts.
 
-        Texts longer than the model's window are read in windows that overlap by half. Raises
-        `ValueError` for a text without a token.
+        Each token is predicted from as many tokens before it as fit. Raises `ValueError` for a
+        text without a token, and for logits that are not finite.
         """
         given = [texts] if isinstance(texts, str) else list(texts)
         ids = [self._encode(text) for text in given]

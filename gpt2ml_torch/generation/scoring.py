@@ -9,9 +9,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gpt2ml_torch.generation.finite import non_finite_logits
 from gpt2ml_torch.model import GPT2ML
 
 _CHUNK = 128  # places whose logits, (B, 128, V) in float32, are held at once
+_SLIDING_TOKENS = 65_536  # read again at most, for a text longer than fits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,20 +44,22 @@ def token_logprobs(
 ) -> list[list[float]]:
     """Natural logarithms of the probability of every token but the first, for each text.
 
-    A text longer than the model's window is read in windows that overlap by half, so that every
-    token past the first window is predicted from at least half a window.
+    A token is predicted from all tokens before it, or from as many as the model has positions for.
+    Where that would read more than `_SLIDING_TOKENS` tokens again, windows slide by more than one
+    token, and some tokens are predicted from fewer, but never from less than half of what fits.
+
+    Raises `ValueError` for logits that are not finite.
     """
     limit = model.config.max_position_embeddings
-    stride = max(limit // 2, 1)
-    spans = []  # (text, start of the window, end, first place whose prediction counts)
+    spans = []  # (text, start of the window, end, first token whose prediction counts)
     for number, ids in enumerate(texts):
+        slides = max(len(ids) - limit - 1, 0)
+        stride = max(min(-(-slides * limit // _SLIDING_TOKENS), limit // 2), 1)
         counted = 1
-        start = 0
         while counted < len(ids):
-            end = min(start + limit, len(ids))
-            spans.append((number, start, end, counted))
+            end = min(counted + stride if counted > 1 else limit + 1, len(ids))
+            spans.append((number, max(end - limit - 1, 0), end, counted))
             counted = end
-            start += stride
     results: list[list[float]] = [[] for _ in texts]
     # Longest first: rows of a batch are then of nearly the same length.
     order = sorted(range(len(spans)), key=lambda index: spans[index][1] - spans[index][2])
@@ -66,6 +70,8 @@ def token_logprobs(
         for index, row in zip(batch, _window_logprobs(model, windows), strict=True):
             _, start, _, counted = spans[index]
             values[index] = row[counted - start - 1 :]
+            if not all(map(math.isfinite, row)):
+                raise non_finite_logits(model)
     for index, (number, *_) in enumerate(spans):
         results[number] += values[index]
     return results
@@ -73,17 +79,18 @@ def token_logprobs(
 
 @torch.inference_mode()
 def _window_logprobs(model: GPT2ML, windows: Sequence[list[int]]) -> list[list[float]]:
-    """For windows of at most the model's length; padding stands on the right, where no token
-    before it sees it.
+    """For windows of at most one token more than fits, the last of which is only predicted;
+    padding stands on the right, where no token before it sees it.
     """
     longest = max(map(len, windows))
     padded = [window + [0] * (longest - len(window)) for window in windows]
-    ids = torch.tensor(padded, device=model.device)
+    tokens = torch.tensor(padded, device=model.device)  # (B, T + 1)
+    ids, labels = tokens[:, :-1], tokens[:, 1:]
     h = model.hidden_states(ids)  # (B, T, D)
     rows: list[Tensor] = []
     for first in range(0, longest - 1, _CHUNK):
         last = min(first + _CHUNK, longest - 1)
         log_p = model.logits(h[:, first:last]).float().log_softmax(-1)
-        rows.append(log_p.gather(-1, ids[:, first + 1 : last + 1, None])[..., 0])
+        rows.append(log_p.gather(-1, labels[:, first:last, None])[..., 0])
     joined = torch.cat(rows, dim=1).tolist()
     return [row[: len(window) - 1] for row, window in zip(joined, windows, strict=True)]

@@ -1,0 +1,24 @@
+"""Say why logits are not finite."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import torch
+
+from gpt2ml_torch.model import GPT2ML
+
+
+def non_finite_logits(model: GPT2ML) -> ValueError:
+    """The error for logits with NaN or infinity: it names a tensor with such numbers, if any."""
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            return ValueError(
+                f"the model's tensor {name!r} has NaN or infinity; take a sound file: convert or "
+                "fetch it again"
+            )
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    return ValueError(
+        f"the logits overflowed in {dtype}, though all weights are finite; load the model in a "
+        "wider precision, such as float32"
+    )
