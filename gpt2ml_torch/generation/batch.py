@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gpt2ml_torch.generation.engine import Engine
+from gpt2ml_torch.generation.finite import check_logits
 from gpt2ml_torch.generation.sampler import Sampler, SamplingParams
 from gpt2ml_torch.generation.stats import Stats
 from gpt2ml_torch.generation.text import Text
@@ -101,6 +102,8 @@ class Batch:
             chosen.append(self._choose(logits))
             if self._logprobs:
                 logprobs.append(logprobs_of(logits, chosen[-1]))
+        # Here, because the ids are about to be read and a GPU has to be waited for in any case.
+        check_logits(self._engine.model, logits[: len(self._texts)])
         return torch.stack(chosen), logprobs
 
     def _choose(self, logits: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gpt2ml_torch.generation.batch import sampler_for
 from gpt2ml_torch.generation.engine import Engine
+from gpt2ml_torch.generation.finite import check_logits
 from gpt2ml_torch.generation.text import Text
 from gpt2ml_torch.kv_cache import KVCache
 
@@ -38,6 +39,7 @@ class BeamSearch:
         logits = self._read([prompt])
         for _ in range(config.max_new_tokens):
             logits = logits[: len(self._beams)]  # what pads the batch is no beam
+            check_logits(self._engine.model, logits)
             parents = self._extend(self._sampler.process(logits).log_softmax(-1))
             if not self._beams or self._is_settled():
                 break

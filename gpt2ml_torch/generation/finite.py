@@ -1,12 +1,20 @@
-"""Say why logits are not finite."""
+"""Notice logits that are not finite, and say why."""
 
 from __future__ import annotations
 
 from itertools import chain
 
 import torch
+from torch import Tensor
 
 from gpt2ml_torch.model import GPT2ML
+
+
+def check_logits(model: GPT2ML, logits: Tensor) -> None:
+    """Raise `ValueError` where a logit, (..., V), is NaN or infinite; waits for a GPU."""
+    # One pass without a tensor of flags: a sum is finite only if every term is.
+    if not bool(logits.sum().isfinite()) and not bool(logits.isfinite().all()):
+        raise non_finite_logits(model)
 
 
 def non_finite_logits(model: GPT2ML) -> ValueError:

@@ -17,6 +17,7 @@ from torch import Tensor
 from gpt2ml_torch.generation.batch import Batch, logprobs_of
 from gpt2ml_torch.generation.draft import Draft
 from gpt2ml_torch.generation.engine import Engine
+from gpt2ml_torch.generation.finite import check_logits
 from gpt2ml_torch.generation.stats import Stats
 from gpt2ml_torch.generation.text import Text
 
@@ -69,6 +70,7 @@ class SpeculativeBatch(Batch):
     def _choose_one(self, logits: Tensor) -> Iterator[tuple[Text, str]]:
         with torch.inference_mode():
             ids = self._choose(logits)
+            check_logits(self._engine.model, logits)
             logprobs = [logprobs_of(logits, ids)] if self._logprobs else []
         return self._put(ids[None], logprobs)
 
