@@ -13,7 +13,7 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import torch
@@ -24,6 +24,8 @@ FOLDER = Path(__file__).parent / "csrc"
 SOURCES = tuple(sorted(FOLDER.glob("*.cpp"), key=lambda path: -path.stat().st_size))
 HEADERS = tuple(sorted(FOLDER.glob("*.h")))
 TIMEOUT_SECONDS = 300
+# Ctrl-C doesn't end a wait that it comes just before, or that another thread is told of.
+_POLL_SECONDS = 0.1
 # No contraction: a * b + c would otherwise round differently in differently unrolled loops.
 FLAGS = ("-std=c++20", "-O2", "-mtune=native", "-ffp-contract=off", "-fPIC")
 
@@ -177,8 +179,11 @@ def _run_all(commands: Iterable[tuple[str, ...]]) -> None:
     compilers = _Compilers()
     pool = ThreadPoolExecutor(max_workers=os.cpu_count())
     try:
-        for future in [pool.submit(compilers.run, command) for command in commands]:
-            future.result()
+        running = {pool.submit(compilers.run, command) for command in commands}
+        while running:
+            done, running = wait(running, _POLL_SECONDS, return_when=FIRST_COMPLETED)
+            for future in done:
+                future.result()
     finally:
         compilers.stop()
         pool.shutdown(cancel_futures=True)
