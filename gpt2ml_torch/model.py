@@ -27,8 +27,6 @@ from gpt2ml_torch.input_checks import check_inputs
 from gpt2ml_torch.kv_cache import KVCache
 from gpt2ml_torch.modelfile.pretrained import Pretrained
 
-KeysValues = tuple[Tensor, Tensor]  # keys and values of all layers, or of one: (B, S, H, K)
-
 
 class TokenEmbedding(nn.Embedding):
     """The token embedding, which is the output layer too."""
@@ -53,7 +51,7 @@ class Attention(nn.Module):
         *,
         positions: Tensor | None = None,
         mask: Tensor | None = None,
-        cache: KeysValues | None = None,
+        cache: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         B, T, D = h.shape
         qkv = self.qkv(h).view(B, T, 3, self.num_heads, D // self.num_heads)
@@ -101,7 +99,7 @@ class Block(nn.Module):
         *,
         positions: Tensor | None = None,
         mask: Tensor | None = None,
-        cache: KeysValues | None = None,
+        cache: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         attended = self.attention(h, positions=positions, mask=mask, cache=cache)
         x = h + self.dropout(attended)  # (B, T, D)
@@ -179,9 +177,8 @@ class GPT2ML(Pretrained):
         and positions past the last; inside `torch.compile` the same checks raise `RuntimeError`.
         """
         check_inputs(self.config, self.dtype, token_ids, positions, cache, document_ids)
-        tensors = None if cache is None else (cache.keys, cache.values)
         h = self.hidden_states(
-            token_ids, positions=positions, cache=tensors, document_ids=document_ids
+            token_ids, positions=positions, cache=cache, document_ids=document_ids
         )
         return self.logits(h)
 
@@ -190,7 +187,7 @@ class GPT2ML(Pretrained):
         token_ids: Tensor,
         *,
         positions: Tensor | None = None,
-        cache: KeysValues | None = None,
+        cache: KVCache | None = None,
         document_ids: Tensor | None = None,
         cache_is_empty: bool = False,
         on_kernels: bool | None = None,
@@ -213,10 +210,10 @@ class GPT2ML(Pretrained):
         if on_kernels is None:
             on_kernels = cache is not None and self.runs_on_kernels
         if on_kernels and cache is not None:
-            return kernels.run_layers(self.blocks, h, positions, *cache)
+            return kernels.run_layers(self.blocks, h, positions, cache.keys, cache.values)
         mask = None  # plain causal attention among the tokens of this call
         if cache is not None and not cache_is_empty:
-            slots = torch.arange(cache[0].shape[2], device=token_ids.device)  # (S,)
+            slots = torch.arange(cache.length, device=token_ids.device)  # (S,)
             mask = (slots <= positions[:, :, None])[:, None]  # (B, 1, T, S)
         elif document_ids is not None:
             places = torch.arange(T, device=token_ids.device)  # (T,)
@@ -226,7 +223,7 @@ class GPT2ML(Pretrained):
             if self.gradient_checkpointing and self.training and cache is None:
                 h = recompute_in_backward(block, h, mask=mask, use_reentrant=False)
             else:
-                layer = None if cache is None else (cache[0][index], cache[1][index])
+                layer = None if cache is None else cache.layer(index)
                 run = _run_block_once_compiled if share_code else _run_block
                 h = run(block, h, positions, mask, layer)
         return h
@@ -241,7 +238,7 @@ def _run_block(
     h: Tensor,
     positions: Tensor,
     mask: Tensor | None,
-    cache: KeysValues | None,
+    cache: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
     result: Tensor = block(h, positions=positions, mask=mask, cache=cache)
     return result

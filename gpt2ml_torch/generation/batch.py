@@ -88,7 +88,7 @@ class Batch:
             if source != row:
                 self._cache.copy_row(source, self._cache, row, len(window))
             rows.append(logits)
-        rows += [rows[0]] * (self._cache.keys.shape[1] - len(rows))
+        rows += [rows[0]] * (self._cache.batch_size - len(rows))
         return torch.cat(rows)
 
     @torch.inference_mode()
@@ -148,7 +148,7 @@ class Batch:
         """Go on with fewer rows where that is a smaller batch."""
         going = [row for row, text in enumerate(self._texts) if not text.finished]
         padded = self._engine.padded_rows(len(going))
-        if padded >= self._cache.keys.shape[1]:
+        if padded >= self._cache.batch_size:
             return ids
         smaller = self._engine.new_cache(len(going), self._cache.length)
         for to, row in enumerate(going):

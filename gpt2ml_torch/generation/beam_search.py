@@ -120,7 +120,7 @@ class BeamSearch:
             return self._slide()
         self._follow(parents, position)
         cache = self._cache
-        padding = cache.keys.shape[1] - len(parents)
+        padding = cache.batch_size - len(parents)
         device = cache.keys.device
         last = [text.ids[-1] for text in self._beams]
         ids = torch.tensor([*last, *[0] * padding], device=device)[:, None]
@@ -130,7 +130,7 @@ class BeamSearch:
     def _follow(self, parents: list[int], position: int) -> None:
         """Copy row parents[r] of the cache to row r, with room for one more slot."""
         rows = self._engine.padded_rows(len(parents))
-        fits = self._cache.keys.shape[1] == rows and self._cache.length > position
+        fits = self._cache.batch_size == rows and self._cache.length > position
         if fits and parents == list(range(len(parents))):
             return
         target, self._spare = self._spare, None  # two caches take turns
@@ -139,7 +139,7 @@ class BeamSearch:
             target = self._engine.new_cache(len(parents), position + 1 + to_come)
         self._copy(target.keys, self._cache.keys, parents, position)
         self._copy(target.values, self._cache.values, parents, position)
-        if self._cache.keys.shape[1] == rows and self._cache.length == target.length:
+        if self._cache.batch_size == rows and self._cache.length == target.length:
             self._spare = self._cache
         self._cache = target
 

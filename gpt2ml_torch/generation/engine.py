@@ -31,7 +31,7 @@ from torch import Tensor
 
 from gpt2ml_torch.cache import cache_root
 from gpt2ml_torch.generation.regions import are_equal, outline
-from gpt2ml_torch.kv_cache import CacheTensors, KVCache
+from gpt2ml_torch.kv_cache import KVCache
 from gpt2ml_torch.model import GPT2ML
 
 _logger = logging.getLogger(__name__)
@@ -59,7 +59,8 @@ def prefill(
     places[1] of them, (1, V).
     """
     positions = places[:1] + torch.arange(token_ids.shape[1], device=token_ids.device)[None]
-    h = model.hidden_states(token_ids, positions=positions, cache=(keys, values), **plan._asdict())
+    cache = KVCache.of(keys, values)
+    h = model.hidden_states(token_ids, positions=positions, cache=cache, **plan._asdict())
     return model.logits(h.index_select(1, places[1:])[:, 0])
 
 
@@ -72,7 +73,7 @@ def prefill_from_start(
     values: Tensor,
 ) -> Tensor:
     """As `prefill` where the cache is empty: plain causal attention, which needs no mask."""
-    cache = keys, values
+    cache = KVCache.of(keys, values)
     h = model.hidden_states(token_ids, cache=cache, cache_is_empty=True, **plan._asdict())
     return model.logits(h.index_select(1, places[1:])[:, 0])
 
@@ -81,7 +82,8 @@ def decode(
     model: GPT2ML, plan: Plan, token_ids: Tensor, positions: Tensor, keys: Tensor, values: Tensor
 ) -> Tensor:
     """Read T more tokens of each row; logits after each, (B, T) -> (B, T, V)."""
-    h = model.hidden_states(token_ids, positions=positions, cache=(keys, values), **plan._asdict())
+    cache = KVCache.of(keys, values)
+    h = model.hidden_states(token_ids, positions=positions, cache=cache, **plan._asdict())
     return model.logits(h)
 
 
@@ -183,8 +185,7 @@ class Engine:
         before them; logits after the last, (1, V).
         """
         if self.on_kernels:
-            alone = CacheTensors(cache.keys[:, row : row + 1], cache.values[:, row : row + 1])
-            return self.prefill(token_ids, alone, start=start)
+            return self.prefill(token_ids, cache.rows(row, row + 1), start=start)
         end = start + len(token_ids)
         fits = start + self.padded_tokens(len(token_ids)) <= self.limit
         padded = start + self.padded_tokens(len(token_ids)) if fits else end
@@ -205,13 +206,11 @@ class Engine:
             self.read([0] * size)
         for slots in sorted({self._slots(length) for length in lengths}):
             cache = self.new_cache(rows, slots)
-            ids = torch.zeros(cache.keys.shape[1], 1, dtype=torch.int64, device=self.model.device)
+            ids = torch.zeros(cache.batch_size, 1, dtype=torch.int64, device=self.model.device)
             self.decode(ids, ids, cache)
 
     @torch.inference_mode()
-    def prefill(
-        self, token_ids: Sequence[int], cache: KVCache | CacheTensors, *, start: int = 0
-    ) -> Tensor:
+    def prefill(self, token_ids: Sequence[int], cache: KVCache, *, start: int = 0) -> Tensor:
         """Read tokens from position `start` on into a cache of one row; logits after the last,
         (1, V).
         """
@@ -225,7 +224,7 @@ class Engine:
         return self._run("prefill", function, ids, places, cache=cache)
 
     @torch.inference_mode()
-    def decode(self, token_ids: Tensor, positions: Tensor, cache: KVCache | CacheTensors) -> Tensor:
+    def decode(self, token_ids: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
         """Read T more tokens of each of the cache's rows, (B, T) -> (B, T, V)."""
         # Copies, because tensors made outside inference mode would be recompiled for.
         return self._run("decode", decode, token_ids.clone(), positions.clone(), cache=cache)
@@ -236,7 +235,7 @@ class Engine:
         function: Callable[..., Tensor],
         ids: Tensor,
         *others: Tensor,
-        cache: KVCache | CacheTensors,
+        cache: KVCache,
     ) -> Tensor:
         arguments = (self.model, self._plan, ids, *others, cache.keys, cache.values)
         if not self.compiled:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gpt2ml_torch.kv_cache import CacheTensors
+from gpt2ml_torch.kv_cache import KVCache
 
 
 def common_length(first: Sequence[int], second: Sequence[int]) -> int:
@@ -44,14 +44,14 @@ class PrefixCache:
         return best, found
 
     @torch.inference_mode()
-    def copy_to(self, key: tuple[int, ...], length: int, cache: CacheTensors, row: int) -> None:
+    def copy_to(self, key: tuple[int, ...], length: int, cache: KVCache, row: int) -> None:
         keys, values = self._entries[key]
         self._entries.move_to_end(key)
         cache.keys[:, row, :length] = keys[:, :length]
         cache.values[:, row, :length] = values[:, :length]
 
     @torch.inference_mode()
-    def add(self, ids: Sequence[int], cache: CacheTensors, row: int) -> None:
+    def add(self, ids: Sequence[int], cache: KVCache, row: int) -> None:
         """Keep the keys and values of a window that was read into a row."""
         key = tuple(ids)
         length, held = self.match(key)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gpt2ml_torch.generation.engine import Engine, Plan, decode
-from gpt2ml_torch.kv_cache import CacheTensors
+from gpt2ml_torch.kv_cache import KVCache
 
 
 class RowCache:
@@ -43,35 +43,33 @@ class RowCache:
         self.chunked = not engine.compiled
         self.count = min(max_rows, fitting)
         if self.whole:
-            self._whole = engine.new_cache(self.count, engine.limit)
-            self.cache = CacheTensors(self._whole.keys, self._whole.values)
-            self.count = self.cache.keys.shape[1]
+            self.cache = engine.new_cache(self.count, engine.limit)
+            self.count = self.cache.batch_size
         else:
             self.cache = _lazy_cache(engine, self.count)
 
     def copy(self, row: int, to: int, length: int) -> None:
         """Copy the first `length` slots of a row to another row."""
-        for tensor in self.cache:
-            tensor[:, to, :length] = tensor[:, row, :length]
+        self.cache.copy_row(row, self.cache, to, length)
 
     def read(self, row: int, ids: Sequence[int], start: int) -> Tensor:
         """Read the ids that come at position `start` of a row; logits after them, (1, V)."""
         if self.whole:
-            return self._engine.read_into(self._whole, row, ids)
+            return self._engine.read_into(self.cache, row, ids)
         model, device = self._engine.model, self.cache.keys.device
         positions = start + torch.arange(len(ids), device=device)[None]
         tokens = torch.tensor([ids], device=device)
-        h = model.hidden_states(tokens, positions=positions, cache=self._part(row, row + 1))
+        h = model.hidden_states(tokens, positions=positions, cache=self.cache.rows(row, row + 1))
         return model.logits(h[:, -1])
 
     def read_all(self, row: int, ids: Sequence[int], start: int) -> Tensor:
         """As `read`, with the logits after each id, (T, V)."""
         device = self.cache.keys.device
         positions = start + torch.arange(len(ids), device=device)[None]
-        part, tokens = self._part(row, row + 1), torch.tensor([ids], device=device)
+        part, tokens = self.cache.rows(row, row + 1), torch.tensor([ids], device=device)
         if self.whole:  # any number of tokens: nothing to compile for
             plan = Plan(on_kernels=False, share_code=False)
-            return decode(self._engine.model, plan, tokens, positions, *part)[0]
+            return decode(self._engine.model, plan, tokens, positions, part.keys, part.values)[0]
         return self._engine.decode(tokens, positions, part)[0]
 
     def decode(self, ids: Sequence[int], positions: Sequence[int]) -> Tensor:
@@ -82,16 +80,13 @@ class RowCache:
             free = self.count - running
             ids = [*ids, *[0] * free]
             positions = [*positions, *[self._engine.limit - 1] * free]
-        cache = self._whole if self.whole else self._part(0, running)
+        cache = self.cache if self.whole else self.cache.rows(0, running)
         logits = self._engine.decode(
             torch.tensor(ids, device=device)[:, None],
             torch.tensor(positions, device=device)[:, None],
             cache,
         )
         return logits[:running, -1]
-
-    def _part(self, first: int, last: int) -> CacheTensors:
-        return CacheTensors(self.cache.keys[:, first:last], self.cache.values[:, first:last])
 
 
 def row_size(engine: Engine) -> int:
@@ -101,7 +96,7 @@ def row_size(engine: Engine) -> int:
     return 2 * size * engine.model.dtype.itemsize
 
 
-def _lazy_cache(engine: Engine, rows: int) -> CacheTensors:
+def _lazy_cache(engine: Engine, rows: int) -> KVCache:
     config, model = engine.model.config, engine.model
     shape = (
         config.num_hidden_layers,
@@ -110,7 +105,7 @@ def _lazy_cache(engine: Engine, rows: int) -> CacheTensors:
         config.num_attention_heads,
         config.head_size,
     )
-    return CacheTensors(*(_lazy_zeros(shape, model.dtype, model.device) for _ in range(2)))
+    return KVCache.of(*(_lazy_zeros(shape, model.dtype, model.device) for _ in range(2)))
 
 
 def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
