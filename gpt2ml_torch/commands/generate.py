@@ -146,9 +146,9 @@ def _write(
     how: dict[str, Any] = {"return_full_text": options.full_text, "stats": stats, **config}
     if len(prompts) == 1 and samples == 1:
         pieces = generator.stream(prompts[0], **how)
-        # What compiles does so before the third piece: hold two back, and the log's lines stand
-        # above the text instead of inside it.
-        head = list(itertools.islice(pieces, 3)) if generator.engine.compiled else []
+        # An error comes before the second piece, and what compiles before the third: held back,
+        # they leave the log's lines above the text, and no half text above an error.
+        head = list(itertools.islice(pieces, 3 if generator.engine.compiled else 2))
         for piece in itertools.chain(head, pieces):
             print(printable(piece), end="", flush=True)
         print()

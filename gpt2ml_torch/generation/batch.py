@@ -94,6 +94,8 @@ class Batch:
     @torch.inference_mode()
     def _choose_burst(self, logits: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Some tokens of each row, (n, B): one on the CPU, several where looking at them costs."""
+        if not self._engine.on_cuda:  # sampling relies on numbers
+            check_logits(self._engine.model, logits[: len(self._texts)])
         chosen, logprobs = [self._choose(logits)], []
         if self._logprobs:
             logprobs.append(logprobs_of(logits, chosen[-1]))
@@ -102,8 +104,8 @@ class Batch:
             chosen.append(self._choose(logits))
             if self._logprobs:
                 logprobs.append(logprobs_of(logits, chosen[-1]))
-        # Here, because the ids are about to be read and a GPU has to be waited for in any case.
-        check_logits(self._engine.model, logits[: len(self._texts)])
+        if self._engine.on_cuda:  # the ids are about to be read: it is waited for in any case
+            check_logits(self._engine.model, logits[: len(self._texts)])
         return torch.stack(chosen), logprobs
 
     def _choose(self, logits: Tensor) -> Tensor:

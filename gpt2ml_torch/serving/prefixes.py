@@ -67,6 +67,10 @@ class PrefixCache:
         )
         self.tokens += len(key)
 
+    def clear(self) -> None:
+        self._entries.clear()
+        self.tokens = 0
+
     def _forget(self, key: tuple[int, ...]) -> None:
         del self._entries[key]
         self.tokens -= len(key)

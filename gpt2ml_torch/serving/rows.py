@@ -48,6 +48,11 @@ class RowCache:
         else:
             self.cache = _lazy_cache(engine, self.count)
 
+    def clear(self) -> None:
+        """Forget everything."""
+        for tensor in (self.cache.keys, self.cache.values):
+            tensor.zero_()
+
     def copy(self, row: int, to: int, length: int) -> None:
         """Copy the first `length` slots of a row to another row."""
         self.cache.copy_row(row, self.cache, to, length)

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from gpt2ml_torch.generation import GenerationConfig, Generator
 from gpt2ml_torch.generation.draft import DraftModel
+from gpt2ml_torch.generation.finite import check_logits
 from gpt2ml_torch.generation.sampler import Sampler, SamplingParams
 from gpt2ml_torch.generation.text import Text
 from gpt2ml_torch.serving.chunks import ChunkSize
@@ -247,6 +248,9 @@ class Scheduler:
             self._running, self._reading, self._logits = [], None, None
             self._sampler = self._new_sampler()
             self._wake.notify_all()
+        # What is no number must reach no other text: not by a prefix, nor by slots that are masked.
+        self._prefixes.clear()
+        self._rows.clear()
         for request in under_way:
             request.handle.put(error)
 
@@ -362,6 +366,7 @@ class Scheduler:
 
     def _pick(self, logits: Tensor) -> Tensor:
         """The next token of each row of the sampler; changes no state."""
+        check_logits(self.generator.model, logits)
         padded = self._pad(logits)
         ids = self._sampler.choose(padded)
         blocked: Tensor | None = None
