@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import shlex
 import sys
@@ -17,26 +18,14 @@ from convert.inputs import expanded, locate
 from convert.plan import Options
 from convert.to_safetensors import Progress
 from gpt2ml_torch.commands.output import printable
-from gpt2ml_torch.commands.parsing import Parser, run_command
+from gpt2ml_torch.commands.parsing import Parser, add_options, given, run_command
 from gpt2ml_torch.commands.program import run_program
-from gpt2ml_torch.precision import INTEGER
+from gpt2ml_torch.options import OptionError, option, option_fields
 
 if TYPE_CHECKING:
     from convert import to_tf
 
-_DTYPES = ("float32", "bfloat16", "float16")
 _EXAMPLE_PROMPT = "今天天气不错"
-
-
-_ONE_WAY = {  # options that converting back has no use for: their defaults
-    "config": None,
-    "vocab": None,
-    "no_vocab": False,
-    "dtype": "float32",
-    "keep_optimizer": False,
-    "allow_non_finite": False,
-    "no_verify": False,
-}
 
 EXAMPLES = (
     "gpt2ml convert checkpoints/ out.safetensors",
@@ -45,13 +34,35 @@ EXAMPLES = (
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and give its exit status; an error is one line on standard error."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConvertOptions(Options):
+    """What to convert, to what and how."""
+
+    source: Path = option(
+        positional=True,
+        path=True,
+        metavar="SRC",
+        help="a checkpoint's folder or prefix, a PyTorch file, an exported folder, or with --to-tf "
+        "a model file",
+    )
+    out: Path = option(
+        positional=True, path=True, metavar="OUT", help="the file, or folder, to write"
+    )
+    to_tf: bool = option(
+        False, flags="--to-tf", help="SRC is a safetensors file, OUT a folder in TensorFlow's form"
+    )
+
+
+def main(argv: Sequence[str] | None = None, *, program: str = "python -m convert") -> int:
+    """Run the command and give its exit status; an error is one line on standard error.
+
+    `program` is what help and errors call it.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     parser = Parser(
-        prog="python -m convert",
+        prog=program,
         description="Convert a GPT2_ML checkpoint to one safetensors file, or back.",
-        examples=[example.replace("gpt2ml", "python -m", 1) for example in EXAMPLES],
+        examples=[example.replace("gpt2ml convert", program, 1) for example in EXAMPLES],
     )
     add_arguments(parser)
     return run_program(
@@ -63,51 +74,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """From what, to what, and how."""
-    parser.add_argument(
-        "source",
-        metavar="SRC",
-        type=Path,
-        help="a checkpoint's folder or prefix, a PyTorch file, or with --to-tf a model file",
-    )
-    parser.add_argument("out", metavar="OUT", type=Path, help="the file, or folder, to write")
-    parser.add_argument(
-        "--config", type=Path, metavar="FILE", help="config.json, in either dialect"
-    )
-    group = parser.add_mutually_exclusive_group()
-    group.add_argument("--vocab", type=Path, metavar="FILE", help="vocab.txt")
-    group.add_argument("--no-vocab", action="store_true", help="store no vocabulary")
-    parser.add_argument(
-        "--dtype",
-        choices=[*_DTYPES, *(precision.value for precision in INTEGER)],
-        default="float32",
-        help="precision of the weights (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--keep-optimizer",
-        action="store_true",
-        help="keep Adafactor's statistics, for fine-tuning to go on with; 0.1 %% more",
-    )
-    parser.add_argument(
-        "--allow-non-finite",
-        action="store_true",
-        help="convert a model that holds NaN or infinity all the same",
-    )
-    parser.add_argument("--force", dest="overwrite", action="store_true", help="overwrite OUT")
-    parser.add_argument(
-        "--no-verify", action="store_true", help="accept a published size with another SHA-256"
-    )
-    parser.add_argument(
-        "--to-tf", action="store_true", help="SRC is a safetensors file, OUT a folder"
-    )
+    add_options(parser, ConvertOptions)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Convert and print what was written."""
-    _check(arguments)
+    options = _options(arguments)
     with warnings.catch_warnings(), _progress_bar() as progress:
         warnings.simplefilter("ignore")
         try:
-            summary = _convert(arguments, progress)
+            summary = _convert(options, progress)
         except OSError as error:
             # The system's bare words say neither what failed nor where.
             if (
@@ -115,47 +91,35 @@ def run(arguments: argparse.Namespace) -> int:
                 and error.errno
                 and error.strerror == os.strerror(error.errno)
             ):
-                text = f"while converting {arguments.source}: {error.strerror}"
+                text = f"while converting {options.source}: {error.strerror}"
                 raise OSError(error.errno, text) from error
             raise
     print(printable(summary))
     return 0
 
 
-def _check(arguments: argparse.Namespace) -> None:
-    """Raise `ValueError` for options that exclude each other."""
-    if arguments.keep_optimizer and arguments.dtype in INTEGER:
-        raise ValueError(
-            f"--keep-optimizer excludes --dtype {arguments.dtype}, which can't be tuned; leave one "
-            "of them out"
-        )
-    if arguments.to_tf:
-        for name, default in _ONE_WAY.items():
-            if getattr(arguments, name) != default:
-                flag = f"--{name.replace('_', '-')}"
-                raise ValueError(f"{flag} has no meaning with --to-tf; leave it out")
+def _options(arguments: argparse.Namespace) -> ConvertOptions:
+    """Raises `OptionError` for options that exclude each other."""
+    values = given(arguments, ConvertOptions)
+    for name in ("source", "out", "config", "vocab"):
+        if name in values:
+            values[name] = expanded(Path(values[name]))
+    if values.get("to_tf"):
+        for field in option_fields(Options):
+            if field.name != "overwrite" and values.get(field.name, field.default) != field.default:
+                raise OptionError("{" + field.name + "} has no meaning with {to_tf}; leave it out")
+    return ConvertOptions(**values)
 
 
-def _convert(arguments: argparse.Namespace, progress: Progress) -> str:
-    source, out = expanded(arguments.source), expanded(arguments.out)
-    if arguments.to_tf:
+def _convert(options: ConvertOptions, progress: Progress) -> str:
+    source, out = options.source, options.out
+    if options.to_tf:
         from convert.to_tf import to_tf
 
-        report = to_tf(source, out, overwrite=arguments.overwrite, progress=progress)
+        report = to_tf(source, out, overwrite=options.overwrite, progress=progress)
         return _summary_of_tf(report)
-    options = Options(
-        dtype=arguments.dtype if arguments.dtype in _DTYPES else "float32",
-        quantization=arguments.dtype if arguments.dtype in INTEGER else None,
-        config=arguments.config and expanded(arguments.config),
-        vocab=arguments.vocab and expanded(arguments.vocab),
-        with_vocab=not arguments.no_vocab,
-        keep_optimizer=arguments.keep_optimizer,
-        verify=not arguments.no_verify,
-        allow_non_finite=arguments.allow_non_finite,
-        overwrite=arguments.overwrite,
-    )
     converted = to_safetensors.convert(locate(source), out, options, progress=progress)
-    return _summary(converted, out, arguments.dtype)
+    return _summary(converted, out, options.dtype)
 
 
 def _summary(report: to_safetensors.Report, out: Path, dtype: str) -> str:

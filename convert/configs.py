@@ -14,11 +14,12 @@ from typing import Any
 from convert import foreign
 from convert.inputs import visible
 from gpt2ml_torch.config import GPT2MLConfig
+from gpt2ml_torch.options import OptionError
 
 PUBLISHED_HEAD_SIZE = 64
 _MAX_BYTES = 1 << 20
 
-# Our field, and what it is called in the files; the first is what --to-tf writes.
+# Our field, and what it is called in the files; the first is what `to_tf` writes.
 DIALECTS: dict[str, tuple[str, ...]] = {
     "vocab_size": ("vocab_size", "vocab_size_or_config_json_file"),
     "hidden_size": ("hidden_size", "n_embd"),
@@ -47,7 +48,9 @@ def find_config(folder: Path) -> Path | None:
     found = [path for path in visible(folder, "*.json") if _looks_like_config(path)]
     if len(found) > 1:
         names = ", ".join(path.name for path in found)
-        raise ValueError(f"several configurations in {folder}: {names}; choose one with --config")
+        raise OptionError(
+            "several configurations in {}: {}; choose one with {config}", folder, names
+        )
     return found[0] if found else None
 
 
@@ -101,18 +104,18 @@ def read_extra(path: Path | None, key: str) -> dict[str, Any]:
 
 def _load(path: Path) -> dict[str, Any]:
     if path.exists() and not path.is_file():  # a pipe would be waited for
-        raise ValueError(f"{path} is no file; give another with --config")
+        raise OptionError("{} is no file; give another as {config}", path)
     if path.stat().st_size > _MAX_BYTES:
-        raise ValueError(f"{path} is too large for a configuration; give another with --config")
+        raise OptionError("{} is too large for a configuration; give another as {config}", path)
     foreign.check(path)
     try:
         values = json.loads(path.read_bytes().decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path} is not JSON ({error}); correct it or give another with --config"
+        raise OptionError(
+            "{} is not JSON ({}); correct it or give another as {config}", path, error
         ) from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path} is not a JSON object; give another with --config")
+        raise OptionError("{} is not a JSON object; give another as {config}", path)
     return values
 
 
@@ -137,16 +140,18 @@ def merge(
         else:
             wrong.append(f"{field} {said} against {size} in the tensors")
     if wrong:
-        raise ValueError(
-            f"{origin} contradicts the checkpoint: {', '.join(wrong)}; give the right --config"
+        raise OptionError(
+            "{} contradicts the checkpoint: {}; give the right file as {config}",
+            *(origin, ", ".join(wrong)),
         )
     values = {**given, **shapes}
     if "num_attention_heads" not in values:
         width = shapes["hidden_size"]
         if width % PUBLISHED_HEAD_SIZE:
-            raise ValueError(
-                f"no configuration found, and width {width} is no multiple of the published head "
-                f"size {PUBLISHED_HEAD_SIZE}, so the number of heads is unknown; give a --config"
+            raise OptionError(
+                "no configuration found, and width {} is no multiple of the published head size "
+                "{}, so the number of heads is unknown; give {config}",
+                *(width, PUBLISHED_HEAD_SIZE),
             )
         values["num_attention_heads"] = width // PUBLISHED_HEAD_SIZE
         notes.append(

@@ -16,27 +16,69 @@ from convert.vocabulary import Vocabulary, find_vocabulary
 from gpt2ml_torch.config import MAX_LAYERS, GPT2MLConfig
 from gpt2ml_torch.export import names as exported
 from gpt2ml_torch.modelfile.format import expected_shapes, slot_shapes
-from gpt2ml_torch.precision import FLOATING
+from gpt2ml_torch.options import OptionError, check_options, option
+from gpt2ml_torch.precision import FLOATING, INTEGER
 
 _MAX_FAULTS = 200  # named in one error; a hostile file may have millions
 _SLOTS, _AVERAGES, _TIED = "optimiser slots", "moving averages", "tied output layer"
 _STEP, _SCALARS = "step counter", "scalars"
+_PRECISIONS = ("float32", "bfloat16", "float16", *(precision.value for precision in INTEGER))
 _TIED_ROWS = 4096  # compared at a time
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What the user chose; `vocab` and `config` are files, None to look beside the source."""
+    """How to convert. Raises `ValueError`, naming the field, for values that make no sense."""
 
-    dtype: str = "float32"
-    quantization: str | None = None  # of the large matrices; `dtype` then describes the rest
-    config: Path | None = None
-    vocab: Path | None = None
-    with_vocab: bool = True
-    keep_optimizer: bool = False
-    verify: bool = True
-    allow_non_finite: bool = False
-    overwrite: bool = False
+    config: Path | None = option(
+        None,
+        path=True,
+        metavar="FILE",
+        help="config.json, in either dialect",
+        default_text="beside the source",
+    )
+    vocab: Path | None = option(
+        None, path=True, metavar="FILE", help="vocab.txt", default_text="beside the source"
+    )
+    with_vocab: bool = option(True, flags="--no-vocab", inverted=True, help="store no vocabulary")
+    dtype: str = option("float32", choices=_PRECISIONS, help="precision of the weights")
+    keep_optimizer: bool = option(
+        False,
+        flags="--keep-optimizer",
+        help="keep Adafactor's statistics, for fine-tuning to go on with; 0.1 % more",
+    )
+    allow_non_finite: bool = option(
+        False,
+        flags="--allow-non-finite",
+        help="convert a model that holds NaN or infinity all the same",
+    )
+    overwrite: bool = option(False, flags="--force", help="overwrite what is there")
+    verify: bool = option(
+        True,
+        flags="--no-verify",
+        inverted=True,
+        help="accept a published size with another SHA-256",
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if self.vocab is not None and not self.with_vocab:
+            raise OptionError("{with_vocab=False} excludes {vocab}; leave one of them out")
+        if self.keep_optimizer and self.packed is not None:
+            raise OptionError(
+                "{keep_optimizer=True} excludes {dtype=" + self.dtype + "}, which can't be tuned; "
+                "leave one of them out"
+            )
+
+    @property
+    def packed(self) -> str | None:
+        """The precision of the large matrices where it is an integer's."""
+        return self.dtype if self.dtype in INTEGER else None
+
+    @property
+    def unpacked_dtype(self) -> str:
+        """The dtype of every tensor that isn't packed."""
+        return "float32" if self.packed else self.dtype
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -266,13 +308,15 @@ def _plan_slots(
     slots = mapping.slot_recipes(recipes, shapes)
     if not any(name in inventory.tensors for r in slots.values() for name in r.sources):
         other = " of Adafactor, only another's state" if _SLOTS in inventory.dropped else ""
-        raise ValueError(f"{source.name} holds no optimizer{other}; go without --keep-optimizer")
+        raise OptionError(
+            "{} holds no optimizer{}; go without {keep_optimizer=True}", source.name, other
+        )
     flat = {name: (math.prod(shape),) for name, shape in shapes.items()}
     faults = find_faults(inventory.tensors, slots, flat, ())
     if faults:
-        raise ValueError(
-            f"the optimizer in {source.name} is not complete: {_enumerate(faults)}; go without "
-            "--keep-optimizer"
+        raise OptionError(
+            "the optimizer in {} is not complete: {}; go without {keep_optimizer=True}",
+            *(source.name, _enumerate(faults)),
         )
     return slots
 

@@ -66,7 +66,7 @@ def converted_already(path: Path) -> str:
     """What to say of such a file."""
     return (
         f"{path} is a converted safetensors file already: `gpt2ml generate` takes it as it is, and "
-        "--to-tf brings it back to TensorFlow"
+        "`gpt2ml convert --to-tf` brings it back to TensorFlow"
     )
 
 

@@ -27,6 +27,7 @@ from gpt2ml_torch.config import GPT2MLConfig
 from gpt2ml_torch.modelfile.disk import resolve_target
 from gpt2ml_torch.modelfile.format import SLOT
 from gpt2ml_torch.modelfile.writer import ModelWriter
+from gpt2ml_torch.options import OptionError
 
 _WORKERS = 2  # more only wait for each other, since the kernel lets one at a time write to a file
 
@@ -66,8 +67,8 @@ def convert(
         with ModelWriter(
             out,
             plan.config,
-            dtype=options.dtype,
-            packed=options.quantization,
+            dtype=options.unpacked_dtype,
+            packed=options.packed,
             vocab=plan.vocabulary.text if plan.vocabulary else None,
             source=plan.source,
             generation=plan.generation,
@@ -132,7 +133,9 @@ def _copy(
 
     Returns a note for each that is not finite, where that is allowed.
     """
-    jobs = collections.deque([(key, recipe, options.dtype) for key, recipe in plan.recipes.items()])
+    jobs = collections.deque(
+        [(key, recipe, options.unpacked_dtype) for key, recipe in plan.recipes.items()]
+    )
     jobs.extend((SLOT + name, recipe, "float32") for name, recipe in plan.slots.items())
     sizes = {key: _bytes_made(source, recipe, dtype) for key, recipe, dtype in jobs}
     total = sum(sizes.values())
@@ -146,7 +149,7 @@ def _copy(
             except IndexError:  # another took the last one
                 return
             maker = _Maker(source, key, recipe, dtype, allow_non_finite=options.allow_non_finite)
-            _write(writer, key, maker.pieces(), options.quantization)
+            _write(writer, key, maker.pieces(), options.packed)
             if maker.non_finite:
                 notes.append(f"tensor {key!r} has {maker.non_finite:,} numbers that are not finite")
             if progress:
@@ -185,10 +188,11 @@ class _Maker:
             for rows in rows_in_order(tensor.T if self._recipe.transpose else tensor):
                 self.non_finite += (found := count_non_finite(rows))
                 if found and not self._allow:
-                    raise ValueError(
-                        f"tensor {name!r} of {self._source.name} has numbers that are not finite "
-                        "(NaN or infinity): such a model writes nothing sensible; fetch or train "
-                        "it again (--allow-non-finite converts it all the same)"
+                    raise OptionError(
+                        "tensor {!r} of {} has numbers that are not finite (NaN or infinity): "
+                        "such a model writes nothing sensible; fetch or train it again "
+                        "({allow_non_finite=True} converts it all the same)",
+                        *(name, self._source.name),
                     )
                 yield self._rounded(rows)
 
@@ -196,15 +200,13 @@ class _Maker:
         try:
             return round_to(self._dtype, rows)
         except ValueError as error:
-            raise ValueError(
-                f"tensor {self._key!r} has {error}; choose --dtype float32 or bfloat16"
+            raise OptionError(
+                "tensor {!r} has {}; choose {dtype=float32} or bfloat16", self._key, error
             ) from None
 
 
-def _write(
-    writer: ModelWriter, key: str, pieces: Iterator[Array], quantization: str | None
-) -> None:
-    if quantization is None:
+def _write(writer: ModelWriter, key: str, pieces: Iterator[Array], packed: str | None) -> None:
+    if packed is None:
         writer.write_pieces(key, pieces)
         return
     import torch  # takes seconds to import, and only packing needs it
@@ -245,10 +247,11 @@ def _identify(source: Source, sha256: str | None) -> dict[str, Any]:
         return known.source()
     size = sum(path.stat().st_size for path in source.files)
     if TENSORFLOW in source.layouts and (known := published.by_size(size)):
-        raise ValueError(
-            f"{source.files[0]} has the size of the published {known.name} but another "
-            f"SHA-256, {sha256} instead of {known.data_sha256}: the download is damaged (fetch it "
-            "again), or this is another training (--no-verify goes on)"
+        raise OptionError(
+            "{} has the size of the published {} but another SHA-256, {} instead of {}: the "
+            "download is damaged (fetch it again), or this is another training "
+            "({verify=False} goes on)",
+            *(source.files[0], known.name, sha256, known.data_sha256),
         )
     return {**origin, "sha256": sha256}
 

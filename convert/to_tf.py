@@ -110,7 +110,7 @@ def _check_file(file: ModelFile) -> int:
 
 def _check_folder(folder: Path, names: Sequence[str], overwrite: bool) -> None:
     if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is a file; --to-tf writes a folder")
+        raise NotADirectoryError(f"{folder} is a file; expected the name of a folder to write")
     if not folder.exists() and not folder.absolute().parent.is_dir():
         raise FileNotFoundError(
             f"the folder {folder.absolute().parent} does not exist; create it first"

@@ -15,6 +15,7 @@ from gpt2ml_torch.config import MAX_DIMENSION
 from gpt2ml_torch.export.names import LINES_KEY
 from gpt2ml_torch.export.tokenizer_json import vocab_text
 from gpt2ml_torch.modelfile.format import count_lines
+from gpt2ml_torch.options import OptionError
 
 # Rows of the published 15G checkpoint, and lines of its vocabulary: two rows are reserved.
 RESERVED_ROWS = (21_130, 21_128)
@@ -63,9 +64,10 @@ def find_vocabulary(folder: Path, given: Path | None, rows: int) -> Vocabulary:
     if not candidates and (folder / "tokenizer.json").is_file():
         candidates = [folder / "tokenizer.json"]
     if not candidates:
-        raise ValueError(
-            f"no vocabulary (vocab.txt, *vocab*.txt) in {folder}; the checkpoint needs "
-            f"{needed(rows)}: put it there, give --vocab, or go without by --no-vocab"
+        raise OptionError(
+            "no vocabulary (vocab.txt, *vocab*.txt) in {}; the checkpoint needs {}: put it there, "
+            "give {vocab}, or go without by {with_vocab=False}",
+            *(folder, needed(rows)),
         )
     vocabularies, errors = [], []
     for path in candidates:
@@ -83,7 +85,7 @@ def find_vocabulary(folder: Path, given: Path | None, rows: int) -> Vocabulary:
         raise ValueError(f"wrong vocabulary: {found} lines; the checkpoint needs {needed(rows)}")
     if len({vocabulary.text for vocabulary in fitting}) > 1 and fitting[0].path.name != "vocab.txt":
         found = ", ".join(vocabulary.path.name for vocabulary in fitting)
-        raise ValueError(f"several vocabularies fit: {found}; choose one with --vocab")
+        raise OptionError("several vocabularies fit: {}; choose one with {vocab}", found)
     return fitting[0]
 
 
@@ -121,9 +123,10 @@ def _from_tokenizer_json(path: Path) -> Vocabulary:
     model = model if isinstance(model, dict) else {}
     vocab = model.get("vocab")
     if model.get("type") != "WordPiece" or not isinstance(vocab, dict) or not vocab:
-        raise ValueError(
-            f"{path} is a tokenizer of type {str(model.get('type'))[:40]!r}; expected WordPiece "
-            "with a vocabulary: this model is no GPT2_ML, or give --vocab"
+        raise OptionError(
+            "{} is a tokenizer of type {!r}; expected WordPiece with a vocabulary: this model is "
+            "no GPT2_ML, or give {vocab}",
+            *(path, str(model.get("type"))[:40]),
         )
     if not all(type(id_) is int and 0 <= id_ < MAX_DIMENSION for id_ in vocab.values()):
         raise ValueError(f"{path} has ids that are no whole numbers from 0 to {MAX_DIMENSION - 1}")
@@ -152,7 +155,9 @@ def _json_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}); fetch it again or give --vocab") from None
+        raise OptionError(
+            "{} is not JSON ({}); fetch it again or give {vocab}", path, error
+        ) from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path} is not a JSON object; fetch it again or give --vocab")
+        raise OptionError("{} is not a JSON object; fetch it again or give {vocab}", path)
     return value

@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(words: list[str]) -> int:
     command = words[0] if words else ""
     if command == _CONVERT:
-        converted: int = importlib.import_module("convert.__main__").main(words[1:])
+        convert = importlib.import_module("convert.__main__").main
+        converted: int = convert(words[1:], program="gpt2ml convert")
         return converted
     if command not in COMMANDS:
         parse(_overview(), words if command.startswith("-") else [])  # --help ends here

@@ -138,7 +138,7 @@ def given_vocabulary_is_a_pipe(folder: Path) -> list[str]:
     return [str(folder), "--vocab", str(folder / "pipe")]
 
 
-@case("not allowed with argument --vocab")
+@case("--no-vocab excludes --vocab; leave one of them out")
 def a_vocabulary_and_none(folder: Path) -> list[str]:
     return [str(folder), "--vocab", str(folder / "vocab.txt"), "--no-vocab"]
 
