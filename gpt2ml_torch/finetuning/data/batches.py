@@ -7,6 +7,8 @@ run is resumed by the number of its step.
 
 from __future__ import annotations
 
+import itertools
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -51,6 +53,15 @@ class BatchStream:
         first = place + self.rank
         places = range(first, first + self.batch_size * self.world_size, self.world_size)
         return collate([self.rows[self.row_at(p)] for p in places], multiple_of=self.multiple_of)
+
+    def __iter__(self) -> Iterator[Rows]:
+        """The batches from the first on, without end. Deprecated: call `batch` with a number."""
+        warnings.warn(
+            "iterating over a BatchStream is deprecated; call batch(0), batch(1) and so on",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return map(self.batch, itertools.count())
 
     def row_at(self, place: int) -> int:
         """The number of the row at a place of the global sequence."""

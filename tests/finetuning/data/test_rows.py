@@ -156,6 +156,14 @@ def drawn(stream: BatchStream, batches: int, first: int = 0) -> list[list[int]]:
     return [stream.batch(number).token_ids[:, 0].tolist() for number in numbers]
 
 
+def test_iterating_as_in_version_0_1_0_gives_the_batches_and_warns(rows: RowDataset) -> None:
+    stream = BatchStream(rows, batch_size=2, seed=3)
+    with pytest.warns(DeprecationWarning, match=r"call batch\(0\)"):
+        batches = iter(stream)
+    for number in range(3):
+        assert next(batches).token_ids.equal(stream.batch(number).token_ids)
+
+
 def test_an_epoch_is_a_permutation_and_each_epoch_another(rows: RowDataset) -> None:
     order = flat(drawn(BatchStream(rows, batch_size=1), 39))
     epochs = [order[start : start + 13] for start in (0, 13, 26)]
