@@ -120,8 +120,9 @@ class Scheduler:
 
     @property
     def running(self) -> int:
-        """Texts that hold a row."""
-        return len(self._running) + (self._reading is not None)
+        """Texts under way that hold a row; a text whose last piece was given no longer counts."""
+        writing = sum(not request.text.finished for request in list(self._running))
+        return writing + (self._reading is not None)
 
     @property
     def queued(self) -> int:
