@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from gpt2ml_torch import kernels
+from gpt2ml_torch.bandwidth import read_bandwidth
 from gpt2ml_torch.checking.finding import Finding, judge
 from gpt2ml_torch.generation import Generator
-from gpt2ml_torch.generation.stats import read_bandwidth
 from gpt2ml_torch.kv_cache import KVCache
 from gpt2ml_torch.model import GPT2ML
 from gpt2ml_torch.modelfile import ModelFile

@@ -10,12 +10,13 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from gpt2ml_torch.bandwidth import read_bandwidth
 from gpt2ml_torch.commands.common import PACKED, LoadOptions, load_generator, read_texts
 from gpt2ml_torch.commands.output import printable, write_json
 from gpt2ml_torch.commands.parsing import add_options, given
 from gpt2ml_torch.commands.streams import read_input_line
 from gpt2ml_torch.generation import GenerationConfig, Generator
-from gpt2ml_torch.generation.stats import Stats, read_bandwidth
+from gpt2ml_torch.generation.stats import Stats
 from gpt2ml_torch.options import check_text, option
 
 _logger = logging.getLogger(__name__)

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from gpt2ml_torch import GPT2ML, Generator, GPT2MLConfig, Tokenizer
+from gpt2ml_torch.bandwidth import read_bandwidth
 from gpt2ml_torch.generation import Stats
 from scripts.benchmarks import machine
 from scripts.benchmarks.shipped import ROOT, add_arguments, prepare
@@ -57,7 +58,7 @@ def main() -> None:
     poems = poems[:: max(1, len(poems) // POEMS)]
     result = {
         "machine": machine.describe(),
-        "read_bandwidth": machine.read_bandwidth(),
+        "read_bandwidth": read_bandwidth(),
         "rows": [
             row
             for precision in PRECISIONS

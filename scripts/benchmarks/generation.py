@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from gpt2ml_torch.bandwidth import read_bandwidth
 from scripts.benchmarks import machine, report
 from scripts.benchmarks.weights import SIZES
 
@@ -139,7 +140,7 @@ def run_group(
     contestants = [start(*pair, options, folder) for pair in GROUPS[group]]
     present = [c for c in contestants if "absent" not in c.facts]
     for turn in range(1 + options.repeats):  # the first one warms up
-        bandwidths.append(machine.read_bandwidth(options.device))
+        bandwidths.append(read_bandwidth(options.device))
         logger.info("turn %d: %.1f GB/s of read bandwidth", turn, bandwidths[-1] / 1e9)
         for contestant in present:
             for request in requests(contestant, options):

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from gpt2ml_torch import GPT2ML, Generator, GPT2MLConfig, Tokenizer
+from gpt2ml_torch.bandwidth import read_bandwidth
 from gpt2ml_torch.generation import Stats
 from scripts.benchmarks import machine, weights
 
@@ -71,7 +72,7 @@ def _run_tests(seconds: float) -> Row:
 
 
 def _measurements(options: argparse.Namespace, ends: float) -> Iterator[Row]:
-    bandwidth = machine.read_bandwidth(options.device)
+    bandwidth = read_bandwidth(options.device)
     yield {"what": "read bandwidth, GB/s", "value": bandwidth / 1e9}
     config = SIZES[options.size]()
     for dtype in (torch.bfloat16, torch.float16, torch.float32):

@@ -1,11 +1,10 @@
-"""What the machine is, and how fast it reads memory: the yardstick beside every figure."""
+"""What the machine is: the head of every table."""
 
 from __future__ import annotations
 
 import datetime
 import os
 import platform
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -40,31 +39,8 @@ def _processor() -> str:
     return f"{fields.get('model name', platform.machine())} ({', '.join(sorted(flags))})"
 
 
-def read_bandwidth(device: str = "cpu", *, repeats: int = 7) -> float:
-    """Bytes per second that all cores (or the GPU) read, the median of several passes.
-
-    A sum over far more memory than the caches hold. On the CPU through the project's own kernels'
-    access pattern this is what a decoding step could reach, not the vendor's figure.
-    """
-    size = 1 << 30 if device == "cpu" else 8 << 30
-    data = torch.ones(size // 8, dtype=torch.int64, device=device)
-    seconds = []
-    for _ in range(repeats):
-        _synchronize(device)
-        started = time.perf_counter()
-        data.sum()
-        _synchronize(device)
-        seconds.append(time.perf_counter() - started)
-    return size / statistics.median(seconds)
-
-
 def seconds_of(work: Callable[[], object]) -> float:
     """How long it takes, once."""
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
-
-
-def _synchronize(device: str) -> None:
-    if device != "cpu":
-        torch.cuda.synchronize()
