@@ -88,8 +88,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for flag, (field, kind, text) in _LISTS.items():
         parser.add_argument(flag, dest=field, type=kind, action="append", help=text)
     parser.add_argument("--greedy", action="store_true", help="always the most probable token")
-    parser.add_argument("--top-p-rule", choices=["huggingface", "grover"])
-    parser.add_argument("--on-long-prompt", choices=["cut", "error"])
+    parser.add_argument(
+        "--top-p-rule",
+        choices=["huggingface", "grover"],
+        help="keep the token that crosses top-p (huggingface), or drop it as the original does",
+    )
+    parser.add_argument(
+        "--on-long-prompt",
+        choices=["cut", "error"],
+        help="cut a prompt that is too long from the left, with a warning (the default), or refuse",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""The documentation names only options that exist."""
+"""The documentation names only options that exist, and `--help` explains each."""
 
 from __future__ import annotations
 
@@ -27,13 +27,18 @@ FOREIGN = {
 }
 
 
-@cache
-def flags(command: str) -> frozenset[str]:
-    """Every option of one of our commands."""
+def parser_of(command: str) -> Parser:
     path, _ = COMMANDS[command]
     parser = Parser(prog=command)
     importlib.import_module(path).add_arguments(parser)
-    return frozenset(flag for action in parser._actions for flag in action.option_strings)
+    return parser
+
+
+@cache
+def flags(command: str) -> frozenset[str]:
+    """Every option of one of our commands."""
+    actions = parser_of(command)._actions
+    return frozenset(flag for action in actions for flag in action.option_strings)
 
 
 def command_lines(page: str) -> Iterator[list[str]]:
@@ -84,3 +89,8 @@ def test_commands_in_the_pages_are_recognised() -> None:
 def test_an_option_of_another_command_is_noticed() -> None:
     page = "`--nowhere`\n```bash\ngpt2ml info m.safetensors \\\n  --top-k 5\n```\n"
     assert unknown_options(page) == ["--nowhere", "info --top-k"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_has_help(command: str) -> None:
+    assert [action.dest for action in parser_of(command)._actions if not action.help] == []
