@@ -20,7 +20,9 @@ from gpt2ml_torch import kernels
 from gpt2ml_torch.checking import Finding, check_model
 from gpt2ml_torch.checking.machine import free_bytes
 from gpt2ml_torch.commands.output import printable, write_json
+from gpt2ml_torch.commands.parsing import add_options, given
 from gpt2ml_torch.modelfile import ModelFile
+from gpt2ml_torch.options import check_options, option
 
 EXAMPLES = (
     "gpt2ml check out.safetensors",
@@ -29,51 +31,65 @@ EXAMPLES = (
 _MARKS = {"pass": "ok  ", "fail": "FAIL", "info": "    "}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a .safetensors file made by the converter")
-    parser.add_argument(
-        "--source",
-        type=Path,
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckOptions:
+    """Which model file to check, against what, and how to report."""
+
+    model: str = option(
+        positional=True, path=True, help="a .safetensors file made by the converter"
+    )
+    source: str | None = option(
+        None,
+        path=True,
         metavar="CHECKPOINT",
         help="compare each tensor with the checkpoint it came from; takes the file's size on disk",
     )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: auto)")
-    parser.add_argument(
-        "--no-precisions",
-        action="store_true",
+    device: str = option("auto", help="cpu, cuda, cuda:1 ...")
+    precisions: bool = option(
+        True,
+        flags="--no-precisions",
+        inverted=True,
         help="leave out what concerns this machine: precisions and their speed",
     )
-    parser.add_argument("--json", action="store_true", help="everything as one JSON object")
-    parser.add_argument(
-        "--report", type=Path, metavar="FILE", help="write a Markdown report for a bug report"
+    json: bool = option(False, flags="--json", help="everything as one JSON object")
+    report: str | None = option(
+        None, path=True, metavar="FILE", help="write a Markdown report for a bug report"
     )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_options(parser, CheckOptions)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    options = CheckOptions(**given(arguments, CheckOptions))
     findings: list[Finding] = []
-    with ModelFile.open(arguments.model) as file:
-        for finding in _findings(file, arguments):
+    with ModelFile.open(options.model) as file:
+        for finding in _findings(file, options):
             findings.append(finding)
-            if not arguments.json:
+            if not options.json:
                 line = f"{_MARKS[finding.verdict]} {finding.name}: {finding.text}"
                 print(printable(line), flush=True)
     good = all(finding.verdict != "fail" for finding in findings)
     environment = describe_environment()
-    if arguments.json:
+    if options.json:
         listed = [dataclasses.asdict(finding) for finding in findings]
         write_json({"passed": good, "environment": environment, "findings": listed})
-    if arguments.report is not None:
-        arguments.report.write_text(_markdown(findings, environment, good=good), encoding="utf-8")
-    if not good and not arguments.json:
+    if options.report is not None:
+        report = _markdown(findings, environment, good=good)
+        Path(options.report).write_text(report, encoding="utf-8")
+    if not good and not options.json:
         print("This model is not right; see the lines marked FAIL.")
     return 0 if good else 1
 
 
-def _findings(file: ModelFile, arguments: argparse.Namespace) -> Iterator[Finding]:
-    device, precisions = arguments.device, not arguments.no_precisions
-    yield from check_model(file, device=device, precisions=precisions)
-    if arguments.source is not None:
-        yield compare_with_source(file, arguments.source)
+def _findings(file: ModelFile, options: CheckOptions) -> Iterator[Finding]:
+    yield from check_model(file, device=options.device, precisions=options.precisions)
+    if options.source is not None:
+        yield compare_with_source(file, Path(options.source))
 
 
 def compare_with_source(file: ModelFile, source: Path) -> Finding:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from typing import Any
 
 from gpt2ml_torch.commands.output import one_line, write_json
+from gpt2ml_torch.commands.parsing import add_options, given
 from gpt2ml_torch.modelfile import ModelFile
 from gpt2ml_torch.modelfile.format import count_lines
+from gpt2ml_torch.options import option
 from gpt2ml_torch.valid_json import to_json
 
 EXAMPLES = (
@@ -16,24 +19,32 @@ EXAMPLES = (
 )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a .safetensors file made by the converter")
-    parser.add_argument("--json", action="store_true", help="as one JSON object")
-    parser.add_argument(
-        "--verify", action="store_true", help="read all of it and compare every checksum"
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InfoOptions:
+    """Which model file to describe, and how."""
+
+    model: str = option(
+        positional=True, path=True, help="a .safetensors file made by the converter"
     )
+    json: bool = option(False, flags="--json", help="as one JSON object")
+    verify: bool = option(False, flags="--verify", help="read all of it and compare every checksum")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_options(parser, InfoOptions)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    with ModelFile.open(arguments.model) as file:
+    options = InfoOptions(**given(arguments, InfoOptions))
+    with ModelFile.open(options.model) as file:
         values = _describe(file)
-        if arguments.verify:
+        if options.verify:
             file.verify()
             values["verified"] = True
-    if arguments.json:
+    if options.json:
         write_json(values)
         return 0
-    if arguments.verify:
+    if options.verify:
         values["verified"] = f"{len(file.checksums)} tensors and the metadata match their checksums"
     width = max(map(len, values))
     for name, value in values.items():

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import errno
 from pathlib import Path
 
 from gpt2ml_torch.commands.output import one_line
+from gpt2ml_torch.commands.parsing import add_options, given
+from gpt2ml_torch.options import option
 
 EXAMPLES = (
     "gpt2ml merge out.safetensors adapter --out merged.safetensors",
@@ -14,24 +17,32 @@ EXAMPLES = (
 )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MergeOptions:
+    """Which adapter to add to which model, and where to."""
+
+    model: str = option(
+        positional=True, path=True, help="the model that the adapter was trained on"
+    )
+    adapter: str = option(positional=True, path=True, help="its folder, as peft saves it")
+    out: str = option(path=True, help="the file to write")
+    overwrite: bool = option(False, flags="--force", help="replace an existing file")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The model, the adapter, and where to."""
-    parser.add_argument("model", metavar="MODEL", help="the model that the adapter was trained on")
-    parser.add_argument("adapter", metavar="ADAPTER", help="its folder, as peft saves it")
-    parser.add_argument("--out", required=True, help="the file to write")
-    parser.add_argument(
-        "--force", dest="overwrite", action="store_true", help="replace an existing file"
-    )
+    add_options(parser, MergeOptions)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Merge and say where the result is."""
-    if Path(arguments.out).exists() and not arguments.overwrite:
+    options = MergeOptions(**given(arguments, MergeOptions))
+    if Path(options.out).exists() and not options.overwrite:
         raise FileExistsError(
-            errno.EEXIST, f"{arguments.out} exists already; give another name, or --force"
+            errno.EEXIST, f"{options.out} exists already; give another name, or --force"
         )
     from gpt2ml_torch.finetuning.adapters import merge_adapter
 
-    merge_adapter(arguments.model, arguments.adapter, arguments.out, overwrite=arguments.overwrite)
-    print(one_line(f"wrote {arguments.out}"))
+    merge_adapter(options.model, options.adapter, options.out, overwrite=options.overwrite)
+    print(one_line(f"wrote {options.out}"))
     return 0

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 
 from gpt2ml_torch.commands.output import one_line
+from gpt2ml_torch.commands.parsing import add_options, given
 from gpt2ml_torch.modelfile import ModelFile, ModelWriter
+from gpt2ml_torch.options import option
 from gpt2ml_torch.precision import INTEGER
 
 EXAMPLES = (
@@ -14,44 +17,51 @@ EXAMPLES = (
 )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a .safetensors file made by the converter")
-    parser.add_argument(
-        "--to",
-        choices=[precision.value for precision in INTEGER],
-        default="int8",
-        help="default: %(default)s",
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantizeOptions:
+    """Which model file to pack, to what."""
+
+    model: str = option(
+        positional=True, path=True, help="a .safetensors file made by the converter"
     )
-    parser.add_argument("--out", required=True, help="the file to write")
-    parser.add_argument(
-        "--force", dest="overwrite", action="store_true", help="replace an existing file"
+    to: str = option(
+        "int8",
+        choices=tuple(precision.value for precision in INTEGER),
+        help="precision of the large matrices",
     )
-    parser.add_argument(
-        "--allow-non-finite",
-        action="store_true",
+    out: str = option(path=True, help="the file to write")
+    overwrite: bool = option(False, flags="--force", help="replace an existing file")
+    allow_non_finite: bool = option(
+        False,
+        flags="--allow-non-finite",
         help="copy NaN and infinity in tensors that stay unpacked, instead of refusing them",
     )
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_options(parser, QuantizeOptions)
+
+
 def run(arguments: argparse.Namespace) -> int:
-    file = ModelFile.open(arguments.model)
+    options = QuantizeOptions(**given(arguments, QuantizeOptions))
+    file = ModelFile.open(options.model)
     if file.packed is not None:
         raise ValueError(
-            f"{arguments.model} holds {file.packed} weights already; give the file that "
+            f"{options.model} holds {file.packed} weights already; give the file that "
             "it was made from"
         )
     with ModelWriter(
-        arguments.out,
+        options.out,
         file.config,
         dtype=file.dtype,
         vocab=file.vocab,
         source=file.source,
         generation=file.generation,
-        packed=arguments.to,
-        overwrite=arguments.overwrite,
-        allow_non_finite=arguments.allow_non_finite,
+        packed=options.to,
+        overwrite=options.overwrite,
+        allow_non_finite=options.allow_non_finite,
     ) as writer:
         for name in file.tensors:
             writer.write_weight(name, file.tensor(name))
-    print(one_line(f"wrote {arguments.out}: {arguments.to}, {writer.size:,} bytes"))
+    print(one_line(f"wrote {options.out}: {options.to}, {writer.size:,} bytes"))
     return 0
