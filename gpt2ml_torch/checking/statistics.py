@@ -32,7 +32,6 @@ SMALLEST_STD, LARGEST_STD = 1e-3, 2.0
 SMALLEST_GAIN, LARGEST_GAIN = 0.02, 20.0
 OUT_OF_PROPORTION = 10.0  # times the median of the same kind in all blocks, or its tenth
 LEAST_BALANCE = 0.25  # correlation, in the mean over the blocks
-_PIECE = 1 << 20  # numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,17 +44,21 @@ class Moments:
 
 
 def moments(tensor: Tensor) -> Moments:
-    """In float64 sums over float32 pieces, which stay in the cache."""
-    total = squares = 0.0
+    """Sums over each row in float32, added up in float64.
+
+    A few passes over the whole tensor: on cores that others use too, each parallel operation waits
+    for them, so that many small pieces take far longer. Numbers that are not finite are looked for
+    only where a sum is not.
+    """
+    rows = tensor.reshape(-1, tensor.shape[-1]).float()
+    total = rows.sum(1).double().sum().item()
+    squares = _norms(rows, 1).double().square().sum().item()
     bad = 0
-    for piece in tensor.flatten().split(_PIECE):
-        values = piece.float()
-        finite = values.isfinite()
-        if not finite.all():
-            bad += int((~finite).sum())
-            values = values[finite]
-        total += values.sum(dtype=torch.float64).item()
-        squares += values.square().sum(dtype=torch.float64).item()
+    if not math.isfinite(squares) or not math.isfinite(total):
+        finite = rows.isfinite()
+        bad = int((~finite).sum())
+        good = rows[finite].double()  # squares of finite numbers may be too large for float32
+        total, squares = good.sum().item(), good.square().sum().item()
     count = max(tensor.numel() - bad, 1)
     mean = total / count
     return Moments(mean, math.sqrt(max(squares / count - mean * mean, 0.0)), bad)
