@@ -12,13 +12,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gpt2ml_torch import kernels
 from gpt2ml_torch.checking.finding import Finding, judge
+from gpt2ml_torch.config import GPT2MLConfig
+from gpt2ml_torch.kv_cache import KVCache
 from gpt2ml_torch.model import GPT2ML
 from gpt2ml_torch.tokenizer import Tokenizer
 
@@ -44,7 +48,7 @@ SENTENCES = {
 LEAST_MARGIN = 1.0  # nats a token: e times as probable as shuffled or shifted
 LARGEST_GAIN = 0.05  # nats a token by which a rival may fit better, by chance
 LARGE = 10**8  # parameters, from which on time counts: there FEW_TOKENS of a sentence are read
-FEW_TOKENS = 20
+FEW_TOKENS = 24
 MOST_UNKNOWN = 0.2  # of a sentence's tokens
 
 Rival = Callable[[GPT2ML], contextlib.AbstractContextManager[Any]]
@@ -81,22 +85,28 @@ def best_of(readings: list[Reading]) -> Reading | None:
     return max(readings, key=lambda reading: reading.margin, default=None)
 
 
+def is_large(config: GPT2MLConfig) -> bool:
+    """Whether reading takes so long that a check must be sparing with it."""
+    return config.num_parameters > LARGE
+
+
 @torch.inference_mode()
 def read_sentences(model: GPT2ML, tokenizer: Tokenizer) -> list[Reading]:
-    """Of every built-in sentence whose characters the vocabulary has."""
-    readings = []
+    """Of every built-in sentence whose characters the vocabulary has, all in one batch."""
+    known: dict[str, Tensor] = {}
+    rows: list[Tensor] = []
     for genre, text in SENTENCES.items():
-        ids = torch.tensor([tokenizer.encode(text)], device=model.device)
-        longest = FEW_TOKENS if model.config.num_parameters > LARGE else ids.shape[1]
-        ids = ids[:, : min(longest, model.config.max_position_embeddings - 1)]
+        ids = torch.tensor(tokenizer.encode(text), device=model.device)
+        longest = FEW_TOKENS if is_large(model.config) else len(ids)
+        ids = ids[: min(longest, model.config.max_position_embeddings - 1)]
         unknown = (ids == tokenizer.unk_id).float().mean().item()
-        if unknown > MOST_UNKNOWN or ids.shape[1] < 8:
+        if unknown > MOST_UNKNOWN or len(ids) < 8:
             continue
-        order = torch.randperm(ids.shape[1], generator=torch.Generator().manual_seed(0))
-        shifted = (ids + 1) % model.config.vocab_size
-        losses = [mean_loss(model, each) for each in (ids, ids[:, order.to(ids.device)], shifted)]
-        readings.append(Reading(genre, ids, *losses))
-    return readings
+        order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))
+        known[genre] = ids[None]
+        rows += [ids, ids[order.to(ids.device)], (ids + 1) % model.config.vocab_size]
+    losses = iter(mean_losses(model, rows) if rows else [])
+    return [Reading(genre, ids, *islice(losses, 3)) for genre, ids in known.items()]
 
 
 def _judge_margins(readings: list[Reading]) -> Finding:
@@ -135,24 +145,35 @@ def _judge_rivals(best: Reading, losses: dict[str, float]) -> Finding:
 
 @torch.inference_mode()
 def rival_losses(model: GPT2ML, ids: Tensor) -> dict[str, float]:
-    """The mean loss of a text under each rival reading."""
+    """The mean loss of a text, (1, T) ids, under each rival reading."""
+    text = ids[0]
     losses = {}
     for name, rival in rivals(model).items():
         with rival(model):
-            losses[name] = mean_loss(model, ids)
+            losses[name] = mean_losses(model, [text])[0]
     for name, step in (("positions one later", 1), ("positions one earlier", -1)):
-        losses[name] = mean_loss(model, ids, first_position=step)
-    for name, step in (("tokens one later", 1), ("tokens one earlier", -1)):
-        losses[name] = mean_loss(model, (ids + step) % model.config.vocab_size)
-    return losses
+        losses[name] = mean_losses(model, [text], first_position=step)[0]
+    shifted = [(text + step) % model.config.vocab_size for step in (1, -1)]
+    names = ("tokens one later", "tokens one earlier")
+    return losses | dict(zip(names, mean_losses(model, shifted), strict=True))
 
 
-def mean_loss(model: GPT2ML, ids: Tensor, *, first_position: int = 0) -> float:
-    """Mean cross entropy of all tokens except the first."""
-    positions = torch.arange(ids.shape[1], device=ids.device)[None] + first_position
+def mean_losses(model: GPT2ML, rows: list[Tensor], *, first_position: int = 0) -> list[float]:
+    """Mean cross entropy of each row's tokens, (T,) ids, except the first; all in one batch."""
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # nothing looks at what comes later
+    positions = torch.arange(ids.shape[1], device=ids.device) + first_position
     positions %= model.config.max_position_embeddings
-    logits = model(ids, positions=positions)[0, :-1].float()
-    return F.cross_entropy(logits, ids[0, 1:]).item()
+    cache = None
+    if model.packed is not None and first_position == 0:  # all layers in one operator
+        B, T = ids.shape
+        cache = KVCache(
+            model.config, batch_size=B, length=T, dtype=model.dtype, device=model.device
+        )
+    logits = model(ids, positions=positions.expand_as(ids), cache=cache)
+    return [
+        F.cross_entropy(of_row[: len(row) - 1].float(), row[1:]).item()
+        for of_row, row in zip(logits, rows, strict=True)
+    ]
 
 
 # -- rival readings: each changes the model for the length of a `with` -----------------------------
@@ -172,8 +193,7 @@ def rivals(model: GPT2ML) -> dict[str, Rival]:
     if len(model.blocks) > 1:
         found["blocks one later"] = _rotated_blocks(1)
         found["blocks one earlier"] = _rotated_blocks(-1)
-    if isinstance(model.blocks[0].attention.qkv.weight, nn.Parameter):  # packed ones are buffers
-        found["square kernels transposed"] = _transposed_kernels
+    found["square kernels transposed"] = _transposed_kernels
     width, heads = model.config.hidden_size, model.config.num_attention_heads
     if width % 64 == 0 and width // 64 != heads:
         found["heads of 64"] = _heads(width // 64)
@@ -230,8 +250,12 @@ def _transposed_kernels(model: GPT2ML) -> Iterator[None]:
     """Query, key, value and output of the attention, one product at a time."""
 
     def product(linear: Any, x: Tensor) -> Tensor:
-        parts = linear.weight.split(linear.in_features)
-        y = torch.cat([x @ part for part in parts], dim=-1)
+        weight, dtype = linear.weight, x.dtype
+        if isinstance(linear, kernels.PackedLinear):
+            # CPUs that gain by packing may multiply plain bfloat16 very slowly.
+            weight, x = linear.plain_weight().float(), x.float()
+        parts = weight.split(linear.in_features)
+        y = torch.cat([x @ part for part in parts], dim=-1).to(dtype)
         return y if linear.bias is None else y + linear.bias
 
     layers = [

@@ -41,14 +41,6 @@ _SPARE_BYTES = 1 << 30  # for activations, the cache and the compiler
 
 
 @dataclasses.dataclass(frozen=True)
-class Text:
-    """A text that the model knows, (1, T) ids, and the logits of the file's weights, (T, V)."""
-
-    ids: Tensor
-    logits: Tensor
-
-
-@dataclasses.dataclass(frozen=True)
 class Measured:
     """One precision on this machine; errors are root mean squares over the logits.
 
@@ -75,24 +67,24 @@ class Measured:
         return self.error <= self.allowed
 
 
-@torch.inference_mode()
-def known_text(model: GPT2ML, ids: Tensor) -> Text:
-    """The text and what `model`, which is not packed, says of it."""
-    return Text(ids.cpu(), model(ids)[0].double().cpu())
-
-
 def check_machine(
-    file: ModelFile, tokenizer: Tokenizer, text: Text, *, device: torch.device
+    file: ModelFile, tokenizer: Tokenizer, ids: Tensor, *, device: torch.device
 ) -> Iterator[Finding]:
-    """Every precision that fits the memory, and which to take."""
+    """Every precision that fits the memory, and which to take; `ids`, (1, T), are a known text.
+
+    The first precision is the closest to the file's, so that its logits in float64 are what the
+    others are compared with.
+    """
     bandwidth = read_bandwidth(device)
     results = []
+    logits: Tensor | None = None
     for precision in candidates(file, device):
         if not _fits(file, precision, device):
             line = "not tried: the weights don't fit the free memory"
             yield Finding(f"precision {precision}", "info", line)
             continue
-        result = measure(file, tokenizer, text, precision, device)
+        result, exact = measure(file, tokenizer, ids, precision, device, expected=logits)
+        logits = exact if logits is None else logits
         results.append(result)
         yield _judge(result, bandwidth)
     good = [r for r in results if r.agrees and r.divergence <= FREE_DIVERGENCE]
@@ -107,8 +99,10 @@ def candidates(file: ModelFile, device: torch.device) -> tuple[Precision, ...]:
     """What such a file can be loaded in: integers need packing, which is the CPU's."""
     if file.packed is not None:
         return (file.packed,)
-    packs = device.type == "cpu" and kernels.load_kernels()
-    return tuple(p for p in CANDIDATES if p in FLOATING or packs)
+    if device.type != "cpu" or not kernels.load_kernels():
+        return tuple(p for p in CANDIDATES if p in FLOATING)
+    # With kernels nothing is gained by storing more bits than the file has.
+    return tuple(p for p in CANDIDATES if p.bits <= file.dtype.bits or file.dtype not in CANDIDATES)
 
 
 def load(file: ModelFile, precision: Precision, device: torch.device) -> GPT2ML:
@@ -123,28 +117,40 @@ def load(file: ModelFile, precision: Precision, device: torch.device) -> GPT2ML:
 
 
 def measure(
-    file: ModelFile, tokenizer: Tokenizer, text: Text, precision: Precision, device: torch.device
-) -> Measured:
-    """Load the weights in a precision, and take its errors, divergence and speed."""
+    file: ModelFile,
+    tokenizer: Tokenizer,
+    ids: Tensor,
+    precision: Precision,
+    device: torch.device,
+    *,
+    expected: Tensor | None = None,
+) -> tuple[Measured, Tensor]:
+    """Load the weights in a precision, and take its errors, divergence and speed.
+
+    Returns its logits with float64 activations too, which are the `expected` ones if None are
+    given.
+    """
     model = load(file, precision, device)
-    dtype, ids = model.dtype, text.ids.to(device)
+    dtype, ids = model.dtype, ids.to(device)
     speed = _tokens_per_second(model, tokenizer)
     with torch.inference_mode():
         found = _logits_in_steps(model, ids)
-        _leave_kernels(model)
+        leave_kernels(model)
         plain = model(ids)[0].double().cpu()
         _compute_in_float64(model)
         exact = model(ids)[0].cpu()
-    return Measured(
+    expected = exact if expected is None else expected
+    measured = Measured(
         precision=precision,
-        divergence=_divergence(text.logits, found),
+        divergence=_divergence(expected, found),
         error=_size(found - exact),
         plain_error=_size(plain - exact),
         rounding=torch.finfo(dtype).eps / 2 * _size(exact),
-        moved=_size(exact - text.logits),
+        moved=_size(exact - expected),
         tokens_per_second=speed,
         weight_bytes=_bytes_of_weights(file, precision),
     )
+    return measured, exact
 
 
 def check_compiled(
@@ -188,7 +194,7 @@ def _logits_in_steps(model: GPT2ML, ids: Tensor) -> Tensor:
     return torch.cat(pieces).double().cpu()
 
 
-def _leave_kernels(model: GPT2ML) -> None:
+def leave_kernels(model: GPT2ML) -> None:
     """Let packed layers compute in plain PyTorch, which unpacks their weights."""
     for module in model.modules():
         if isinstance(module, kernels.PackedLinear | kernels.PackedEmbedding):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt2ml_torch import GPT2ML, Tokenizer
+from gpt2ml_torch import GPT2ML, Tokenizer, kernels
 from gpt2ml_torch.__main__ import main
 from gpt2ml_torch.checking import Finding, arithmetic, check_model, language
 from gpt2ml_torch.modelfile import ModelFile
@@ -50,6 +50,46 @@ def test_a_wrong_conversion_fails(
     state = {key: value.clone() for key, value in model.state_dict().items()}
     mutate(state)
     assert finding in failed(save(tmp_path / "mutant.safetensors", state, model, tokenizer))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "queries and keys exchanged",
+        "square kernels not transposed",
+        "norms of each block exchanged",
+        "blocks one earlier",
+        "positions one later",
+        "all weights random",
+    ],
+)
+def test_a_wrong_conversion_fails_where_only_few_tokens_are_read_from_packed_weights(
+    name: str,
+    right: tuple[GPT2ML, Tokenizer],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(language, "LARGE", 0)
+    model, tokenizer = right
+    mutate, _ = OF_WEIGHTS[name]
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    mutate(state)
+    found = failed(save(tmp_path / "mutant.safetensors", state, model, tokenizer))
+    assert {"order of the weights", "vocabulary and language"} & set(found)
+
+
+@pytest.mark.skipif(not kernels.load_kernels(), reason="the kernels could not be built")
+def test_wrong_kernels_are_not_taken_for_wrong_weights(
+    shipped_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(language, "LARGE", 0)
+    assert failed(shipped_model) == []
+
+    def wrong(x: torch.Tensor, *_: object, outputs: int, **__: object) -> torch.Tensor:
+        return x.new_zeros(*x.shape[:-1], outputs)
+
+    monkeypatch.setattr(kernels.modules, "packed_linear", wrong)
+    assert failed(shipped_model) == ["kernels"]
 
 
 @pytest.mark.parametrize("name", UNSEEN)
