@@ -31,6 +31,7 @@ from torch import Tensor
 
 from gpt2ml_torch.cache import cache_root
 from gpt2ml_torch.generation.regions import are_equal, outline
+from gpt2ml_torch.generation.transfers import to_device
 from gpt2ml_torch.kv_cache import KVCache
 from gpt2ml_torch.model import GPT2ML
 
@@ -217,8 +218,8 @@ class Engine:
         padded = self.padded_tokens(len(token_ids))
         padding = padded - len(token_ids) if start + padded <= cache.length else 0
         device = self.model.device
-        ids = torch.tensor([[*token_ids, *[0] * padding]], device=device)
-        places = torch.tensor([start, len(token_ids) - 1], device=device)
+        ids = to_device([[*token_ids, *[0] * padding]], device)
+        places = to_device([start, len(token_ids) - 1], device)
         # On the CPU attention reads the whole cache either way, in the order of sums that it has.
         function = prefill_from_start if self.on_cuda and start == 0 else prefill
         return self._run("prefill", function, ids, places, cache=cache)

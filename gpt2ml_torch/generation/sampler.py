@@ -19,6 +19,7 @@ from gpt2ml_torch import sampling
 from gpt2ml_torch.generation.adjustments import Adjustments
 from gpt2ml_torch.generation.config import GenerationConfig
 from gpt2ml_torch.generation.constraints import Constraints, RepeatedNGrams
+from gpt2ml_torch.generation.transfers import to_device
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,8 +97,8 @@ class _Group:
 class Sampler:
     """Chooses the next token of each of `rows` rows, all of which are free at first.
 
-    With `per_row`, for CUDA, all rules run for all rows, with values from tensors of the same
-    addresses throughout, so that one graph serves every mixture of settings.
+    With `per_row`, for CUDA, every rule that some row has runs for all rows at once, and nothing is
+    read back to the host; otherwise rows of equal settings are drawn together.
     """
 
     def __init__(
@@ -157,7 +158,7 @@ class Sampler:
         """Go on with these rows in this order, some perhaps several times, then free ones, `size`
         in all. `histories` are the lists of their ids, where those are other lists from now on.
         """
-        index = torch.tensor([*rows, *[0] * (size - len(rows))], device=self._device)
+        index = to_device([*rows, *[0] * (size - len(rows))], self._device)
         chosen = [self._copy_row(row) for row in rows]
         for state, history in zip(chosen, histories or (), strict=bool(histories)):
             if state is not None and state.ngrams is not None:
@@ -262,7 +263,7 @@ class Sampler:
             repeated = state.ngrams.banned() if state is not None and state.ngrams else []
             if repeated:
                 blocked = blocked.clone() if blocked is self._blocked else blocked
-                blocked[row, repeated] = True
+                blocked[row].index_fill_(0, to_device(repeated, self._device), True)
         if self._adjustments is not None:
             logits = self._adjustments.apply(logits)
         return sampling.process(logits, blocked=blocked, seen=self._seen, penalty=self._penalties)
@@ -298,23 +299,33 @@ class Sampler:
         ]
 
     def _all_rows(self) -> _Group:
-        """All rows with all rules, each value (B, 1), neutral where a row has none."""
+        """All rows with every rule that one of them has, each value (B, 1), neutral where a row
+        lacks it.
+        """
         params = [
             SamplingParams(temperature=None) if state is None else state.params
             for state in self._rows
         ]
 
-        def column(values: list[float], dtype: torch.dtype = torch.float32) -> Tensor:
+        def column(values: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.tensor(values, dtype=dtype, device=self._device)[:, None]
 
-        grover = any(p.grover_top_p is not None for p in params)
+        def rule(
+            values: Sequence[float | None], neutral: float, dtype: torch.dtype = torch.float32
+        ) -> Tensor | None:
+            if all(value is None for value in values):
+                return None
+            return column([neutral if value is None else value for value in values], dtype)
+
+        if all(p.temperature is None for p in params):
+            return _Group(sampling.Knobs(), None)
         knobs = sampling.Knobs(
             sample=column([p.temperature is not None for p in params], torch.bool),
             temperature=column([p.temperature or 1.0 for p in params]),
-            top_k=column([p.top_k or 2**31 for p in params], torch.int64),
-            top_p=column([p.top_p or 1.0 for p in params]),
-            grover_top_p=column([p.grover_top_p or 1.0 for p in params]) if grover else None,
-            min_p=column([p.min_p or 0.0 for p in params]),
-            typical_p=column([p.typical_p or 1.0 for p in params]),
+            top_k=rule([p.top_k for p in params], 2**31, torch.int64),
+            top_p=rule([p.top_p for p in params], 1.0),
+            grover_top_p=rule([p.grover_top_p for p in params], 1.0),
+            min_p=rule([p.min_p for p in params], 0.0),
+            typical_p=rule([p.typical_p for p in params], 1.0),
         )
         return _Group(knobs, None)

@@ -14,12 +14,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from gpt2ml_torch.generation.batch import Batch, logprobs_of
+from gpt2ml_torch.generation.batch import Batch
 from gpt2ml_torch.generation.draft import Draft
 from gpt2ml_torch.generation.engine import Engine
-from gpt2ml_torch.generation.finite import check_logits
 from gpt2ml_torch.generation.stats import Stats
 from gpt2ml_torch.generation.text import Text
+from gpt2ml_torch.generation.transfers import to_device
 
 
 class SpeculativeBatch(Batch):
@@ -62,17 +62,10 @@ class SpeculativeBatch(Batch):
         """Choose tokens, one and then another for each drafted one that was right."""
         pieces: list[tuple[Text, str]] = []
         for place, row_logits in enumerate(logits.unbind(1) if drafted else [logits]):
-            pieces += self._choose_one(row_logits)
+            pieces += self._put(self._choose(row_logits))
             if text.finished or text.ids[-1:] != drafted[place : place + 1]:
                 break
         return pieces
-
-    def _choose_one(self, logits: Tensor) -> Iterator[tuple[Text, str]]:
-        with torch.inference_mode():
-            ids = self._choose(logits)
-            check_logits(self._engine.model, logits)
-            logprobs = [logprobs_of(logits, ids)] if self._logprobs else []
-        return self._put(ids[None], logprobs)
 
     def _propose(self, text: Text) -> list[int]:
         """Always as many, so that there is one size to compile; or none."""
@@ -85,10 +78,9 @@ class SpeculativeBatch(Batch):
     def _check(self, text: Text, drafted: list[int]) -> Tensor:
         """Logits after the last token and after each drafted one, (1, 1 + size, V)."""
         device = self._cache.keys.device
-        ids = torch.tensor([[text.ids[-1], *drafted]], device=device)
+        ids = to_device([[text.ids[-1], *drafted]], device)
         positions = text.position + torch.arange(ids.shape[1], device=device)[None]
         return self._engine.decode(ids, positions, self._cache)
 
     def _plain(self, text: Text) -> Tensor:
-        last = torch.tensor([text.ids[-1]], device=self._cache.keys.device)
-        return self._slide(self._decode(last))
+        return self._slide(self._decode(to_device(text.ids[-1:], self._cache.keys.device)))
