@@ -13,15 +13,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gpt2ml_torch import GPT2ML, Generator, GPT2MLConfig, Tokenizer
+from gpt2ml_torch import GPT2ML, Generator, GPT2MLConfig, Tokenizer, kernels
 from gpt2ml_torch.bandwidth import read_bandwidth
 from gpt2ml_torch.generation import Stats
+from gpt2ml_torch.modelfile.pretrained import activation_dtype
+from gpt2ml_torch.precision import Precision
 from scripts.benchmarks import machine, weights
+from scripts.benchmarks.peers import PROMPT, TransformersGPT2
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = GPT2MLConfig(
@@ -75,18 +79,42 @@ def _measurements(options: argparse.Namespace, ends: float) -> Iterator[Row]:
     bandwidth = read_bandwidth(options.device)
     yield {"what": "read bandwidth, GB/s", "value": bandwidth / 1e9}
     config = SIZES[options.size]()
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        name = str(dtype).removeprefix("torch.")
+    parts: list[tuple[str, Callable[[], Iterator[Row]]]] = [
+        (precision, partial(_of_precision, config, Precision(precision), bandwidth, options, ends))
+        for precision in ("bfloat16", "float16", "float32", "int8", "int4")
+    ]
+    for name, compiled in (("transformers, eager", False), ("transformers, compiled", True)):
+        if not (compiled and options.no_compile):
+            parts.append((name, partial(_of_transformers, config, compiled, options, ends)))
+    for name, part in parts:
+        if time.monotonic() >= ends:
+            yield {"precision": name, "what": "skipped", "error": "no time was left"}
+            continue
         try:
-            for row in _of_precision(config, dtype, bandwidth, options, ends):
+            for row in part():
                 yield {"precision": name, **row}
-        except (RuntimeError, ValueError, ImportError) as error:  # memory, compiler, packages
-            yield {"precision": name, "what": "failed", "error": str(error).splitlines()[0]}
+        except Exception as error:  # memory, compilers and packages fail in many ways: a row too
+            reason = (str(error).splitlines() or [""])[0]
+            failure = f"{type(error).__name__}: {reason}"
+            yield {"precision": name, "what": "failed", "error": failure}
+
+
+def _of_transformers(
+    config: GPT2MLConfig, compiled: bool, options: argparse.Namespace, ends: float
+) -> Iterator[Row]:
+    """GPT-2 of the same size in bfloat16, through `generate`; compiled with a static cache."""
+    peer = TransformersGPT2(config, "bfloat16", compile=compiled, device=options.device)
+    new = min(64, config.max_position_embeddings - PROMPT - 1)
+    for batch in (1, 8):
+        if time.monotonic() < ends:
+            peer.decode(batch, new)  # warms up
+            rate = new * batch / peer.decode(batch, new)
+            yield {"what": f"decode at batch {batch}, tokens/s", "value": rate}
 
 
 def _of_precision(
     config: GPT2MLConfig,
-    dtype: torch.dtype,
+    precision: Precision,
     bandwidth: float,
     options: argparse.Namespace,
     ends: float,
@@ -94,14 +122,17 @@ def _of_precision(
     began = time.perf_counter()
     torch.manual_seed(0)
     with torch.device(options.device):
-        model = GPT2ML(config).to(dtype)
+        model = GPT2ML(config).to(activation_dtype(precision)).eval()
+    if precision.is_integer:
+        kernels.pack_model(model, precision)
+        model.packed = precision
     yield {"what": "made on the device, s", "value": time.perf_counter() - began}
     tokenizer = Tokenizer(weights.vocabulary(config), num_embeddings=config.vocab_size)
     generator = Generator(model, tokenizer, compile=not options.no_compile, batch_size=128)
     began = time.perf_counter()
     _generate(generator, rows=1, tokens=16, new=4)
     yield {"what": "first tokens, compiling, s", "value": time.perf_counter() - began}
-    weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    weight_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
     for tokens in (128, 512, 1000):
         if tokens < config.max_position_embeddings - 2 and time.monotonic() < ends:
             _generate(generator, rows=1, tokens=tokens, new=1)

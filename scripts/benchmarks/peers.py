@@ -30,7 +30,13 @@ class TransformersGPT2:
     """`transformers`' GPT2LMHeadModel: eager, or static cache with `torch.compile`."""
 
     def __init__(
-        self, config: GPT2MLConfig, precision: str, folder: Path, *, compile: bool
+        self,
+        config: GPT2MLConfig,
+        precision: str,
+        folder: Path | None = None,
+        *,
+        compile: bool,
+        device: str = "cpu",
     ) -> None:
         import transformers
 
@@ -47,14 +53,14 @@ class TransformersGPT2:
         dtype = getattr(torch, precision)
         with torch.device("meta"):
             model: Any = transformers.GPT2LMHeadModel(settings)
-        self.model = model.to(dtype).to_empty(device="cpu").eval()
+        self.model = model.to(dtype).to_empty(device=device).eval()
         for parameter in self.model.parameters():
             torch.nn.init.normal_(parameter, std=0.02)
         self.vocab_size = config.vocab_size
         self.compile = compile
 
     def _generate(self, batch: int, tokens: int, new_tokens: int) -> float:
-        ids = torch.from_numpy(random_ids(batch, tokens, self.vocab_size))
+        ids = torch.from_numpy(random_ids(batch, tokens, self.vocab_size)).to(self.model.device)
         options: dict[str, Any] = {}
         if self.compile:
             options["cache_implementation"] = "static"
@@ -70,7 +76,7 @@ class TransformersGPT2:
                 pad_token_id=0,
                 disable_compile=not self.compile,
                 **options,
-            )
+            ).cpu()  # which waits for a GPU
         return time.perf_counter() - started
 
     def prefill(self, tokens: int) -> float:
