@@ -21,34 +21,6 @@ from gpt2ml_torch.options import check_text, option
 
 _logger = logging.getLogger(__name__)
 
-_OPTIONS = {  # flag: (field of GenerationConfig, type, help)
-    "--max-new-tokens": ("max_new_tokens", int, "tokens to write at most (default 256)"),
-    "--min-new-tokens": ("min_new_tokens", int, "an end before this many does not count"),
-    "--temperature": ("temperature", float, "0: always the most probable token"),
-    "--top-k": ("top_k", int, "draw from the K most probable tokens"),
-    "--top-p": ("top_p", float, "draw from the most probable tokens that sum to P"),
-    "--min-p": ("min_p", float, "... that are at least P times as probable as the best"),
-    "--typical-p": ("typical_p", float, "locally typical sampling"),
-    "--seed": ("seed", int, "the same seed writes the same text"),
-    "--repetition-penalty": ("repetition_penalty", float, "above 1: repeat less"),
-    "--no-repeat-ngram-size": ("no_repeat_ngram_size", int, "never repeat N tokens in a row"),
-    "--num-beams": ("num_beams", int, "beam search instead of sampling"),
-    "--length-penalty": ("length_penalty", float, "beam search: above 0 prefers longer texts"),
-    "--forced-start": ("forced_start", str, "text that the continuation starts with"),
-    "--forced-end": ("forced_end", str, "text at the end where the maximum length is reached"),
-    "--window-keep": ("window_keep", int, "tokens kept when the model's window slides on"),
-    "--prompt-lookup": ("prompt_lookup_num_tokens", int, "guess N tokens from earlier text"),
-    "--assistant-tokens": ("num_assistant_tokens", int, "tokens guessed at once (default 3)"),
-}
-_LISTS = {
-    "--stop": ("stop", str, "end the text after this string (repeatable)"),
-    "--ban": ("bad_words", str, "never write this string (repeatable)"),
-    "--ban-id": ("suppress_tokens", int, "never write this token id (repeatable)"),
-    "--allow-id": ("allow_tokens", int, "allow a special or reserved id (repeatable)"),
-    "--end-id": ("eos_token_id", int, "end the text at this token id (repeatable)"),
-}
-
-
 EXAMPLES = (
     "gpt2ml generate out.safetensors 今天天气不错 --top-k 5 --stop 。 --seed 1",
     "gpt2ml generate out.safetensors --file prompts.txt -n 3 --json > texts.jsonl",
@@ -82,28 +54,13 @@ class GenerateOptions(LoadOptions):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The model, the prompts, and every field of `GenerationConfig`."""
     add_options(parser, GenerateOptions)
-    parser.add_argument("-n", type=int, dest="num_return_sequences", help="texts for each prompt")
-    for flag, (field, kind, text) in _OPTIONS.items():
-        parser.add_argument(flag, dest=field, type=kind, help=text)
-    for flag, (field, kind, text) in _LISTS.items():
-        parser.add_argument(flag, dest=field, type=kind, action="append", help=text)
-    parser.add_argument("--greedy", action="store_true", help="always the most probable token")
-    parser.add_argument(
-        "--top-p-rule",
-        choices=["huggingface", "grover"],
-        help="keep the token that crosses top-p (huggingface), or drop it as the original does",
-    )
-    parser.add_argument(
-        "--on-long-prompt",
-        choices=["cut", "error"],
-        help="cut a prompt that is too long from the left, with a warning (the default), or refuse",
-    )
+    add_options(parser, GenerationConfig)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the continuations; without a prompt, of each line of standard input."""
     options = GenerateOptions(**given(arguments, GenerateOptions))
-    config = _given_config(arguments)
+    config = given(arguments, GenerationConfig)
     GenerationConfig(**config)  # bad values are reported before the model is loaded
     prompts = read_texts("prompts", options.prompts, options.file)
     generator = load_generator(options, assistant=options.assistant)
@@ -116,19 +73,6 @@ def run(arguments: argparse.Namespace) -> int:
     if options.stats:
         print(_summary(generator, stats), file=sys.stderr)
     return 0
-
-
-def _given_config(arguments: argparse.Namespace) -> dict[str, Any]:
-    fields = {field.name for field in dataclasses.fields(GenerationConfig)}
-    values = {name: value for name, value in vars(arguments).items() if name in fields}
-    config = {name: value for name, value in values.items() if value is not None}
-    for name, value in config.items():
-        for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str):
-                check_text(name, text)
-    if arguments.greedy:
-        config["do_sample"] = False
-    return config
 
 
 def _warn_of_unknown(generator: Generator, prompts: list[str]) -> None:

@@ -6,100 +6,199 @@ Names follow transformers' `generate`, which users know.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-_INTEGERS = {  # name: smallest, largest
-    "max_new_tokens": (1, 2**31),
-    "min_new_tokens": (0, 2**31),
-    "top_k": (0, 2**31),
-    "no_repeat_ngram_size": (0, 2**31),
-    "num_beams": (1, 1024),
-    "num_return_sequences": (1, 2**20),
-    "prompt_lookup_num_tokens": (0, 64),
-    "num_assistant_tokens": (0, 64),
-}
-_NUMBERS = {  # name: smallest, largest, whether the smallest is allowed
-    "temperature": (0.0, math.inf, True),
-    "top_p": (0.0, 1.0, False),
-    "min_p": (0.0, 1.0, True),
-    "typical_p": (0.0, 1.0, False),
-    "repetition_penalty": (0.0, 1e6, False),
-}
-_SIGNED = ("presence_penalty", "frequency_penalty")  # from -2 to 2, as OpenAI's
-_CHOICES = {"top_p_rule": ("huggingface", "grover"), "on_long_prompt": ("cut", "error")}
+from gpt2ml_torch.options import OptionError, check_names, check_options, option
+
+MAX_TOKENS = 2**20  # of a text; the model sees far fewer at once
+MAX_TEXTS = 2**16  # of a prompt
+MAX_NGRAM = 1024
+MAX_ID = 2**31  # what no vocabulary reaches; the model's own size is checked later
 _STRINGS = ("stop", "bad_words")
 _IDS = ("eos_token_id", "suppress_tokens", "allow_tokens")
+
+_LENGTH, _CHOICE, _CONTENT, _WORK = "length and end", "choice", "content", "working"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
-    """How to continue a text. Raises `ValueError`, naming the field, for values that make no sense.
+    """How to continue a text; each field says what it does.
 
-    Length and end:
-        max_new_tokens, min_new_tokens: tokens written after the prompt. A stop string or end token
-            that comes earlier than `min_new_tokens` does not stop the text.
-        stop: strings that end the text; the first that is written is kept, the rest is not.
-        eos_token_id: ids that end the text and are no part of it.
-    Choice:
-        do_sample: False, or a temperature of 0, takes the most probable token each time.
-        temperature, top_k (0: all), top_p, min_p, typical_p: as in transformers, in this order.
-        top_p_rule: "grover" is the original's: it drops the token that crosses top_p.
-        seed: the same seed gives the same text; None draws one.
-        num_beams: above 1, beam search: no sampling. length_penalty: a finished beam's summed
-            log-probability is divided by its length to this power; 0 is bert4keras's plain sum.
-    Content:
-        repetition_penalty, no_repeat_ngram_size: as in transformers; the prompt counts.
-        presence_penalty, frequency_penalty: subtracted from the logits of tokens written before,
-            once, and once for each time; from -2 to 2.
-        logit_bias: pairs (token id, number added to its logit), or a mapping.
-        bad_words: strings that are never written; suppress_tokens: ids that are never written.
-        allow_tokens: ids to allow that are banned by default ([UNK], other special and reserved).
-        forced_start, forced_end: text that the continuation starts with, and that its last tokens
-            are where it reaches max_new_tokens.
-        forced_ids: pairs (number of the new token, id); a negative number counts from the end.
-    Working:
-        num_return_sequences: texts for each prompt.
-        window_keep: tokens kept when the model's window is full and slides on; None is half of it.
-        on_long_prompt: "cut" (from the left, with a warning) or "error".
-        prompt_lookup_num_tokens: above 0, speculative decoding: this many tokens are guessed from
-            earlier text and checked at once; the text is the same, only sooner.
-        num_assistant_tokens: the same with guesses of the generator's assistant, where it has one
-            and decodes a text by itself; 0 does without.
+    Raises `ValueError`, naming the field, for values that make no sense. Some fields take more
+    than their type says: `stop` and `bad_words` one string, ids one number, `forced_ids` and
+    `logit_bias` a mapping.
     """
 
-    max_new_tokens: int = 256
-    min_new_tokens: int = 0
-    stop: tuple[str, ...] = ()
-    eos_token_id: tuple[int, ...] = ()
-    do_sample: bool = True
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    top_p_rule: Literal["huggingface", "grover"] = "huggingface"
-    min_p: float = 0.0
-    typical_p: float = 1.0
-    seed: int | None = None
-    num_beams: int = 1
-    length_penalty: float = 1.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: tuple[tuple[int, float], ...] = ()
-    no_repeat_ngram_size: int = 0
-    bad_words: tuple[str, ...] = ()
-    suppress_tokens: tuple[int, ...] = ()
-    allow_tokens: tuple[int, ...] = ()
-    forced_start: str = ""
-    forced_end: str = ""
-    forced_ids: tuple[tuple[int, int], ...] = ()
-    num_return_sequences: int = 1
-    window_keep: int | None = None
-    on_long_prompt: Literal["cut", "error"] = "cut"
-    prompt_lookup_num_tokens: int = 0
-    num_assistant_tokens: int = 3
+    max_new_tokens: int = option(
+        256, low=1, high=MAX_TOKENS, group=_LENGTH, help="tokens to write at most"
+    )
+    min_new_tokens: int = option(
+        0, low=0, high=MAX_TOKENS, group=_LENGTH, help="an end before this many does not count"
+    )
+    stop: tuple[str, ...] = option(
+        (), group=_LENGTH, help="end the text after this string, which is kept"
+    )
+    eos_token_id: tuple[int, ...] = option(
+        (),
+        low=0,
+        high=MAX_ID,
+        flags="--end-id",
+        metavar="ID",
+        group=_LENGTH,
+        help="end the text at this token id, which is not kept",
+    )
+    do_sample: bool = option(
+        True,
+        flags="--greedy",
+        inverted=True,
+        group=_CHOICE,
+        help="take the most probable token each time",
+    )
+    temperature: float = option(
+        1.0, low=0, high=1e6, group=_CHOICE, help="above 1 flatter; 0 is the most probable token"
+    )
+    top_k: int = option(
+        0, low=0, high=MAX_ID, metavar="K", group=_CHOICE, help="draw from the K best; 0: from all"
+    )
+    top_p: float = option(
+        1.0, above=0, high=1, metavar="P", group=_CHOICE, help="draw from the best that sum to P"
+    )
+    top_p_rule: Literal["huggingface", "grover"] = option(
+        "huggingface",
+        group=_CHOICE,
+        help="grover is the original's: it drops the token that crosses P",
+    )
+    min_p: float = option(
+        0.0,
+        low=0,
+        high=1,
+        metavar="P",
+        group=_CHOICE,
+        help="draw from those at least P times as probable as the best",
+    )
+    typical_p: float = option(
+        1.0, above=0, high=1, metavar="P", group=_CHOICE, help="locally typical sampling"
+    )
+    seed: int | None = option(
+        None,
+        low=-(2**63),
+        high=2**64 - 1,
+        default_text="a new one each time",
+        group=_CHOICE,
+        help="the same seed writes the same text",
+    )
+    num_beams: int = option(
+        1, low=1, high=1024, metavar="N", group=_CHOICE, help="above 1: beam search, no sampling"
+    )
+    length_penalty: float = option(
+        1.0,
+        low=-100,
+        high=100,
+        group=_CHOICE,
+        help="a beam's summed log-probability is divided by its length to this power",
+    )
+    repetition_penalty: float = option(
+        1.0,
+        above=0,
+        high=1e6,
+        group=_CONTENT,
+        help="above 1: repeat less, the prompt included; as in transformers",
+    )
+    presence_penalty: float = option(
+        0.0,
+        low=-2,
+        high=2,
+        group=_CONTENT,
+        help="subtracted from the logits of tokens written before",
+    )
+    frequency_penalty: float = option(
+        0.0,
+        low=-2,
+        high=2,
+        group=_CONTENT,
+        help="the same for each time that the token was written",
+    )
+    logit_bias: tuple[tuple[int, float], ...] = option(
+        (), hidden=True, help="pairs (token id, number added to its logit)"
+    )
+    no_repeat_ngram_size: int = option(
+        0,
+        low=0,
+        high=MAX_NGRAM,
+        metavar="N",
+        group=_CONTENT,
+        help="never write N tokens twice in the same order",
+    )
+    bad_words: tuple[str, ...] = option(
+        (), flags="--ban", metavar="TEXT", group=_CONTENT, help="never write this string"
+    )
+    suppress_tokens: tuple[int, ...] = option(
+        (),
+        low=0,
+        high=MAX_ID,
+        flags="--ban-id",
+        metavar="ID",
+        group=_CONTENT,
+        help="never write this token id",
+    )
+    allow_tokens: tuple[int, ...] = option(
+        (),
+        low=0,
+        high=MAX_ID,
+        flags="--allow-id",
+        metavar="ID",
+        group=_CONTENT,
+        help="allow an id that is banned by default: [UNK], special and reserved ones",
+    )
+    forced_start: str = option(
+        "", metavar="TEXT", group=_CONTENT, help="text that the continuation starts with"
+    )
+    forced_end: str = option(
+        "", metavar="TEXT", group=_CONTENT, help="text that ends it where it has its full length"
+    )
+    forced_ids: tuple[tuple[int, int], ...] = option(
+        (), hidden=True, help="pairs (number of the new token, id); below 0 from the end"
+    )
+    num_return_sequences: int = option(
+        1,
+        low=1,
+        high=MAX_TEXTS,
+        flags=("-n", "--num-return-sequences"),
+        metavar="N",
+        group=_WORK,
+        help="texts for each prompt",
+    )
+    window_keep: int | None = option(
+        None,
+        low=1,
+        high=MAX_TOKENS,
+        metavar="N",
+        default_text="half of it",
+        group=_WORK,
+        help="tokens kept when the model's window is full and slides on",
+    )
+    on_long_prompt: Literal["cut", "error"] = option(
+        "cut", group=_WORK, help="what to do with a prompt that the model can't see at once"
+    )
+    prompt_lookup_num_tokens: int = option(
+        0,
+        low=0,
+        high=64,
+        flags="--prompt-lookup",
+        metavar="N",
+        group=_WORK,
+        help="guess N tokens from earlier text and check them at once; the text stays the same",
+    )
+    num_assistant_tokens: int = option(
+        3,
+        low=0,
+        high=64,
+        flags="--assistant-tokens",
+        metavar="N",
+        group=_WORK,
+        help="tokens that the assistant, where there is one, drafts at once",
+    )
 
     def __post_init__(self) -> None:
         for name in _STRINGS:
@@ -108,48 +207,30 @@ class GenerationConfig:
             self._normalize(name, _ids(name, getattr(self, name)))
         self._normalize("forced_ids", _pairs(self.forced_ids))
         self._normalize("logit_bias", _biases(self.logit_bias))
-        self._check_values()
+        check_options(self)
         self._check_combinations()
 
     def _normalize(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
 
-    def _check_values(self) -> None:
-        for name, (low, high) in _INTEGERS.items():
-            _check_integer(name, getattr(self, name), low, high)
-        for name, bounds in _NUMBERS.items():
-            _check_number(name, getattr(self, name), *bounds)
-        for name in _SIGNED:
-            _check_number(name, getattr(self, name), -2.0, 2.0, True)
-        _check_number("length_penalty", self.length_penalty, -math.inf, math.inf, True)
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {choices}")
-        if not isinstance(self.do_sample, bool):
-            raise ValueError(f"do_sample is {self.do_sample!r}; expected True or False")
-        for name in ("forced_start", "forced_end"):
-            if not isinstance(getattr(self, name), str):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected a string")
-        if self.seed is not None:
-            _check_integer("seed", self.seed, -(2**63), 2**64 - 1)
-        if self.window_keep is not None:
-            _check_integer("window_keep", self.window_keep, 1, 2**31)
-
     def _check_combinations(self) -> None:
         if self.min_new_tokens > self.max_new_tokens:
-            raise ValueError(
-                f"min_new_tokens is {self.min_new_tokens}, more than max_new_tokens, "
-                f"{self.max_new_tokens}; raise the one or lower the other"
+            raise OptionError(
+                "{min_new_tokens} is {}, more than {max_new_tokens}, {}; raise the one or lower "
+                "the other",
+                self.min_new_tokens,
+                self.max_new_tokens,
             )
         if self.num_beams > 1 and self.num_return_sequences > self.num_beams:
-            raise ValueError(
-                f"num_return_sequences is {self.num_return_sequences}, more than num_beams, "
-                f"{self.num_beams}; raise num_beams"
+            raise OptionError(
+                "{num_return_sequences} is {}, more than {num_beams}, {}; raise {num_beams}",
+                self.num_return_sequences,
+                self.num_beams,
             )
         if self.num_beams > 1 and self.prompt_lookup_num_tokens:
-            raise ValueError(
-                "prompt_lookup_num_tokens speeds up sampling and greedy choice, not beam search; "
-                "set it to 0 or num_beams to 1"
+            raise OptionError(
+                "{prompt_lookup_num_tokens} speeds up sampling and greedy choice, not beam search; "
+                "set it to 0 or {num_beams} to 1"
             )
 
     @property
@@ -159,13 +240,13 @@ class GenerationConfig:
 
     def replace(self, **changes: Any) -> GenerationConfig:
         """A copy with other values; raises `ValueError` for unknown names too."""
-        _check_names(changes)
+        check_names(GenerationConfig, changes, "generation option")
         return dataclasses.replace(self, **changes)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GenerationConfig:
         """The inverse of `to_dict`; what is not given has its default."""
-        _check_names(values)
+        check_names(GenerationConfig, values, "generation option")
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -178,32 +259,15 @@ class GenerationConfig:
         return changed
 
 
-def _check_names(values: Iterable[str]) -> None:
-    known = [field.name for field in dataclasses.fields(GenerationConfig)]
-    for name in values:
-        if name not in known:
-            close = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
-            raise ValueError(f"unknown generation option {name!r}; {hint}")
-
-
 def _check_integer(name: str, value: object, low: int, high: int) -> None:
     if type(value) is not int or not low <= value <= high:
         raise ValueError(f"{name} is {value!r}; expected a whole number from {low} to {high}")
 
 
-def _check_number(name: str, value: object, low: float, high: float, closed: bool) -> None:
-    fits = (
-        isinstance(value, (int, float))
-        and not isinstance(value, bool)
-        and math.isfinite(value)
-        and (low <= value if closed else low < value)
-        and value <= high
-    )
-    if not fits:
-        bounds = f"{'from' if closed else 'above'} {low:g}" if math.isfinite(low) else "finite"
-        bounds += f" up to {high:g}" if math.isfinite(high) else ""
-        raise ValueError(f"{name} is {value!r}; expected a number, {bounds}")
+def _check_number(name: str, value: object, low: float, high: float) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (number and low <= value <= high):  # type: ignore[operator]
+        raise ValueError(f"{name} is {value!r}; expected a number from {low:g} to {high:g}")
 
 
 def _strings(name: str, value: object) -> tuple[str, ...]:
@@ -219,7 +283,7 @@ def _ids(name: str, value: object) -> tuple[int, ...]:
         return ()
     values = (value,) if isinstance(value, int) else _items(name, value, "token ids")
     for item in values:
-        _check_integer(name, item, 0, 2**31)
+        _check_integer(name, item, 0, MAX_ID)
     return values
 
 
@@ -243,7 +307,7 @@ def _biases(value: object) -> tuple[tuple[int, float], ...]:
         if len(pair) != 2:
             raise ValueError(f"logit_bias holds {pair!r}; expected pairs (token id, number)")
         _check_integer("logit_bias: token id", pair[0], 0, 2**31)
-        _check_number("logit_bias: number", pair[1], -1000.0, 1000.0, True)
+        _check_number("logit_bias: number", pair[1], -1000.0, 1000.0)
     return pairs
 
 

@@ -216,8 +216,8 @@ def test_the_precision_is_chosen_by_the_device_unless_asked_for(model_file: str)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["今", "--top-p", "2"], "top_p is 2.0"),
-        (["今", "--min-new-tokens", "999"], "more than max_new_tokens"),
+        (["今", "--top-p", "2"], "--top-p is 2.0"),
+        (["今", "--min-new-tokens", "999"], "more than --max-new-tokens"),
         ([""], "holds no token"),
         (["今", "--device", "tpu9"], "--device is 'tpu9'"),
         (["今", "--device", "cuda:99"], "PyTorch sees"),
@@ -225,7 +225,7 @@ def test_the_precision_is_chosen_by_the_device_unless_asked_for(model_file: str)
         (["--file", "no-such-file"], "no-such-file"),
         (["今", "--ban-id", "100000"], "out of range"),
         (["今", "--vocab", "no-vocab.txt"], "no-vocab.txt"),
-        (["今", "--top-k", "many"], "invalid int value"),
+        (["今", "--top-k", "many"], "not a whole number"),
         (["今\udcff"], "PROMPT is '\\u4eca\\udcff', which isn't UTF-8"),
         (["今", "--stop", "\udcff"], "--stop is '\\udcff', which isn't UTF-8"),
         (["今", "--ban", "\udcff"], "--ban is '\\udcff', which isn't UTF-8"),
@@ -265,7 +265,7 @@ def test_help_does_not_wait_for_pytorch() -> None:
 
 
 def test_ctrl_c_ends_without_a_traceback(model_file: str) -> None:
-    process = start("generate", model_file, "今天", *QUICK[:-1], "100000000")
+    process = start("generate", model_file, "今天", *QUICK[:-1], "1000000")
     assert process.stdout is not None
     assert process.stdout.read(4)
     process.send_signal(signal.SIGINT)
@@ -275,7 +275,7 @@ def test_ctrl_c_ends_without_a_traceback(model_file: str) -> None:
 
 
 def test_a_broken_pipe_is_silent(model_file: str) -> None:
-    process = start("generate", model_file, "今天", *QUICK[:-1], "100000000")
+    process = start("generate", model_file, "今天", *QUICK[:-1], "1000000")
     assert process.stdout is not None
     assert process.stderr is not None
     assert process.stdout.read(4)
