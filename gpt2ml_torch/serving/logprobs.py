@@ -6,6 +6,7 @@ Shapes:
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -30,4 +31,17 @@ def token_infos(logits: Tensor, ids: Sequence[int], top: int) -> list[TokenInfo]
     return [
         TokenInfo(id_, logprob, alternatives)
         for id_, logprob, alternatives in zip(ids, chosen, best, strict=True)
+    ]
+
+
+def wanted_infos(
+    logits: Tensor, ids: Sequence[int], wanted: Sequence[int | None]
+) -> list[TokenInfo]:
+    """As `token_infos`, with a number of alternatives for each place; None: no log-probability."""
+    if all(top is None for top in wanted):
+        return [TokenInfo(id_, None) for id_ in ids]
+    infos = token_infos(logits, ids, max(top or 0 for top in wanted))
+    return [
+        TokenInfo(info.id, None) if top is None else dataclasses.replace(info, top=info.top[:top])
+        for info, top in zip(infos, wanted, strict=True)
     ]

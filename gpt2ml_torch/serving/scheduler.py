@@ -11,7 +11,6 @@ Shapes:
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import secrets
 import threading
@@ -31,7 +30,7 @@ from gpt2ml_torch.generation.sampler import Sampler, SamplingParams
 from gpt2ml_torch.generation.text import Text
 from gpt2ml_torch.serving.chunks import ChunkSize
 from gpt2ml_torch.serving.handle import Handle, Piece, TokenInfo
-from gpt2ml_torch.serving.logprobs import token_infos
+from gpt2ml_torch.serving.logprobs import token_infos, wanted_infos
 from gpt2ml_torch.serving.prefixes import PrefixCache, common_length
 from gpt2ml_torch.serving.request import Request
 from gpt2ml_torch.serving.rows import RowCache
@@ -386,7 +385,7 @@ class Scheduler:
         """Hand the picked tokens to the running texts."""
         self._sampler.advance(picked)
         ids: list[int] = picked.tolist()[: len(self._running)]
-        infos = self._infos(logits, ids)
+        infos = wanted_infos(logits, ids, [request.top_logprobs for request in self._running])
         for request, id_, info in zip(self._running, ids, infos, strict=True):
             count = request.text.count
             piece = request.text.put(id_)
@@ -418,18 +417,6 @@ class Scheduler:
                 break
             self._take(self._logits, picked)
         return True
-
-    def _infos(self, logits: Tensor, ids: Sequence[int]) -> list[TokenInfo]:
-        wanted = [request.top_logprobs for request in self._running]
-        if all(top is None for top in wanted):
-            return [TokenInfo(id_, None) for id_ in ids]
-        infos = token_infos(logits, ids, max(top or 0 for top in wanted))
-        return [
-            TokenInfo(info.id, None)
-            if top is None
-            else dataclasses.replace(info, top=info.top[:top])
-            for info, top in zip(infos, wanted, strict=True)
-        ]
 
     def _keep(self, requests: Sequence[Request]) -> None:
         """Go on with these of the running texts; the last ones move to the rows set free."""
