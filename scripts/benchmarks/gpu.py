@@ -7,6 +7,7 @@ fails, or is not installed, becomes a row that says so.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import subprocess
@@ -21,11 +22,15 @@ import torch
 
 from gpt2ml_torch import GPT2ML, Generator, GPT2MLConfig, Tokenizer, kernels
 from gpt2ml_torch.bandwidth import read_bandwidth
+from gpt2ml_torch.finetuning import Objective, estimate_memory, next_token_rows
+from gpt2ml_torch.finetuning.components import make_optimizer, prepare_model, weight_dtype
+from gpt2ml_torch.finetuning.step import Stepper
 from gpt2ml_torch.generation import Stats
 from gpt2ml_torch.modelfile.pretrained import activation_dtype
 from gpt2ml_torch.precision import Precision
 from scripts.benchmarks import machine, weights
 from scripts.benchmarks.peers import PROMPT, TransformersGPT2
+from scripts.benchmarks.tuning_contestant import settings_of
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = GPT2MLConfig(
@@ -86,6 +91,9 @@ def _measurements(options: argparse.Namespace, ends: float) -> Iterator[Row]:
     for name, compiled in (("transformers, eager", False), ("transformers, compiled", True)):
         if not (compiled and options.no_compile):
             parts.append((name, partial(_of_transformers, config, compiled, options, ends)))
+    for setting in ("bfloat16", "float32", "lora"):
+        tuning = partial(_of_finetuning, config, setting, options.device)
+        parts.append((f"fine-tuning, {setting}", tuning))
     for name, part in parts:
         if time.monotonic() >= ends:
             yield {"precision": name, "what": "skipped", "error": "no time was left"}
@@ -97,6 +105,33 @@ def _measurements(options: argparse.Namespace, ends: float) -> Iterator[Row]:
             reason = (str(error).splitlines() or [""])[0]
             failure = f"{type(error).__name__}: {reason}"
             yield {"precision": name, "what": "failed", "error": failure}
+
+
+def _of_finetuning(config: GPT2MLConfig, setting: str, device: str) -> Iterator[Row]:
+    """One step on the longest row, the second of two, and its memory beside the prediction."""
+    length = config.max_position_embeddings
+    settings = dataclasses.replace(settings_of(setting, length=length), device=device)
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = GPT2ML(config).to(weight_dtype(settings))
+    prepare_model(model, settings)
+    objective = Objective(model, chunk=settings.loss_chunk)
+    stepper = Stepper(objective, make_optimizer(objective, settings), settings)
+    ids = torch.randint(1, config.vocab_size, (1, length + 1), device=device)
+    on_gpu = device.startswith("cuda")
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(2):
+        began = time.perf_counter()
+        stepper.step([next_token_rows(ids)], settings.learning_rate_used)
+        if on_gpu:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - began
+    yield {"what": "tokens/s", "value": length / seconds}
+    if on_gpu:
+        yield {"what": "memory, GiB", "value": torch.cuda.max_memory_allocated() / 2**30}
+    predicted = estimate_memory(settings, config).total / 2**30
+    yield {"what": "predicted memory, GiB", "value": predicted}
 
 
 def _of_transformers(

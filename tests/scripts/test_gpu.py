@@ -28,6 +28,9 @@ def test_it_measures_every_precision_and_writes_table_and_json(tmp_path: Path) -
     ours = ("bfloat16", "float16", "float32", "int8", "int4")
     assert not [row for row in rows if "error" in row and row["precision"] in ours]
     assert [row for row in rows if row.get("precision") == "transformers, eager"]
+    for setting in ("bfloat16", "float32"):
+        tuned = {row["what"] for row in rows if row.get("precision") == f"fine-tuning, {setting}"}
+        assert tuned == {"tokens/s", "predicted memory, GiB"}
     for precision in ours:
         measured = {row["what"] for row in rows if row.get("precision") == precision}
         assert {"prefill 128, tokens/s", "decode at batch 1, tokens/s"} <= measured
@@ -39,4 +42,5 @@ def test_it_says_what_it_had_no_time_for(tmp_path: Path) -> None:
     assert gpu.main([*options, "--out", str(tmp_path / "gpu")]) == 0
     rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
     skipped = [row["precision"] for row in rows if row["what"] == "skipped"]
-    assert skipped == ["bfloat16", "float16", "float32", "int8", "int4", "transformers, eager"]
+    assert skipped[:6] == ["bfloat16", "float16", "float32", "int8", "int4", "transformers, eager"]
+    assert skipped[6:] == [f"fine-tuning, {each}" for each in ("bfloat16", "float32", "lora")]
