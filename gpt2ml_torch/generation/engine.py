@@ -93,9 +93,9 @@ class Engine:
 
     Compiling happens at the first call of a size, except for a model that runs on the kernels,
     which has nothing to compile; where it can't, steps run eagerly, and the log says why, once.
-    `refresh` notices that the model's layers have changed, as by adapters, hooks or `train()`, but
-    not the constants in them; weights may change at any time. No method checks ids or positions:
-    `Generator` does.
+    `refresh` notices that the model's layers have changed, as by adapters, hooks, `train()` or
+    another eps; weights may change at any time. No method checks ids or positions: `Generator`
+    does.
     """
 
     def __init__(self, model: GPT2ML, *, compile: bool = True) -> None:
@@ -271,7 +271,10 @@ class Engine:
             "alignment_asserts": False,
         }
         if self.on_cuda:
-            options = {"triton.cudagraphs": True} if replay else {}
+            # A decoding step reads each weight for one row: tuning its loops for the memory, which
+            # also turns products of one row into such loops, is worth a longer compilation.
+            tuned = ("coordinate_descent_tuning", "triton.unique_kernel_names")
+            options = dict.fromkeys(("triton.cudagraphs", *tuned), True) if replay else {}
         # Each size has one entry in a cache of its own, so there is nothing to tell apart at each
         # call, which takes 2 ms for 48 layers.
         guards = getattr(torch.compiler, "skip_all_guards_unsafe", None)

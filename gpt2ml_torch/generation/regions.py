@@ -41,13 +41,19 @@ def signature(module: nn.Module) -> tuple[Any, ...]:
 
 
 def outline(model: nn.Module) -> tuple[Any, ...]:
-    """Which modules a model consists of, their modes and hooks: a quick look for changes."""
+    """Which modules a model consists of, their hooks and constants: a quick look for changes."""
     modules = [
-        (id(module), type(module), module.training, *(len(vars(module)[key]) for key in _HOOKS))
+        (id(module), type(module), *(len(vars(module)[key]) for key in _HOOKS), _constants(module))
         for module in model.modules()
     ]
     dtypes = [(parameter.dtype, parameter.device) for parameter in model.parameters()]
     return (*modules, *dtypes, nn_module._has_any_global_hook())
+
+
+def _constants(module: nn.Module) -> tuple[tuple[str, Any], ...]:
+    """Attributes that a trace takes as they are, such as `training` and a norm's `eps`."""
+    kinds = (bool, int, float, str)
+    return tuple((name, value) for name, value in vars(module).items() if type(value) in kinds)
 
 
 def _of_one(name: str, module: nn.Module) -> tuple[Any, ...]:
