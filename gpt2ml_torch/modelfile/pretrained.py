@@ -6,6 +6,7 @@ holds nothing but the model.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -22,6 +23,8 @@ from gpt2ml_torch.precision import PACKABLE, Precision
 
 if TYPE_CHECKING:
     from gpt2ml_torch.tokenizer import Tokenizer
+
+_logger = logging.getLogger(__name__)
 
 AUTO = "auto"
 SAFE = Precision.INT8  # costs no measurable perplexity, and half of bfloat16's time
@@ -155,6 +158,9 @@ def fastest(
         precision = wanted if wanted in PACKABLE else None
     if fast and dtype is None:
         dtype = torch.bfloat16
+    computed = str(dtype or file.dtype.dtype).removeprefix("torch.")
+    weights = precision or file.packed or computed
+    _logger.info("quantize='auto' takes %s weights and computes in %s", weights, computed)
     return precision, dtype
 
 
