@@ -69,7 +69,8 @@ def test_every_module_is_imported() -> None:
 import importlib, pkgutil, convert, gpt2ml_torch
 for package in (gpt2ml_torch, convert):
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-        if not module.name.endswith("__main__"):
+        # What imports transformers is left to it: without POSIX's modules it means real Windows.
+        if not module.name.endswith("__main__") and not module.name.startswith("gpt2ml_torch.hf"):
             importlib.import_module(module.name)
 """
     run_without_posix(code)

@@ -221,7 +221,13 @@ def weight_changes(adapter: Adapter, places: Mapping[str, Place]) -> dict[str, l
     """
     tensors = _by_plain_name(adapter.tensors)
     shapes = _expected(adapter.config, places)
-    _check(tensors, shapes)
+    nowhere = "target_modules in its configuration names no layer of the model"
+    try:
+        _check(tensors, shapes)
+    except ValueError as error:
+        raise ValueError(str(error) if shapes else f"{error}; {nowhere}") from None
+    if not shapes:
+        raise ValueError(nowhere)
     changes: dict[str, list[WeightChange]] = {}
     for name, place in places.items():
         for parameter, shape in place.shapes.items():
@@ -256,8 +262,6 @@ def _expected(config: AdapterConfig, places: Mapping[str, Place]) -> dict[str, t
             has_bias = config.bias == "all" or (config.bias == "lora_only" and adapted)
             if config.saves(name) or (parameter == "bias" and has_bias):
                 shapes[f"{name}.{parameter}"] = shape
-    if not shapes:
-        raise ValueError("target_modules in its configuration names no layer of the model")
     return shapes
 
 
