@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import os
 import signal
 from collections.abc import Iterator
@@ -70,6 +71,16 @@ def tuning_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def package_log() -> Iterator[None]:
+    """The package's logger as it was, since a command run in this process sends it to stderr."""
+    logger = logging.getLogger("gpt2ml_torch")
+    before = logger.handlers[:], logger.propagate, logger.level
+    yield
+    logger.handlers[:], logger.propagate = before[0], before[1]
+    logger.setLevel(before[2])
 
 
 @pytest.fixture(scope="module")
