@@ -48,7 +48,8 @@ def eager_attention(
     scores = q @ k.transpose(2, 3) * scaling  # (B, H, T, S)
     if attention_mask is not None:
         scores = scores + attention_mask
-    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    weights = F.softmax(scores, dim=-1, dtype=wide).to(q.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)
     return (weights @ v).transpose(1, 2).contiguous(), weights
 

@@ -76,15 +76,13 @@ def test_every_attention_is_as_near_to_float64_as_ours(
     model.set_attn_implementation(implementation)
     ids = _ids(2, 50)
     exact = copy.deepcopy(ours).double()(ids)
-    error = (model(ids).logits - exact).abs().max()
     allowed = (
         2 * (ours(ids) - exact).abs().max() + torch.finfo(torch.float32).eps * exact.abs().max()
     )
-    assert error <= allowed
-    if implementation == "flex_attention":
-        return  # compiled for each shape of mask, which takes long
-    padded = model(ids, attention_mask=torch.ones_like(ids)).logits
-    assert (padded - exact).abs().max() <= allowed
+    with torch.compiler.set_stance("force_eager"):  # compiling flex_attention takes long
+        for mask in (None, torch.ones_like(ids)):
+            error = (model(ids, attention_mask=mask).logits - exact).abs().max()
+            assert error <= allowed
 
 
 def test_loss_and_gradients_are_ours(model: Any, ours: GPT2ML) -> None:
@@ -142,10 +140,12 @@ def test_positions_past_the_last_are_an_error_that_names_the_cure(model: Any) ->
 
 
 @torch.inference_mode()
-def test_graphs_are_traced_without_the_check_of_positions(model: Any, ours: GPT2ML) -> None:
+def test_graphs_are_traced_without_the_check_of_positions(model: Any) -> None:
+    del model.model.layers[2:]
     ids = _ids(2, 12)
+    expected = model(ids, use_cache=False).logits
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(ids, use_cache=False).logits, ours(ids))
+    torch.testing.assert_close(compiled(ids, use_cache=False).logits, expected)
 
 
 def test_fresh_weights_are_drawn_as_the_original_draws_them(exported: Path) -> None:
