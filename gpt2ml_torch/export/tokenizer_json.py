@@ -17,7 +17,7 @@ from typing import Any
 from gpt2ml_torch.tokenizer import Tokenizer
 from gpt2ml_torch.tokenizer.decoding import NO_SPACE_AFTER
 from gpt2ml_torch.tokenizer.wordpiece import MAX_WORD_CHARACTERS
-from gpt2ml_torch.tokenizer.words import CJK_BLOCKS, is_cjk, is_punctuation
+from gpt2ml_torch.tokenizer.words import CJK_BLOCKS, is_punctuation
 
 # The end token's text, in the place of [SEP]. TRL appends the end token's text to every example,
 # and the model knows no end token; this control character is the one text that leaves no id behind.
@@ -28,6 +28,7 @@ _RENAMED = {"[SEP]": END_TOKEN, "": "[]"}
 _RENAMED_BACK = {there: ours for ours, there in _RENAMED.items()}
 _UNASSIGNED = "\ufdd0"  # a character that will never be assigned
 _NOT_DECOMPOSED = "\U00011938"  # by the older tables of the rule NFD
+_CODES = (*range(0xD800), *range(0xE000, sys.maxunicode + 1))  # all but the surrogates
 _GAP = "\ue000"  # stands for a space that punctuation brings along, until tokens are joined
 
 
@@ -131,7 +132,7 @@ def _normalizers(known: Set[str]) -> list[dict[str, Any]]:
     `known` are the characters of the vocabulary.
     """
     # Tables of a later Unicode version may know a lower case of what is unassigned here.
-    unassigned = _class_of(_ranges(filter(lambda c: c not in known, _characters(assigned=False))))
+    unassigned = _class_of(_without(_unassigned(), known))
     cased, ignorable = _class(_is_cased), _class(_is_case_ignorable)
     # Lower-casing here looks at one character at a time, and only this one depends on others.
     final_sigma = f"{cased}{ignorable}*\\KΣ(?!{ignorable}*{cased})"
@@ -142,8 +143,12 @@ def _normalizers(known: Set[str]) -> list[dict[str, Any]]:
         {"type": "Lowercase"},
         _replace(_NOT_DECOMPOSED, unicodedata.normalize("NFD", _NOT_DECOMPOSED)),
         {"type": "NFD"},
-        _replace(_class(lambda c: unicodedata.category(c) == "Mn"), ""),
+        _replace(_class(_is_accent), ""),
     ]
+
+
+def _is_accent(character: str) -> bool:
+    return unicodedata.category(character) == "Mn"
 
 
 def _is_dropped(character: str) -> bool:
@@ -171,7 +176,7 @@ def _decoders() -> list[dict[str, Any]]:
     before it, and a mark for the space that follows punctuation.
     """
     punctuation, digit = _class(is_punctuation), _class(str.isdecimal)
-    no_space_after = _class_of(_ranges(sorted(NO_SPACE_AFTER)))
+    no_space_after = _class_of(_ranges(sorted(map(ord, NO_SPACE_AFTER))))
     return [
         _replace(f"\\A(?={_CJK}\\z)", "##"),
         _replace(f"(?<=\\A{punctuation})\\z", _GAP),
@@ -204,9 +209,10 @@ def _split(pattern: str, behavior: str) -> dict[str, Any]:
     }
 
 
+@functools.cache
 def _class(holds: Callable[[str], bool]) -> str:
     """A regular expression's class of the characters for which this holds."""
-    return _class_of(_ranges(filter(holds, _characters())))
+    return _class_of(_ranges(map(ord, filter(holds, _assigned()))))
 
 
 def _class_of(ranges: Iterable[tuple[int, int]]) -> str:
@@ -218,26 +224,47 @@ def _any_of(*classes: str) -> str:
 
 
 @functools.cache
-def _characters(*, assigned: bool = True) -> list[str]:
-    """All that a text can hold, if assigned; or the others, except in the blocks of Chinese."""
-    codes = [*range(0xD800), *range(0xE000, sys.maxunicode + 1)]
-    return [
-        character
-        for character in map(chr, codes)
-        if (unicodedata.category(character) != "Cn") == assigned
-        and (assigned or not is_cjk(character))
-    ]
+def _assigned() -> list[str]:
+    """All characters that a text can hold."""
+    return [character for character in map(chr, _CODES) if unicodedata.category(character) != "Cn"]
 
 
-def _ranges(characters: Iterable[str]) -> list[tuple[int, int]]:
+@functools.cache
+def _unassigned() -> list[tuple[int, int]]:
+    """The ranges of the others, except in the blocks of Chinese."""
+    ranges = _ranges(code for code in _CODES if unicodedata.category(chr(code)) == "Cn")
+    for first, last in CJK_BLOCKS:
+        ranges = _without_range(ranges, first, last)
+    return ranges
+
+
+def _ranges(codes: Iterable[int]) -> list[tuple[int, int]]:
     """First and last of each run of neighbours."""
     ranges: list[tuple[int, int]] = []
-    for code in map(ord, characters):
-        if ranges and ranges[-1][1] == code - 1:
-            ranges[-1] = ranges[-1][0], code
-        else:
-            ranges.append((code, code))
+    first = last = -2
+    for code in codes:
+        if code != last + 1:
+            ranges.append((first, last))
+            first = code
+        last = code
+    return [*ranges, (first, last)][1:]
+
+
+def _without(ranges: list[tuple[int, int]], characters: Iterable[str]) -> list[tuple[int, int]]:
+    for character in characters:
+        if unicodedata.category(character) == "Cn":
+            ranges = _without_range(ranges, ord(character), ord(character))
     return ranges
+
+
+def _without_range(
+    ranges: Iterable[tuple[int, int]], first: int, last: int
+) -> list[tuple[int, int]]:
+    rest: list[tuple[int, int]] = []
+    for low, high in ranges:
+        parts = ((low, min(high, first - 1)), (max(low, last + 1), high))
+        rest += dict.fromkeys(part for part in parts if part[0] <= part[1])
+    return rest
 
 
 def _range(bounds: tuple[int, int]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import unicodedata
@@ -85,14 +86,14 @@ def test_mixed_texts_have_our_ids(pair: tuple[Tokenizer, JSONTokenizer]) -> None
 
 def _mixed_texts(count: int) -> list[str]:
     draw = random.Random(0)
-    pool = [*MIXED, *LATIN.split(" "), "[MASK]", "[SEP]", " ", "a" * 201]
-    texts = []
-    for _ in range(count):
-        parts = draw.choices(pool, k=draw.randint(1, 8))
-        parts += draw.choices(ALL[:0x3400], k=draw.randint(0, 3))
-        draw.shuffle(parts)
-        texts.append("".join(parts))
-    return texts
+    common = [*MIXED, *LATIN.split(" "), "[MASK]", "[SEP]", " ", "a" * 201]
+    rare = ALL[:0x3400]
+    pool = [*common, *rare]
+    weights = [3 / len(common)] * len(common) + [1 / len(rare)] * len(rare)
+    sums = list(itertools.accumulate(weights))
+    return [
+        "".join(draw.choices(pool, cum_weights=sums, k=1 + number % 11)) for number in range(count)
+    ]
 
 
 def test_decoding_gives_our_text(pair: tuple[Tokenizer, JSONTokenizer]) -> None:
