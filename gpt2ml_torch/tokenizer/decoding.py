@@ -6,9 +6,16 @@ Source: bojone/bert4keras, tokenizers.py, Tokenizer.decode.
 from __future__ import annotations
 
 import unicodedata
+import warnings
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 from gpt2ml_torch.tokenizer.words import is_cjk, is_punctuation
+
+if TYPE_CHECKING:
+    from gpt2ml_torch.tokenizer.tokenizer import Tokenizer
+
+Pieces = Sequence[tuple[str, bool]]
 
 # What decoding leaves no space after: opening and joining ASCII, and all CJK punctuation.
 NO_SPACE_AFTER = frozenset(
@@ -60,8 +67,25 @@ class StreamDecoder:
     and the one or two letters after "' ", until it is clear whether they are a contraction.
     """
 
-    def __init__(self, pieces: Sequence[tuple[str, bool]], *, check: Callable[[int], int]) -> None:
-        self._pieces, self._checked = pieces, check
+    def __init__(
+        self,
+        pieces: Pieces | Tokenizer | None = None,
+        *,
+        check: Callable[[int], int] | None = None,
+        tokenizer: Tokenizer | None = None,
+        skip_special_tokens: bool = True,
+    ) -> None:
+        if check is None:  # the form of version 0.1.0
+            warnings.warn(
+                "StreamDecoder(tokenizer) is deprecated; call tokenizer.stream_decoder()",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+            named: Any = pieces if tokenizer is None else tokenizer
+            made = named.stream_decoder(skip_special_tokens=skip_special_tokens)
+            self._pieces, self._checked = made._pieces, made._checked
+        else:
+            self._pieces, self._checked = cast(Pieces, pieces), check
         self._reset()
 
     def _reset(self) -> None:

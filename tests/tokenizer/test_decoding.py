@@ -11,7 +11,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gpt2ml_torch import Tokenizer
+from gpt2ml_torch import StreamDecoder, Tokenizer
 
 WORDS = (
     "[PAD] [unused1] [UNK] [CLS] [SEP] [MASK] ## a the ##s hello world ##e ##l "
@@ -175,6 +175,16 @@ def test_ids_come_in_any_container():
 def test_what_is_not_one_sequence_is_refused(ids: Any):
     with pytest.raises(ValueError, match="one sequence of ids"):
         TOKENIZER.decode(ids)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("arguments", [((TOKENIZER,), {}), ((), {"tokenizer": TOKENIZER})])
+def test_a_decoder_made_as_in_version_0_1_0_decodes_and_warns(keep: bool, arguments: Any) -> None:
+    ids, (positional, named) = ids_of("[CLS] hello ##s 中 , [SEP]"), arguments
+    with pytest.warns(DeprecationWarning, match=r"call tokenizer\.stream_decoder"):
+        decoder = StreamDecoder(*positional, **named, skip_special_tokens=not keep)
+    text = "".join(decoder.put(id_) for id_ in ids) + decoder.end()
+    assert text == TOKENIZER.decode(ids, skip_special_tokens=not keep)
 
 
 @settings(max_examples=300, deadline=None)

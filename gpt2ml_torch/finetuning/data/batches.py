@@ -7,7 +7,6 @@ run is resumed by the number of its step.
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -43,6 +42,7 @@ class BatchStream:
         self.rows, self.batch_size, self.seed, self.shuffle = rows, batch_size, seed, shuffle
         self.rank, self.world_size, self.multiple_of = rank, world_size, multiple_of
         self._permutation: tuple[int, npt.NDArray[np.integer[Any]]] | None = None
+        self._place = 0  # of iterating, in the global sequence
 
     def batch(self, index: int) -> Rows:
         """This process's rows of the index-th batch from the very beginning."""
@@ -55,13 +55,32 @@ class BatchStream:
         return collate([self.rows[self.row_at(p)] for p in places], multiple_of=self.multiple_of)
 
     def __iter__(self) -> Iterator[Rows]:
-        """The batches from the first on, without end. Deprecated: call `batch` with a number."""
-        warnings.warn(
-            "iterating over a BatchStream is deprecated; call batch(0), batch(1) and so on",
-            DeprecationWarning,
-            stacklevel=2,
-        )
-        return map(self.batch, itertools.count())
+        """Batches without end, from where the state stands. Deprecated: call `batch`."""
+        _warn_of_state("iterating over a BatchStream")
+        return self._batches()
+
+    def _batches(self) -> Iterator[Rows]:
+        while True:
+            batch = self.batch_at(self._place)
+            self._place += self.batch_size * self.world_size
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where iterating stands. Deprecated: keep the number of the next batch."""
+        _warn_of_state("BatchStream.state_dict")
+        epoch, index = divmod(self._place, len(self.rows))
+        return {"epoch": epoch, "index": index, **self._identity()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state; raises `ValueError` for another's. Deprecated: call `batch`."""
+        _warn_of_state("BatchStream.load_state_dict")
+        for name, value in self._identity().items():
+            if state[name] != value:
+                raise ValueError(f"{name} is {value}; the state to go on from has {state[name]}")
+        self._place = state["epoch"] * len(self.rows) + state["index"]
+
+    def _identity(self) -> dict[str, Any]:
+        return {"seed": self.seed, "shuffle": self.shuffle, "rows": self.rows.fingerprint()}
 
     def row_at(self, place: int) -> int:
         """The number of the row at a place of the global sequence."""
@@ -101,6 +120,11 @@ def evaluation_batches(
         numbers = range(place + rank, place + rank + step, world_size)
         batch = [rows[number] if number < len(rows) else padding for number in numbers]
         yield collate(batch, multiple_of=multiple_of)
+
+
+def _warn_of_state(what: str) -> None:
+    message = f"{what} is deprecated; call batch(0), batch(1) and so on"
+    warnings.warn(message, DeprecationWarning, stacklevel=3)
 
 
 def _check(batch_size: int, rank: int, world_size: int) -> None:

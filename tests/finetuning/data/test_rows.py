@@ -164,6 +164,19 @@ def test_iterating_as_in_version_0_1_0_gives_the_batches_and_warns(rows: RowData
         assert next(batches).token_ids.equal(stream.batch(number).token_ids)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_state_as_in_version_0_1_0_goes_on_in_another_stream(rows: RowDataset) -> None:
+    stream = BatchStream(rows, batch_size=2, seed=3)
+    batches = iter(stream)
+    for _ in range(9):  # beyond the first epoch
+        next(batches)
+    other = BatchStream(rows, batch_size=2, seed=3)
+    other.load_state_dict(stream.state_dict())
+    assert next(iter(other)).token_ids.equal(stream.batch(9).token_ids)
+    with pytest.raises(ValueError, match="seed is 4; the state to go on from has 3"):
+        BatchStream(rows, batch_size=2, seed=4).load_state_dict(stream.state_dict())
+
+
 def test_an_epoch_is_a_permutation_and_each_epoch_another(rows: RowDataset) -> None:
     order = flat(drawn(BatchStream(rows, batch_size=1), 39))
     epochs = [order[start : start + 13] for start in (0, 13, 26)]
