@@ -14,6 +14,7 @@ from typing import Any
 from convert import foreign
 from convert.inputs import visible
 from gpt2ml_torch.config import GPT2MLConfig
+from gpt2ml_torch.export.names import DEFAULTS_KEY
 from gpt2ml_torch.options import OptionError
 
 PUBLISHED_HEAD_SIZE = 64
@@ -85,6 +86,16 @@ def read_config(path: Path) -> dict[str, Any]:
     return result
 
 
+def check_exported(path: Path | None) -> None:
+    """Raise `ValueError` for an exported folder's configuration that changes the formula itself."""
+    epsilon = None if path is None else _load(path).get("layer_norm_eps")
+    if epsilon is not None and epsilon != GPT2MLConfig.layer_norm_eps:
+        raise ValueError(
+            f"{path}: layer_norm_eps is {str(epsilon)[:40]}; GPT2_ML's is "
+            f"{GPT2MLConfig.layer_norm_eps}, and with another one these weights are another model"
+        )
+
+
 def model_type(path: Path | None) -> str | None:
     """The architecture that a configuration names, if it does."""
     value = None if path is None else _load(path).get("model_type")
@@ -102,6 +113,21 @@ def read_extra(path: Path | None, key: str) -> dict[str, Any]:
     return value
 
 
+def read_defaults(path: Path | None) -> dict[str, Any]:
+    """Our defaults for generation that an exported folder has kept; `ValueError` for bad ones."""
+    values = read_extra(path, DEFAULTS_KEY)
+    if values:
+        try:
+            from gpt2ml_torch.generation.config import GenerationConfig
+        except ImportError:  # without PyTorch nothing generates
+            return values
+        try:
+            GenerationConfig.from_dict(values)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: {DEFAULTS_KEY}: {error}") from None
+    return values
+
+
 def _load(path: Path) -> dict[str, Any]:
     if path.exists() and not path.is_file():  # a pipe would be waited for
         raise OptionError("{} is no file; give another as {config}", path)
@@ -109,7 +135,10 @@ def _load(path: Path) -> dict[str, Any]:
         raise OptionError("{} is too large for a configuration; give another as {config}", path)
     foreign.check(path)
     try:
-        values = json.loads(path.read_bytes().decode("utf-8-sig"))
+        text = path.read_bytes().decode("utf-8-sig")
+        values = json.loads(text, object_pairs_hook=unique)
+    except ContradictionError as error:
+        raise ValueError(f"{path} contradicts itself: {error}; correct it") from None
     except (ValueError, RecursionError) as error:
         raise OptionError(
             "{} is not JSON ({}); correct it or give another as {config}", path, error
@@ -117,6 +146,20 @@ def _load(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise OptionError("{} is not a JSON object; give another as {config}", path)
     return values
+
+
+class ContradictionError(ValueError):
+    """A name in a JSON object has two values."""
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, for `json.loads`; raises `ContradictionError`."""
+    result: dict[str, Any] = {}
+    for name, value in pairs:
+        if repr(result.setdefault(name, value)) != repr(value):
+            both = f"{str(result[name])[:40]!r} and {str(value)[:40]!r}"
+            raise ContradictionError(f"{name[:80]!r} is {both}")
+    return result
 
 
 def merge(

@@ -28,8 +28,10 @@ _ESCAPES = {b"n": b"\n", b"r": b"\r", b"t": b"\t", b"a": b"\a", b"b": b"\b", b"f
             b"v": b"\v"}  # fmt: skip
 _STATE_MAX_BYTES = 1 << 20
 _INDEX_MAX_BYTES = 16 << 20
+_FILE_NAME = re.compile(r"(?!\.)[^/\\\0:]{1,255}")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-_USUAL = ("pytorch_model.bin", "model.safetensors", "model.pt", "pytorch_model.pt")
+# As transformers chooses between them: the pickled file may be what the folder began with.
+_USUAL = ("model.safetensors", "pytorch_model.bin", "model.pt", "pytorch_model.pt")
 # What training programs put beside the weights.
 _BESIDE = re.compile(
     r"(training_args|optimizer|scheduler|scaler|rng_state|random_states|adapter_model|trainer)\b.*"
@@ -158,6 +160,9 @@ def _kind(path: Path) -> Kind | None:
     """Of a PyTorch or safetensors file, by its first bytes; None for others."""
     with path.open("rb") as file:
         start = file.read(16)
+    # The header's size comes first, whose lowest byte may be what a pickle begins with.
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= path.stat().st_size:
+        return "safetensors"
     if start.startswith((b"PK\x03\x04", b"\x80")):
         return "bin"
     return "safetensors" if path.suffix == ".safetensors" or start[8:9] == b"{" else None
@@ -179,7 +184,7 @@ def _sharded(index: Path) -> Location:
             f"{index} is no index of shards (JSON with a weight_map); fetch it again"
         ) from None
     for name in names:
-        if not isinstance(name, str) or not name or re.search(r"[/\\\0:]|^\.", name):
+        if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
             raise ValueError(
                 f"{index} names the shard {str(name)[:80]!r}; expected the name of a file beside it"
             )

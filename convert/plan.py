@@ -119,7 +119,7 @@ def make_plan(source: Source, folder: Path, options: Options) -> Plan:
     """
     inventory = take_inventory(source)
     origin = options.config or configs.find_config(folder)
-    _check_architecture(source, inventory, configs.model_type(origin))
+    _check_architecture(source, inventory, origin)
     recipes = mapping.recipes(min(inventory.layers, MAX_LAYERS), inventory.layout)
     sizes = _sizes(source, recipes, inventory)
     given = configs.read_config(origin) if origin else {}
@@ -140,7 +140,7 @@ def make_plan(source: Source, folder: Path, options: Options) -> Plan:
         slots={name: _renamed(recipe, inventory) for name, recipe in slots.items()},
         config=config,
         source=configs.read_extra(origin, exported.SOURCE_KEY),
-        generation=configs.read_extra(origin, exported.DEFAULTS_KEY),
+        generation=configs.read_defaults(origin),
         vocabulary=vocabulary,
         dropped=dropped,
         notes=[*notes, *_notes_on(inventory)],
@@ -148,7 +148,7 @@ def make_plan(source: Source, folder: Path, options: Options) -> Plan:
     )
 
 
-def _check_architecture(source: Source, inventory: Inventory, model_type: str | None) -> None:
+def _check_architecture(source: Source, inventory: Inventory, origin: Path | None) -> None:
     """Raise `ValueError` for a model that uses the same names, or some of them, for another thing.
 
     The community's configurations call GPT2_ML "gpt2", so of those the tensors decide.
@@ -158,11 +158,14 @@ def _check_architecture(source: Source, inventory: Inventory, model_type: str | 
     if layout is mapping.COMMUNITY and "ln_f.weight" in names and "emb_norm.weight" not in names:
         other = "OpenAI's GPT-2 (a final norm, and none after the embedding)"
     elif layout in (mapping.TRANSFORMERS, mapping.TRANSFORMERS_JOINED):
+        model_type = configs.model_type(origin)
         other = None if model_type in (None, exported.MODEL_TYPE) else repr(model_type[:40])
     if other:
         raise ValueError(
             f"{source.name} is a model of another architecture, {other}; give GPT2_ML's"
         )
+    if layout in (mapping.TRANSFORMERS, mapping.TRANSFORMERS_JOINED):
+        configs.check_exported(origin)
 
 
 def _renamed(recipe: Recipe, inventory: Inventory) -> Recipe:

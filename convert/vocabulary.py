@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from convert import foreign
+from convert.configs import ContradictionError, unique
 from convert.inputs import visible
 from gpt2ml_torch.config import MAX_DIMENSION
 from gpt2ml_torch.export.names import LINES_KEY
@@ -119,7 +120,8 @@ def read_vocabulary(path: Path) -> Vocabulary:
 def _from_tokenizer_json(path: Path) -> Vocabulary:
     """The vocabulary in a tokenizer.json of this project's, exactly as it was if the
     tokenizer_config.json beside it is there too."""
-    model = _json_object(path).get("model")
+    content = _json_object(path)
+    model = content.get("model")
     model = model if isinstance(model, dict) else {}
     vocab = model.get("vocab")
     if model.get("type") != "WordPiece" or not isinstance(vocab, dict) or not vocab:
@@ -128,8 +130,7 @@ def _from_tokenizer_json(path: Path) -> Vocabulary:
             "no GPT2_ML, or give {vocab}",
             *(path, str(model.get("type"))[:40]),
         )
-    if not all(type(id_) is int and 0 <= id_ < MAX_DIMENSION for id_ in vocab.values()):
-        raise ValueError(f"{path} has ids that are no whole numbers from 0 to {MAX_DIMENSION - 1}")
+    _check_vocab(path, vocab)
     settings = path.with_name("tokenizer_config.json")
     lines = _json_object(settings).get(LINES_KEY) if settings.is_file() else None
     if lines is not None and not _are_lines(lines):
@@ -139,7 +140,35 @@ def _from_tokenizer_json(path: Path) -> Vocabulary:
         text.encode()
     except ValueError as error:
         raise ValueError(f"{settings if lines else path}: {error}") from None
-    return Vocabulary(path, text, reserves=True)
+    return Vocabulary(path, text, _added(content, vocab), reserves=True)
+
+
+def _check_vocab(path: Path, vocab: dict[str, Any]) -> None:
+    """Raise `ValueError` for tokens and ids that can't be lines and their numbers."""
+    if not all(type(id_) is int and 0 <= id_ < MAX_DIMENSION for id_ in vocab.values()):
+        raise ValueError(f"{path} has ids that are no whole numbers from 0 to {MAX_DIMENSION - 1}")
+    owners: dict[int, str] = {}
+    for token, id_ in vocab.items():
+        if owners.setdefault(id_, token) != token:
+            names = f"{owners[id_][:40]!r} and {token[:40]!r}"
+            raise ValueError(f"{path} gives the id {id_} to {names}; save the tokenizer again")
+        if token != token.strip() or "\n" in token:
+            raise ValueError(
+                f"{path} has the token {token[:40]!r}, which no line of a vocabulary can be; give "
+                "the tokenizer that the model was exported with"
+            )
+
+
+def _added(content: dict[str, Any], vocab: dict[str, Any]) -> tuple[str, ...]:
+    """A note on tokens that someone added to the tokenizer, if there are any."""
+    entries = content.get("added_tokens")
+    entries = entries if isinstance(entries, list) else []
+    names = [entry.get("content") for entry in entries if isinstance(entry, dict)]
+    added = [name for name in names if isinstance(name, str) and name not in vocab]
+    if not added:
+        return ()
+    listed = ", ".join(repr(name[:40]) for name in added[:3]) + (", ..." if added[3:] else "")
+    return (f"tokens added to the tokenizer are left out, their text is plain text: {listed}",)
 
 
 def _are_lines(value: Any) -> bool:
@@ -153,7 +182,11 @@ def _json_object(path: Path) -> dict[str, Any]:
     if path.stat().st_size > _MAX_BYTES:
         raise ValueError(f"{path} is too large for a tokenizer")
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes(), object_pairs_hook=unique)
+    except ContradictionError as error:
+        raise OptionError(
+            "{} contradicts itself: {}; save the tokenizer again or give {vocab}", path, error
+        ) from None
     except (ValueError, RecursionError) as error:
         raise OptionError(
             "{} is not JSON ({}); fetch it again or give {vocab}", path, error

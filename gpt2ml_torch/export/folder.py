@@ -20,6 +20,7 @@ import torch
 
 from gpt2ml_torch.export import documents
 from gpt2ml_torch.export.names import exported_names, exported_shapes
+from gpt2ml_torch.generation.config import GenerationConfig
 from gpt2ml_torch.modelfile import disk
 from gpt2ml_torch.modelfile.format import byte_size, expected_shapes
 from gpt2ml_torch.modelfile.reader import ModelFile
@@ -101,6 +102,7 @@ def export_folder(
 
 def _small_files(file: ModelFile, dtype: str, code: bool) -> dict[str, str]:
     config, source, defaults = file.config, file.source, file.generation
+    GenerationConfig.from_dict(defaults)  # other programs would fail on wrong ones, or ignore them
     tokenizer = None if file.vocab is None else file.tokenizer()
     values = documents.config_json(config, dtype=dtype, code=code, source=source, defaults=defaults)
     generation = documents.generation_config_json(config, tokenizer, defaults)

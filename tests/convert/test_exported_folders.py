@@ -117,6 +117,43 @@ def test_a_folder_that_transformers_saved_comes_back(
     _assert_same(_back(tmp_path / "saved"), original)
 
 
+def test_a_header_whose_size_begins_like_a_pickle_is_read(folder: Path, original: Path) -> None:
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    for padding in range(0, 256, 8):
+        save_file(weights, path, {"format": "pt", "padding": "x" * padding})
+        if path.read_bytes()[0] == 0x80:
+            break
+    assert path.read_bytes()[0] == 0x80
+    _assert_same(_back(folder), original)
+
+
+def test_what_a_training_program_leaves_beside_the_weights_is_left_alone(
+    folder: Path, original: Path
+) -> None:
+    """Above all the pickled weights that a folder began with, and pickles that would run code."""
+    zeros = {
+        name: torch.zeros_like(w) for name, w in load_file(folder / "model.safetensors").items()
+    }
+    torch.save(zeros, folder / "pytorch_model.bin")
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"):
+        (folder / name).write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
+    (folder / "trainer_state.json").write_text("{}")
+    _assert_same(_back(folder), original)
+
+
+def test_tokens_added_to_the_tokenizer_are_noted(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["added_tokens"].append({"id": 144, "content": "<|user|>"})
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    _back(folder)
+    assert "added to the tokenizer are left out, their text is plain text: '<|user|>'" in (
+        "".join(capfd.readouterr())
+    )
+
+
 def test_without_our_settings_the_tokens_are_the_same(folder: Path, original: Path) -> None:
     (folder / "tokenizer_config.json").unlink()
     expected = Tokenizer.from_pretrained(original)
@@ -137,6 +174,24 @@ def _index(shard: str) -> Callable[[Path], None]:
         weight_map = {"a": "model-00001-of-00002.safetensors", "b": shard}
         text = json.dumps({"metadata": {}, "weight_map": weight_map})
         (folder / "model.safetensors.index.json").write_text(text)
+
+    return change
+
+
+def _twice(name: str, entry: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        text = (folder / name).read_text().rstrip().removesuffix("}")
+        (folder / name).write_text(f"{text}, {entry}}}")
+
+    return change
+
+
+def _token(token: str, id_: int) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        content = json.loads((folder / "tokenizer.json").read_text())
+        vocab = content["model"]["vocab"]
+        content["model"]["vocab"] = {**{t: i for t, i in vocab.items() if t != "hello"}, token: id_}
+        (folder / "tokenizer.json").write_text(json.dumps(content))
 
     return change
 
@@ -173,6 +228,19 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "a line far away": (
         _set("tokenizer_config.json", gpt2ml_vocab_lines={"99999": "x"}),
         "no line 99999",
+    ),
+    "a shard of a long name": (_index("x" * 5000), "expected the name of a file beside it"),
+    "two numbers of heads": (
+        _twice("config.json", '"num_attention_heads": 4'),
+        "'num_attention_heads' is '2' and '4'",
+    ),
+    "two vocabularies": (_twice("tokenizer.json", '"model": {}'), "contradicts itself"),
+    "another formula": (_set("config.json", layer_norm_eps=1e-12), "layer_norm_eps is 1e-12"),
+    "an id of two tokens": (_token("new", 5), "gives the id 5 to '[unused5]' and 'new'"),
+    "a token of two lines": (_token("a\nb", 145), "no line of a vocabulary can be"),
+    "defaults of no kind": (
+        _set("config.json", gpt2ml_generation={"evil": 1}),
+        "gpt2ml_generation: unknown generation option 'evil'",
     ),
     "an origin that is none": (_set("config.json", gpt2ml_source=[1]), "expected a JSON object"),
 }
