@@ -16,6 +16,7 @@ from convert.inputs import visible
 from gpt2ml_torch.config import GPT2MLConfig
 from gpt2ml_torch.export.names import DEFAULTS_KEY
 from gpt2ml_torch.options import OptionError
+from gpt2ml_torch.valid_json import ContradictionError, unique
 
 PUBLISHED_HEAD_SIZE = 64
 _MAX_BYTES = 1 << 20
@@ -146,20 +147,6 @@ def _load(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise OptionError("{} is not a JSON object; give another as {config}", path)
     return values
-
-
-class ContradictionError(ValueError):
-    """A name in a JSON object has two values."""
-
-
-def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON, for `json.loads`; raises `ContradictionError`."""
-    result: dict[str, Any] = {}
-    for name, value in pairs:
-        if repr(result.setdefault(name, value)) != repr(value):
-            both = f"{str(result[name])[:40]!r} and {str(value)[:40]!r}"
-            raise ContradictionError(f"{name[:80]!r} is {both}")
-    return result
 
 
 def merge(

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from convert import foreign
-from convert.configs import ContradictionError, unique
 from convert.inputs import visible
 from gpt2ml_torch.config import MAX_DIMENSION
 from gpt2ml_torch.export.names import LINES_KEY
 from gpt2ml_torch.export.tokenizer_json import vocab_text
 from gpt2ml_torch.modelfile.format import count_lines
 from gpt2ml_torch.options import OptionError
+from gpt2ml_torch.valid_json import ContradictionError, unique
 
 # Rows of the published 15G checkpoint, and lines of its vocabulary: two rows are reserved.
 RESERVED_ROWS = (21_130, 21_128)

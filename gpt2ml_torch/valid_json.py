@@ -1,4 +1,5 @@
-"""JSON that every parser reads: NaN and infinity, which JSON lacks, become null."""
+"""JSON that every parser reads: NaN and infinity, which JSON lacks, become null, and no name has
+two values."""
 
 from __future__ import annotations
 
@@ -22,3 +23,17 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(item) for item in value]
     return value
+
+
+class ContradictionError(ValueError):
+    """A name in a JSON object has two values."""
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, for `json.loads`; raises `ContradictionError`."""
+    result: dict[str, Any] = {}
+    for name, value in pairs:
+        if repr(result.setdefault(name, value)) != repr(value):
+            both = f"{str(result[name])[:40]!r} and {str(value)[:40]!r}"
+            raise ContradictionError(f"{name[:80]!r} is {both}")
+    return result

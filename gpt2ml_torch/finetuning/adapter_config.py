@@ -13,6 +13,8 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from gpt2ml_torch.valid_json import ContradictionError, unique
+
 MAX_CONFIG_BYTES = 1 << 20
 _MAX_RANK = 1 << 16
 _MAX_PATTERN = 1000  # characters
@@ -69,7 +71,9 @@ class AdapterConfig:
     def from_json(cls, text: str | bytes) -> AdapterConfig:
         """Parse and check; raises `ValueError` for what is damaged or not understood."""
         try:
-            values = json.loads(text)
+            values = json.loads(text, object_pairs_hook=unique)
+        except ContradictionError as error:
+            raise ValueError(f"it contradicts itself: {error}") from None
         except (ValueError, RecursionError) as error:
             raise ValueError(f"it is not JSON ({error})") from None
         if not isinstance(values, dict):
@@ -77,7 +81,7 @@ class AdapterConfig:
         values = dict(values)
         kind = values.pop("peft_type", None)
         if kind != "LORA":
-            raise ValueError(f"peft_type is {_short(kind)}; only LORA can be merged")
+            raise ValueError(f"peft_type is {_short(kind)}; only LORA can be merged here")
         return cls(**_known(values), **_lists(values), **_patterns(values), **_rest(values))
 
     def targets(self, module: str) -> bool:

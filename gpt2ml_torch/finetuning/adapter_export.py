@@ -18,7 +18,8 @@ from torch import Tensor
 
 from gpt2ml_torch.export.names import exported_modules
 from gpt2ml_torch.finetuning.adapter_config import plain_name
-from gpt2ml_torch.finetuning.adapters import own_places, read_adapter, weight_changes
+from gpt2ml_torch.finetuning.adapter_places import own_places
+from gpt2ml_torch.finetuning.adapters import read_adapter, weight_changes
 from gpt2ml_torch.modelfile import ModelFile
 
 _PREFIX = "base_model.model."  # what peft puts before the names of modules

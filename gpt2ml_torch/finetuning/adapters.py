@@ -21,15 +21,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gpt2ml_torch.config import GPT2MLConfig
-from gpt2ml_torch.export.names import LAYER, SCOPE, exported_modules
+from gpt2ml_torch.export.names import HEAD, LAYER, SCOPE, exported_modules
 from gpt2ml_torch.finetuning.adapter_config import (
     MAX_CONFIG_BYTES,
     AdapterConfig,
     listed,
     plain_name,
 )
+from gpt2ml_torch.finetuning.adapter_places import Place, exported_places, own_places
 from gpt2ml_torch.modelfile import ModelFile, ModelWriter
-from gpt2ml_torch.modelfile.format import expected_shapes
 
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
@@ -44,28 +44,6 @@ class Adapter:
 
     config: AdapterConfig
     tensors: dict[str, Tensor]
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """Where a module of the model that an adapter was trained on stands in this model.
-
-    Its parameters, `shapes`, are rows of the parameters of `module`, from `first_row`.
-    """
-
-    module: str
-    shapes: dict[str, tuple[int, ...]]
-    first_row: int = 0
-
-    @property
-    def adaptable(self) -> bool:
-        """Whether it has a matrix, to which a product can be added."""
-        return len(self.shapes["weight"]) == 2
-
-    @property
-    def is_embedding(self) -> bool:
-        """Whether it is a table of rows, which peft adapts with transposed matrices."""
-        return self.module.endswith("_embedding")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,26 +82,6 @@ class WeightChange:
             return
         changed = rows + delta
         rows.copy_((self.magnitude / torch.linalg.norm(changed, dim=1))[:, None] * changed)
-
-
-def own_places(config: GPT2MLConfig) -> dict[str, Place]:
-    """The places of the modules of `GPT2ML`, by name: they are its own."""
-    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
-    for name, shape in expected_shapes(config).items():
-        module, _, parameter = name.rpartition(".")
-        shapes.setdefault(module, {})[parameter] = shape
-    return {module: Place(module, parameters) for module, parameters in shapes.items()}
-
-
-def exported_places(config: GPT2MLConfig) -> dict[str, Place]:
-    """The places of the modules of the class that is exported for transformers, by name there."""
-    places: dict[str, Place] = {}
-    for module, own in own_places(config).items():
-        names = exported_modules(module)
-        shapes = {key: (rows // len(names), *rest) for key, (rows, *rest) in own.shapes.items()}
-        for index, name in enumerate(names):
-            places[name] = Place(module, shapes, first_row=index * shapes["weight"][0])
-    return places
 
 
 def places_of(adapter: Adapter, config: GPT2MLConfig) -> dict[str, Place]:
@@ -219,7 +177,7 @@ def weight_changes(adapter: Adapter, places: Mapping[str, Place]) -> dict[str, l
     Raises `ValueError` for tensors without a place, for places without a tensor, and for shapes
     that don't fit.
     """
-    tensors = _by_plain_name(adapter.tensors)
+    tensors = _without_tied_head(_by_plain_name(adapter.tensors), places)
     shapes = _expected(adapter.config, places)
     nowhere = "target_modules in its configuration names no layer of the model"
     try:
@@ -249,6 +207,27 @@ def _by_plain_name(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, Tensor
             raise ValueError(f"{listed([plain[short][0], name])} name the same weight")
         plain[short] = name, tensor
     return plain
+
+
+def _without_tied_head(
+    tensors: dict[str, tuple[str, Tensor]], places: Mapping[str, Place]
+) -> dict[str, tuple[str, Tensor]]:
+    """The tensors without the output layer's, which the exported class has apart.
+
+    Raises `ValueError` for an adapter that changes it or the token embedding alone.
+    """
+    embedding = exported_modules("token_embedding")[0]
+    changed = {name for name in tensors if name.startswith((f"{embedding}.", "lm_head."))}
+    if embedding not in places or not changed:
+        return tensors
+    name = f"{embedding}.weight"
+    if changed != {HEAD, name} or not torch.equal(tensors[HEAD][1], tensors[name][1]):
+        raise ValueError(
+            f"it changes {listed(sorted(changed))}, and the model has one matrix for both the "
+            "token embedding and the output layer; train it with modules_to_save=['embed_tokens'] "
+            "and ensure_weight_tying=True"
+        )
+    return {name: value for name, value in tensors.items() if name != HEAD}
 
 
 def _expected(config: AdapterConfig, places: Mapping[str, Place]) -> dict[str, tuple[int, ...]]:

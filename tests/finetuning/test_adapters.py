@@ -225,6 +225,10 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     "no JSON": (overwritten("adapter_config.json", b"{"), "adapter_config.json: it is not JSON"),
     "not an object": (overwritten("adapter_config.json", b"[1]"), "expected an object"),
     "deep JSON": (overwritten("adapter_config.json", b"[" * 100_000), "it is not JSON"),
+    "two alphas": (
+        overwritten("adapter_config.json", b'{"lora_alpha": 1, "lora_alpha": 2}'),
+        "it contradicts itself: 'lora_alpha' is '1' and '2'",
+    ),
     "a huge configuration": (overwritten("adapter_config.json", b" " * (1 << 21)), "is damaged"),
     "a file cut off": (cut, "adapter_model.safetensors is damaged"),
     "no safetensors": (overwritten("adapter_model.safetensors", b"hello"), "is damaged"),

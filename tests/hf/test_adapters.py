@@ -51,6 +51,51 @@ def test_an_adapter_of_the_exported_class_merges_as_peft_merges_it(
         assert (ours(IDS) - before(IDS)).abs().max() > 0.1
 
 
+def test_a_token_embedding_trained_with_the_output_layer_merges(
+    model: Any, shipped_model: Path, tmp_path: Path
+) -> None:
+    config = peft.LoraConfig(
+        target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True
+    )
+    adapted = peft.get_peft_model(model, config)
+    with torch.no_grad():
+        adapted.get_input_embeddings().weight.mul_(1.1)
+    adapted.save_pretrained(tmp_path / "adapter")
+    out = tmp_path / "merged.safetensors"
+    assert main(["merge", str(shipped_model), str(tmp_path / "adapter"), "--out", str(out)]) == 0
+    with torch.inference_mode():
+        expected = adapted(IDS).logits
+        torch.testing.assert_close(GPT2ML.from_pretrained(out)(IDS), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["embed_tokens"]},
+        {"target_modules": ["lm_head", "q_proj"]},
+    ],
+    ids=["embedding", "head", "adapted embedding", "adapted head"],
+)
+def test_an_adapter_of_half_the_tied_matrix_is_refused(
+    model: Any,
+    shipped_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: dict[str, Any],
+) -> None:
+    """peft trains the embedding and the output layer apart, which one matrix can't hold."""
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, **options))
+    adapted.save_pretrained(tmp_path / "adapter")
+    out = tmp_path / "merged.safetensors"
+    assert main(["merge", str(shipped_model), str(tmp_path / "adapter"), "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert "one matrix for both the token embedding and the output layer" in error
+    assert error.count("\n") == 1
+    assert not out.exists()
+
+
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}], ids=str)
 def test_an_adapter_trained_here_loads_in_peft(
     model: Any, ours: GPT2ML, shipped_model: Path, tmp_path: Path, options: dict[str, Any]
