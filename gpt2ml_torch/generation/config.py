@@ -15,6 +15,7 @@ MAX_TOKENS = 2**20  # of a text; the model sees far fewer at once
 MAX_TEXTS = 2**16  # of a prompt
 MAX_NGRAM = 1024
 MAX_ID = 2**31  # what no vocabulary reaches; the model's own size is checked later
+_COLDEST = 1e-30  # temperature
 _STRINGS = ("stop", "bad_words")
 _IDS = ("eos_token_id", "suppress_tokens", "allow_tokens")
 
@@ -236,7 +237,9 @@ class GenerationConfig:
     @property
     def samples(self) -> bool:
         """Whether anything is drawn at random."""
-        return self.do_sample and self.temperature > 0 and self.num_beams == 1
+        # Logits divided by less would overflow; so cold, only the best token has any chance.
+        warm = self.temperature > _COLDEST
+        return self.do_sample and warm and self.num_beams == 1
 
     def replace(self, **changes: Any) -> GenerationConfig:
         """A copy with other values; raises `ValueError` for unknown names too."""
