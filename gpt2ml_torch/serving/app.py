@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +17,17 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
+from gpt2ml_torch.serving.answers import Answer, EventStream
 from gpt2ml_torch.serving.completions import CompletionRequest, Limits, parse_request
-from gpt2ml_torch.serving.errors import APIError, invalid
+from gpt2ml_torch.serving.errors import APIError, invalid, unavailable
 from gpt2ml_torch.serving.guard import Guard, read_json
 from gpt2ml_torch.serving.metrics import Metrics
-from gpt2ml_torch.serving.responses import (
-    LAST_EVENT,
-    Choice,
-    Envelope,
-    encode_event,
-    join,
-    usage_of,
-)
 from gpt2ml_torch.serving.scheduler import Handle, QueueFull, Scheduler
 
 _logger = logging.getLogger(__name__)
 
 PAGE = Path(__file__).parent / "page"
-SEND_SECONDS = 60.0  # a reader who takes nothing for so long is gone
+MAX_CONNECTIONS = 1024  # more get 503
 _PAGE_HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -77,6 +69,7 @@ class Server:
         self.metrics = Metrics(scheduler)
         self.draining = False
         self.active = 0  # requests being answered
+        self.count_connections: Callable[[], int] = lambda: self.active
         self._created = int(time.time())
         self._log_prompts = log_prompts
         self._generator = scheduler.generator
@@ -106,8 +99,9 @@ class Server:
                 await send(message)
 
             self.active += 1
+            busy = self.count_connections() > MAX_CONNECTIONS
             try:
-                await application(scope, receive, note)
+                await (_too_many if busy else application)(scope, receive, note)
             finally:
                 self.active -= 1
                 path = scope.get("path", "")
@@ -124,7 +118,7 @@ class Server:
             Route("/health", self.health),
             Route("/metrics", self.show_metrics),
             Route("/v1/models", self.models),
-            Route("/v1/models/{name}", self.model),
+            Route("/v1/models/{name:path}", self.model),
             Route("/v1/completions", self.completions, methods=["POST"]),
             Route("/v1/chat/completions", self.chat, methods=["POST"]),
             Route("/v1/embeddings", self.embeddings, methods=["POST"]),
@@ -143,7 +137,7 @@ class Server:
 
     async def health(self, _: Request) -> Response:
         if self.draining:
-            raise self._unavailable()
+            raise unavailable()
         return json_response({"status": "ok"})
 
     async def show_metrics(self, _: Request) -> Response:
@@ -179,7 +173,7 @@ class Server:
         prompt = body.get("prompt")
         if not isinstance(prompt, str):
             raise invalid("prompt is not a string", param="prompt")
-        ids = self._generator.tokenizer.encode(prompt)
+        ids = await asyncio.to_thread(self._generator.tokenizer.encode, prompt)
         names = [self._generator.tokenizer.id_to_token(id_) for id_ in ids]
         limit = self._generator.model.config.max_position_embeddings
         return json_response(
@@ -191,7 +185,8 @@ class Server:
         ids, size = body.get("tokens"), self._generator.tokenizer.num_embeddings
         if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < size for i in ids):
             raise invalid(f"tokens is not a list of ids from 0 to {size - 1}", param="tokens")
-        return json_response({"prompt": self._generator.tokenizer.decode(ids)})
+        text = await asyncio.to_thread(self._generator.tokenizer.decode, ids)
+        return json_response({"prompt": text})
 
     async def _body(self, request: Request, names: set[str]) -> dict[str, Any]:
         body = await read_json(request, limit=self.limits.max_body)
@@ -203,7 +198,7 @@ class Server:
 
     async def completions(self, request: Request) -> Response:
         if self.draining:
-            raise self._unavailable()
+            raise unavailable()
         began = time.perf_counter()
         body = await read_json(request, limit=self.limits.max_body)
         generator = self._generator
@@ -216,17 +211,25 @@ class Server:
             defaults=generator.defaults,
         )
         self._check_model(wanted.model)
-        texts = self._submit(wanted)
-        self._note(wanted, texts, began)
+        handles = await asyncio.to_thread(self._submit, wanted)  # it splits prompts into tokens
+        self._note(handles)
+        answer = Answer(
+            wanted,
+            handles,
+            tokenizer=generator.tokenizer,
+            model=self.name,
+            metrics=self.metrics,
+            began=began,
+        )
         if wanted.stream:
-            return _EventStream(self._events(wanted, texts, began), texts)
-        return await self._whole(request, wanted, texts, began)
+            return EventStream(answer)
+        return json_response(await answer.whole(request))
 
-    def _submit(self, wanted: CompletionRequest) -> list[_Text]:
+    def _submit(self, wanted: CompletionRequest) -> list[Handle]:
         """All texts of a request, or none."""
         asked = [(prompt, sample) for prompt in wanted.prompts for sample in range(wanted.n)]
         try:
-            handles = self.scheduler.submit_many(
+            return self.scheduler.submit_many(
                 [prompt for prompt, _ in asked],
                 wanted.config,
                 samples=[sample for _, sample in asked],
@@ -240,16 +243,11 @@ class Server:
             ) from None
         except ValueError as error:
             raise invalid(str(error)) from None
-        tokenizer = self._generator.tokenizer
-        return [
-            _Text(handle, Choice(index, wanted, tokenizer, handle.prompt))
-            for index, handle in enumerate(handles)
-        ]
 
-    def _note(self, wanted: CompletionRequest, texts: Sequence[_Text], began: float) -> None:
-        self.metrics.prompt_tokens.inc(sum(len(text.handle.prompt_ids) for text in texts))
+    def _note(self, handles: Sequence[Handle]) -> None:
+        self.metrics.prompt_tokens.inc(sum(len(handle.prompt_ids) for handle in handles))
         if self._log_prompts:
-            _logger.info("prompts: %s", json.dumps([text.handle.prompt for text in texts]))
+            _logger.info("prompts: %s", json.dumps([handle.prompt for handle in handles]))
 
     def _check_model(self, name: str | None) -> None:
         if name is not None and name != self.name:
@@ -259,149 +257,6 @@ class Server:
                 param="model",
                 code="model_not_found",
             )
-
-    def _unavailable(self) -> APIError:
-        return APIError(503, "the server is shutting down", headers={"Retry-After": "10"})
-
-    async def _parts(
-        self, wanted: CompletionRequest, text: _Text, began: float
-    ) -> AsyncIterator[dict[str, Any]]:
-        """One text, part by part, in JSON."""
-        choice, first = text.choice, True
-        async for piece in text.handle:
-            if first and wanted.echo:
-                part = choice.echo(text.handle.prompt_tokens)
-                if wanted.max_tokens == 0:
-                    part["finish_reason"] = "length"
-                yield part
-            if first:
-                self.metrics.first_token.observe(time.perf_counter() - began)
-                self.metrics.cached_tokens.inc(text.handle.cached_tokens)
-            first = False
-            self.metrics.completion_tokens.inc(len(piece.tokens))
-            if wanted.max_tokens:
-                yield choice.put(piece)
-
-    async def _whole(
-        self, request: Request, wanted: CompletionRequest, texts: list[_Text], began: float
-    ) -> Response:
-        async def collect(text: _Text) -> dict[str, Any]:
-            return join([part async for part in self._parts(wanted, text, began)])
-
-        work: asyncio.Future[Any] = asyncio.gather(*map(collect, texts))
-        gone: asyncio.Future[Any] = asyncio.create_task(_disconnected(request))
-        try:
-            await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
-                raise APIError(499, "the client went away")
-            choices = work.result()
-        except ValueError as error:  # the model's, such as logits that overflow
-            raise APIError(500, str(error)) from None
-        finally:
-            gone.cancel()
-            work.cancel()
-            for text in texts:
-                text.handle.cancel()
-        self.metrics.duration.observe(time.perf_counter() - began)
-        return json_response(Envelope(self.name).whole(choices, _usage(texts)))
-
-    async def _events(
-        self, wanted: CompletionRequest, texts: list[_Text], began: float
-    ) -> AsyncIterator[bytes]:
-        """The events of a stream, of all texts as they come."""
-        envelope = Envelope(self.name)
-        queue: asyncio.Queue[dict[str, Any] | Exception | None] = asyncio.Queue()
-
-        async def feed(text: _Text) -> None:
-            try:
-                async for part in self._parts(wanted, text, began):
-                    queue.put_nowait(part)
-                queue.put_nowait(None)
-            except Exception as error:
-                queue.put_nowait(error)
-
-        feeding = [asyncio.create_task(feed(text)) for text in texts]
-        extra = {"usage": None} if wanted.include_usage else {}
-        try:
-            open_texts = len(texts)
-            while open_texts:
-                item = await queue.get()
-                if item is None:
-                    open_texts -= 1
-                elif isinstance(item, Exception):
-                    if not isinstance(item, ValueError):
-                        _logger.error("a stream failed", exc_info=item)
-                    yield encode_event(APIError(500, str(item)).body())
-                    return
-                elif item["text"] or item["finish_reason"] or item["logprobs"]:
-                    yield envelope.event([item], **extra)
-            if wanted.include_usage:
-                yield envelope.event([], usage=_usage(texts))
-            yield LAST_EVENT
-            self.metrics.duration.observe(time.perf_counter() - began)
-        finally:
-            for task in feeding:
-                task.cancel()
-
-
-class _Text:
-    """One text of a request."""
-
-    def __init__(self, handle: Handle, choice: Choice) -> None:
-        self.handle, self.choice = handle, choice
-
-
-def _usage(texts: Sequence[_Text]) -> dict[str, Any]:
-    prompts = {text.choice.index // text.choice.request.n: text.handle for text in texts}
-    return usage_of(
-        sum(len(handle.prompt_ids) for handle in prompts.values()),
-        sum(text.choice.tokens for text in texts),
-        sum(handle.cached_tokens for handle in prompts.values()),
-    )
-
-
-class _EventStream(Response):
-    """Server-sent events; ends the texts when the client goes or reads nothing any more."""
-
-    def __init__(self, events: AsyncIterator[bytes], texts: Sequence[_Text]) -> None:
-        super().__init__(
-            media_type="text/event-stream",
-            headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
-        )
-        del self.headers["content-length"]
-        self._events, self._texts = events, texts
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        gone = asyncio.create_task(_disconnected(Request(scope, receive)))
-        writing = asyncio.create_task(self._write(send))
-        try:
-            await asyncio.wait({gone, writing}, return_when=asyncio.FIRST_COMPLETED)
-            if writing.done():
-                writing.result()
-        except (asyncio.TimeoutError, OSError):
-            _logger.info("a client stopped reading its stream")
-        finally:
-            for text in self._texts:
-                text.handle.cancel()
-            for task in (gone, writing):
-                task.cancel()
-                with contextlib.suppress(asyncio.CancelledError, Exception):
-                    await task
-
-    async def _write(self, send: Any) -> None:
-        async def out(message: dict[str, Any]) -> None:
-            await asyncio.wait_for(send(message), SEND_SECONDS)
-
-        await out({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        async with contextlib.aclosing(self._events) as events:  # type: ignore[type-var]
-            async for event in events:
-                await out({"type": "http.response.body", "body": event, "more_body": True})
-        await out({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 async def _http_error(_: Request, error: Exception) -> Response:
@@ -414,3 +269,13 @@ async def _http_error(_: Request, error: Exception) -> Response:
 async def _internal_error(_: Request, error: Exception) -> Response:
     _logger.error("a request failed", exc_info=error)
     return error_response(APIError(500, "the server failed; its log says why"))
+
+
+async def _too_many(scope: Any, receive: Any, send: Any) -> None:
+    error = APIError(
+        503,
+        f"more than {MAX_CONNECTIONS} connections are open",
+        code="too_many_connections",
+        headers={"Retry-After": "5", "Connection": "close"},
+    )
+    await error_response(error)(scope, receive, send)

@@ -230,7 +230,7 @@ def _check_names(body: Mapping[str, Any]) -> None:
 
 
 def _check_unsupported(given: Mapping[str, Any], n: int) -> None:
-    if given.get("suffix"):
+    if _read(given, "suffix", _text, ""):
         raise invalid("suffix is not supported: the model only writes forward", param="suffix")
     if _read(given, "best_of", _whole(1, 1 << 20), n) != n:
         raise invalid("best_of is not supported, except equal to n", param="best_of")
@@ -301,6 +301,12 @@ def _prompts(
         raise invalid(
             f"prompt is {_shown(value)}; expected a string, a list of strings, token ids, or a "
             "list of token ids",
+            param="prompt",
+        )
+    if len(items) > limits.max_samples:
+        raise invalid(
+            f"prompt holds {len(items)} prompts; this server takes up to {limits.max_samples} at a "
+            "time",
             param="prompt",
         )
     return tuple(_prompt(item, limits, tokenizer, vocab_size) for item in items)

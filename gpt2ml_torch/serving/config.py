@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from gpt2ml_torch.options import check_options, option
+from gpt2ml_torch.options import OptionError, check_options, option
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,3 +71,8 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
+        for key in self.api_key:
+            if not key or not key.isprintable() or key != key.strip():
+                raise OptionError(
+                    "{api_key} is empty, or has spaces around it, or characters that can't be shown"
+                )

@@ -40,3 +40,8 @@ class APIError(Exception):
 def invalid(message: str, *, param: str | None = None) -> APIError:
     """The error of a request whose content is wrong."""
     return APIError(400, message, param=param, code="invalid_value")
+
+
+def unavailable() -> APIError:
+    """The error of a server that is shutting down."""
+    return APIError(503, "the server is shutting down", headers={"Retry-After": "10"})

@@ -12,10 +12,12 @@ import asyncio
 import hmac
 import ipaddress
 import json
+import re
 import socket
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
-from urllib.parse import urlsplit
+
+from starlette.requests import ClientDisconnect
 
 from gpt2ml_torch.serving.errors import APIError, invalid
 
@@ -25,7 +27,9 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 OPEN_PATHS = ("/", "/page.js", "/page.css", "/health")  # need no key
 BODY_SECONDS = 30.0
+HEADER_BYTES = 16 << 10  # of the request line and all headers
 DISCARDED = 64 << 20  # bytes of a body that is too large, read all the same
+_HOST = re.compile(r"(\[[0-9a-f:.%]+\]|[^\[\]:/?#@\s]+)(:[0-9]*)?", re.IGNORECASE)
 
 
 class Guard:
@@ -41,7 +45,8 @@ class Guard:
     ) -> None:
         self._app = app
         self._keys = [key.encode() for key in api_keys]
-        self._hosts = {host.lower() for host in (*hosts, "localhost", socket.gethostname())}
+        names = {host_name(host) for host in (*hosts, "localhost", socket.gethostname())}
+        self._hosts = names - {""}
         self._respond = respond
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -49,7 +54,8 @@ class Guard:
             return await self._app(scope, receive, send)
         headers = {name.decode("latin-1").lower(): value for name, value in scope["headers"]}
         try:
-            self._check_host(headers.get("host", b""))
+            _check_size(scope)
+            self._check_host(headers.get("host"))
             self._check_origin(headers)
             if scope["path"] not in OPEN_PATHS:
                 self._check_key(headers.get("authorization", b""))
@@ -57,7 +63,9 @@ class Guard:
             return await self._respond(error)(scope, receive, send)
         await self._app(scope, receive, send)
 
-    def _check_host(self, value: bytes) -> None:
+    def _check_host(self, value: bytes | None) -> None:
+        if value is None:  # HTTP/1.0, which no browser speaks
+            return
         host = host_name(value.decode("latin-1"))
         if host not in self._hosts and not _is_address(host):
             raise APIError(
@@ -68,10 +76,8 @@ class Guard:
         origin = headers.get("origin")
         if origin is None:
             return
-        if (
-            urlsplit(origin.decode("latin-1")).netloc.lower()
-            != headers["host"].decode("latin-1").lower()
-        ):
+        _, _, site = origin.decode("latin-1").lower().partition("://")
+        if not site or site != headers.get("host", b"").decode("latin-1").lower():
             raise APIError(
                 403, "requests from pages of other sites are refused", code="wrong_origin"
             )
@@ -90,12 +96,22 @@ class Guard:
             )
 
 
+def _check_size(scope: Scope) -> None:
+    size = len(scope["raw_path"]) + len(scope["query_string"])
+    size += sum(len(name) + len(value) + 4 for name, value in scope["headers"])
+    if size > HEADER_BYTES:
+        raise APIError(
+            431,
+            f"the headers are larger than {HEADER_BYTES} bytes",
+            code="headers_too_large",
+            headers={"Connection": "close"},
+        )
+
+
 def host_name(host: str) -> str:
-    """The name in a Host header, without its port."""
-    try:
-        return (urlsplit(f"//{host}").hostname or "").lower()
-    except ValueError:
-        return ""
+    """The name in a Host header, without its port; empty where the header is malformed."""
+    found = _HOST.fullmatch(host)
+    return found[1].strip("[]").lower().removesuffix(".") if found else ""
 
 
 def _is_address(host: str) -> bool:
@@ -111,9 +127,12 @@ async def read_json(request: Any, *, limit: int) -> Any:
     """The request's body as JSON, of at most `limit` bytes; raises `APIError`."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
-        raise APIError(
-            415, f"the body is {kind[:60] or 'of no type'}; send Content-Type: application/json"
+        raise _unsupported(
+            f"the body is {kind[:60] or 'of no type'}; send Content-Type: application/json"
         )
+    coding = request.headers.get("content-encoding", "identity").strip().lower()
+    if coding != "identity":
+        raise _unsupported(f"the body is in the encoding {coding[:60]}; send it as it is")
     body = bytearray()
     try:
         await asyncio.wait_for(_read_body(request, body, limit), BODY_SECONDS)
@@ -121,8 +140,10 @@ async def read_json(request: Any, *, limit: int) -> Any:
         raise APIError(
             408, f"the body took more than {BODY_SECONDS:g} s", headers={"Connection": "close"}
         ) from None
+    except ClientDisconnect:
+        raise APIError(499, "the client went away") from None
     try:
-        return json.loads(body.decode(), parse_constant=_no_constant)
+        return json.loads(body.decode("utf-8-sig"), parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise invalid(f"the body is not JSON: {str(error)[:200]}") from None
 
@@ -137,8 +158,15 @@ async def _read_body(request: Any, body: bytearray, limit: int) -> None:
             break
     if size > limit:  # answered after reading on for a while: most clients send before they listen
         raise APIError(
-            413, f"the body is larger than {limit} bytes", headers={"Connection": "close"}
+            413,
+            f"the body is larger than {limit} bytes",
+            code="body_too_large",
+            headers={"Connection": "close"},
         )
+
+
+def _unsupported(message: str) -> APIError:
+    return APIError(415, message, code="unsupported_media_type", headers={"Connection": "close"})
 
 
 def _no_constant(name: str) -> Any:

@@ -10,12 +10,16 @@ import dataclasses
 import json
 import secrets
 import time
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gpt2ml_torch.serving.completions import CompletionRequest
 from gpt2ml_torch.serving.scheduler import Piece, TokenInfo
 from gpt2ml_torch.tokenizer import Tokenizer
+from gpt2ml_torch.tokenizer.decoding import is_bracketed
+
+_LONGEST_GAP = 256  # characters of a text that no token shows, such as a word that is [UNK]
 
 
 class StopFilter:
@@ -64,13 +68,13 @@ class Choice:
 
     def echo(self, prompt_tokens: Sequence[TokenInfo]) -> dict[str, Any]:
         """The prompt as the choice's first part."""
-        return self._part(self.prompt, prompt_tokens, None)
+        return self._part(self.prompt, prompt_tokens, None, written=self.prompt)
 
     def put(self, piece: Piece) -> dict[str, Any]:
         """One piece as a choice of a stream event."""
         self.tokens += len(piece.tokens)
         text = self._filter.put(piece.text, finish_reason=piece.finish_reason)
-        return self._part(text, piece.tokens, piece.finish_reason, written=len(piece.text))
+        return self._part(text, piece.tokens, piece.finish_reason, written=piece.text)
 
     def _part(
         self,
@@ -78,12 +82,12 @@ class Choice:
         tokens: Sequence[TokenInfo],
         finish_reason: str | None,
         *,
-        written: int | None = None,
+        written: str,
     ) -> dict[str, Any]:
         logprobs = None
         if self.request.logprobs is not None:
-            logprobs = self._logprobs(tokens)
-        self._offset += len(text) if written is None else written
+            logprobs = self._logprobs(tokens, written)
+        self._offset += len(written)
         return {
             "index": self.index,
             "text": text,
@@ -91,29 +95,51 @@ class Choice:
             "finish_reason": finish_reason,
         }
 
-    def _logprobs(self, tokens: Sequence[TokenInfo]) -> dict[str, Any]:
+    def _logprobs(self, tokens: Sequence[TokenInfo], text: str) -> dict[str, Any]:
         names = [self._name(token.id) for token in tokens]
-        offsets, offset = [], self._offset
-        for name in names:
-            offsets.append(offset)
-            offset += len(name)
         return {
             "tokens": names,
             "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [
-                None if token.logprob is None else self._top(token.top) for token in tokens
-            ],
-            "text_offset": offsets,
+            "top_logprobs": [self._top(token) for token in tokens],
+            "text_offset": [self._offset + offset for offset in token_offsets(names, text)],
         }
 
-    def _top(self, pairs: Sequence[tuple[int, float]]) -> dict[str, float]:
+    def _top(self, token: TokenInfo) -> dict[str, float] | None:
+        """The best tokens and, as OpenAI's API has it, always the one that was taken."""
+        if token.logprob is None:
+            return None
         top: dict[str, float] = {}
-        for id_, logprob in pairs:
-            top.setdefault(self.tokenizer.id_to_token(id_) or "", logprob)
+        for id_, logprob in token.top:
+            top.setdefault(self._name(id_), logprob)
+        top[self._name(token.id)] = token.logprob
         return top
 
     def _name(self, id_: int) -> str:
         return (self.tokenizer.id_to_token(id_) or "").removeprefix("##")
+
+
+def token_offsets(names: Sequence[str], text: str) -> list[int]:
+    """Where each token begins in the text that they were split from or joined to.
+
+    Tokens are in lower case and without accents, and have no spaces; one that is not found, such as
+    [UNK], is taken for one character.
+    """
+    folded, places = "", []
+    for place, character in enumerate(text):
+        plain = unicodedata.normalize("NFD", character.lower())
+        for part in plain:
+            if not unicodedata.combining(part) and not part.isspace():
+                folded += part
+                places.append(place)
+    places.append(len(text))
+    offsets, at = [], 0
+    for name in names:
+        known = not is_bracketed(name)
+        found = folded.find(name, at, at + _LONGEST_GAP) if known else at
+        found = at if found < 0 else found
+        offsets.append(places[min(found, len(folded))])
+        at = min(found + (len(name) if known else 1), len(folded))
+    return offsets
 
 
 def join(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import logging
 import socket
 from types import FrameType
 from typing import Any
@@ -16,20 +18,25 @@ from gpt2ml_torch.generation import Generator
 from gpt2ml_torch.serving.app import Server
 from gpt2ml_torch.serving.completions import Limits
 from gpt2ml_torch.serving.config import ServeConfig
+from gpt2ml_torch.serving.errors import invalid
+from gpt2ml_torch.serving.guard import HEADER_BYTES
 from gpt2ml_torch.serving.scheduler import Scheduler
 
+_logger = logging.getLogger(__name__)
+
 HEADER_SECONDS = 10.0  # from a connection, or its next request's first byte, to the end of headers
+SEND_SECONDS = 60.0  # a client that takes nothing of what was sent for so long is gone
+END_SECONDS = 2.0  # for the last words to clients whose texts were cut short
 IDLE_SECONDS = 30  # that a connection may wait for its next request
-HEADER_BYTES = 16 << 10
-MAX_CONNECTIONS = 1024
 
 
 class TimedProtocol(H11Protocol):
-    """Closes connections that do not send their headers in time."""
+    """Closes connections that do not send their headers, or do not read, in time."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._header_timer: asyncio.TimerHandle | None = None
+        self._send_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -44,7 +51,38 @@ class TimedProtocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        self._stop_send_timer()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """The client reads more slowly than it is sent to; a while without progress is too much."""
+        super().pause_writing()
+        self._abort_later()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stop_send_timer()
+
+    def timeout_keep_alive_handler(self) -> None:
+        super().timeout_keep_alive_handler()
+        self._abort_later()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is not HTTP in the shape that all errors have."""
+        body = json.dumps(invalid(msg).body()).encode()
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+            (b"connection", b"close"),
+        ]
+        with contextlib.suppress(h11.LocalProtocolError):  # the request was answered before
+            for event in (
+                h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
+                h11.Data(data=body),
+                h11.EndOfMessage(),
+            ):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
     def _start_timer(self) -> None:
         self._header_timer = self.loop.call_later(HEADER_SECONDS, self._close)
@@ -54,9 +92,24 @@ class TimedProtocol(H11Protocol):
             self._header_timer.cancel()
             self._header_timer = None
 
+    def _stop_send_timer(self) -> None:
+        if self._send_timer is not None:
+            self._send_timer.cancel()
+            self._send_timer = None
+
+    def _abort_later(self) -> None:
+        if self._send_timer is None and self.transport.get_write_buffer_size():
+            self._send_timer = self.loop.call_later(SEND_SECONDS, self._abort)
+
+    def _abort(self) -> None:
+        """Close without waiting for what the client does not read."""
+        _logger.info("a client stopped reading its response")
+        self.transport.abort()
+
     def _close(self) -> None:
         if self.transport is not None and not self.transport.is_closing():
             self.transport.close()
+            self._abort_later()
 
 
 class DrainingServer(uvicorn.Server):
@@ -68,6 +121,7 @@ class DrainingServer(uvicorn.Server):
         super().__init__(config)
         self._server = server
         self._drain_seconds = drain_seconds
+        server.count_connections = lambda: len(self.server_state.connections)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._server.draining:
@@ -84,6 +138,10 @@ class DrainingServer(uvicorn.Server):
         end = loop.time() + self._drain_seconds
         while self._server.active and loop.time() < end:
             await asyncio.sleep(0.05)
+        await asyncio.to_thread(self._server.scheduler.close)  # ends what still runs
+        end = loop.time() + END_SECONDS
+        while self._server.active and loop.time() < end:
+            await asyncio.sleep(0.02)
         self.should_exit = True
 
 
@@ -142,8 +200,6 @@ def serve(
             timeout_keep_alive=IDLE_SECONDS,
             timeout_graceful_shutdown=2,
             h11_max_incomplete_event_size=HEADER_BYTES,
-            limit_concurrency=MAX_CONNECTIONS,
         )
-        DrainingServer(uvicorn_config, server, drain_seconds=config.drain_seconds).run(
-            sockets=[sock]
-        )
+        running = DrainingServer(uvicorn_config, server, drain_seconds=config.drain_seconds)
+        running.run(sockets=[sock])

@@ -107,7 +107,7 @@ _WRONG: dict[str, list[Any]] = {
     "top_p_rule": ["other", 7, []],
     "num_beams": [2, "1", 0],
     "best_of": [2, "1", 0],
-    "suffix": ["x", 7],
+    "suffix": ["x", 7, 0, False, [], {}],
     "model": [7, []],
     "stream_options": [7, [], {"include_usage": True}, {"unknown": 1}],
 }

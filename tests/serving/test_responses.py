@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt2ml_torch.serving.responses import StopFilter
+from gpt2ml_torch.serving.responses import StopFilter, token_offsets
 
 
 def run(stops: list[str], pieces: list[str], reason: str) -> list[str]:
@@ -46,3 +46,11 @@ def test_the_pieces_join_to_the_text_without_its_stop_string(
     assert "".join(run(stops, pieces, "length")) == text
     ended = max((len(stop) for stop in stops if text.endswith(stop)), default=0)
     assert "".join(run(stops, pieces, "stop")) == text[: len(text) - ended]
+
+
+def test_tokens_are_found_in_their_text_whatever_stands_between_them() -> None:
+    text = "Café  No\u0301n 龘春"
+    names = ["cafe", "no", "n", "[UNK]", "春"]
+    assert token_offsets(names, text) == [0, 6, 9, 11, 12]
+    assert token_offsets(["[UNK]", "春"], "unknowable春") == [0, 10]
+    assert token_offsets(["a", "b"], "") == [0, 0]
