@@ -2,39 +2,79 @@
 
 from __future__ import annotations
 
-from gpt2ml_torch.generation.engine import Engine
+import itertools
 
 ALONE = 256  # tokens read at once while nothing else runs, so that a cancellation need not wait
-SMALLEST = 8
-SHARE = 1.0  # of a step's time that a chunk may take: a step comes after twice its usual time
+SMALLEST = 4
+SHARE = 1.2  # of a step's time that may pass before it: a text's next token takes 2.2 usual steps
 _NEW = 0.3  # weight of the newest measurement
 
 
-class ChunkSize:
-    """Follows what a step and a token of a prompt cost on this machine."""
+class CostCurve:
+    """Seconds that a call takes by its size, from calls that were measured.
 
-    def __init__(self, engine: Engine) -> None:
-        self._limit = engine.limit
-        self._step_seconds: float | None = None
-        self._token_seconds: float | None = None
+    Between two measured sizes the cost lies below the straight line, because a call has a floor,
+    the reading of the weights, from which it rises; the same makes the estimates beyond the
+    smallest and the largest measured size too high rather than too low.
+    """
 
-    def size(self, *, beside: bool) -> int:
-        """Tokens to read at once; `beside`: while texts run."""
-        if not beside:
-            return min(ALONE, self._limit)
-        if self._step_seconds is None or self._token_seconds is None:
-            return SMALLEST
-        fitting = int(SHARE * self._step_seconds / self._token_seconds)
-        return max(SMALLEST, min(fitting, ALONE, self._limit))
+    def __init__(self) -> None:
+        self._points: dict[int, tuple[float, float]] = {}  # by power of two: a size, its seconds
+
+    def note(self, size: int, seconds: float) -> None:
+        """Take a measurement into account."""
+        old_size, old_seconds = self._points.get(size.bit_length(), (size, seconds))
+        self._points[size.bit_length()] = _follow(old_size, size), _follow(old_seconds, seconds)
+
+    def seconds(self, size: int) -> float | None:
+        """What a call of this size takes, or None before anything was measured."""
+        points = sorted(self._points.values())
+        if not points:
+            return None
+        if size <= points[0][0]:
+            return points[0][1]
+        for (left, low), (right, high) in itertools.pairwise(points):
+            if size <= right:
+                return low + (high - low) * (size - left) / (right - left)
+        return points[-1][1] * size / points[-1][0]
+
+
+class Pace:
+    """Follows what steps and prompts cost on this machine; says how many tokens to read."""
+
+    def __init__(self, limit: int) -> None:
+        """`limit`: tokens that the model sees."""
+        self._most = min(ALONE, limit)
+        self._steps, self._reads = CostCurve(), CostCurve()
+
+    def tokens(self, *, running: int, spent: float) -> int:
+        """Tokens to read now, where `running` texts wait and `spent` seconds of this pause are
+        over; 0 where it is time for a step.
+        """
+        if not running:
+            return self._most
+        step = self._steps.seconds(running)
+        budget = None if step is None else SHARE * step - spent
+        fitting = 0 if budget is None else self._fitting(budget)
+        return fitting if spent else max(fitting, SMALLEST)
+
+    def _fitting(self, seconds: float) -> int:
+        sizes = range(self._most, SMALLEST - 1, -SMALLEST)
+        costs = ((size, self._reads.seconds(size)) for size in sizes)
+        return next((size for size, cost in costs if cost is not None and cost <= seconds), 0)
+
+    def read_seconds(self, tokens: int) -> float:
+        """What it takes to read so many tokens while nothing runs; 0 if nothing is known."""
+        parts, rest = divmod(tokens, self._most)
+        whole = (self._reads.seconds(self._most) or 0.0) * parts
+        return whole + ((self._reads.seconds(rest) or 0.0) if rest else 0.0)
 
     def note_read(self, tokens: int, seconds: float) -> None:
-        # A token costs more in a short chunk; the sizes that matter are measured again and again.
-        if tokens >= SMALLEST:
-            self._token_seconds = _follow(self._token_seconds, seconds / tokens)
+        self._reads.note(tokens, seconds)
 
-    def note_step(self, seconds: float) -> None:
-        self._step_seconds = _follow(self._step_seconds, seconds)
+    def note_step(self, running: int, seconds: float) -> None:
+        self._steps.note(running, seconds)
 
 
-def _follow(old: float | None, new: float) -> float:
-    return new if old is None else (1 - _NEW) * old + _NEW * new
+def _follow(old: float, new: float) -> float:
+    return (1 - _NEW) * old + _NEW * new

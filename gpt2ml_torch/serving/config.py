@@ -52,7 +52,7 @@ class ServeConfig:
         16, low=1, high=1024, group="limits", help="texts of one request: prompts times n"
     )
     prefix_cache_tokens: int = option(
-        4096,
+        1024,
         low=0,
         high=10_000_000,
         group="limits",

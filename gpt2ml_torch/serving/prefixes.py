@@ -1,13 +1,15 @@
 """The prefix cache: keys and values of prompts read before, so that what they share is read once.
 
 A token's keys and values depend on the tokens before it alone, so the longest common beginning of
-two windows may be copied instead of read.
+two windows may be copied instead of read. Of a window that is the same to its end, the logits are
+known too.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,16 +25,23 @@ def common_length(first: Sequence[int], second: Sequence[int]) -> int:
     return next(place for place in range(longest) if first[place] != second[place])
 
 
-class PrefixCache:
-    """At most `max_tokens` tokens of prompts, the least recently used forgotten first.
-
-    Entries hold copies, (layers, T, heads, head size), of a row of the scheduler's cache.
+class Prefix(NamedTuple):
+    """A window that was read: copies of its keys and values, (layers, T, H, K), and the logits
+    after it, (1, V).
     """
+
+    keys: Tensor
+    values: Tensor
+    logits: Tensor
+
+
+class PrefixCache:
+    """At most `max_tokens` tokens of prompts, the least recently used forgotten first."""
 
     def __init__(self, max_tokens: int) -> None:
         self.max_tokens = max_tokens
         self.tokens = 0
-        self._entries: OrderedDict[tuple[int, ...], tuple[Tensor, Tensor]] = OrderedDict()
+        self._entries: OrderedDict[tuple[int, ...], Prefix] = OrderedDict()
 
     def match(self, ids: Sequence[int]) -> tuple[int, tuple[int, ...] | None]:
         """The longest beginning of `ids` that is held: its length and the entry's key."""
@@ -43,16 +52,24 @@ class PrefixCache:
                 best, found = length, key
         return best, found
 
-    @torch.inference_mode()
-    def copy_to(self, key: tuple[int, ...], length: int, cache: KVCache, row: int) -> None:
-        keys, values = self._entries[key]
-        self._entries.move_to_end(key)
-        cache.keys[:, row, :length] = keys[:, :length]
-        cache.values[:, row, :length] = values[:, :length]
+    def logits(self, key: tuple[int, ...]) -> Tensor:
+        """The logits after an entry, (1, V)."""
+        return self._entries[key].logits
 
     @torch.inference_mode()
-    def add(self, ids: Sequence[int], cache: KVCache, row: int) -> None:
-        """Keep the keys and values of a window that was read into a row."""
+    def copy_to(self, key: tuple[int, ...], length: int, cache: KVCache, row: int) -> None:
+        """Copy the beginning of an entry to a row."""
+        entry = self._entries[key]
+        self._entries.move_to_end(key)
+        cache.keys[:, row, :length] = entry.keys[:, :length]
+        cache.values[:, row, :length] = entry.values[:, :length]
+
+    @torch.inference_mode()
+    def add(self, ids: Sequence[int], cache: KVCache, row: int, logits: Tensor) -> None:
+        """Keep the keys and values of a window that was read into a row, and the logits after it.
+
+        A window that is the beginning of one that is held is not kept.
+        """
         key = tuple(ids)
         length, held = self.match(key)
         if not 0 < len(key) <= self.max_tokens or length == len(key):
@@ -61,10 +78,8 @@ class PrefixCache:
             self._forget(held)
         while self.tokens + len(key) > self.max_tokens:
             self._forget(next(iter(self._entries)))
-        self._entries[key] = (
-            cache.keys[:, row, : len(key)].clone(),
-            cache.values[:, row, : len(key)].clone(),
-        )
+        keys, values = cache.keys[:, row, : len(key)], cache.values[:, row, : len(key)]
+        self._entries[key] = Prefix(keys.clone(), values.clone(), logits.clone())
         self.tokens += len(key)
 
     def clear(self) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from torch import Tensor
+
 from gpt2ml_torch.generation.text import Text
 from gpt2ml_torch.serving.handle import Handle
 
@@ -19,8 +21,14 @@ class Request:
     only_read: bool
     row: int = 0  # of the cache, while its window is being read
     read: int = 0  # tokens of its window that the row holds by then
+    after: tuple[int, Tensor] | None = None  # how long the window was, and the logits after it
     cancelled: bool = False
 
     @property
     def window(self) -> list[int]:
         return self.text.ids[self.text.start :]
+
+    @property
+    def begun(self) -> bool:
+        """Whether a token of its continuation was written."""
+        return self.text.count > 0

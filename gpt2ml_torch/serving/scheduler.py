@@ -1,12 +1,9 @@
 """Scheduler: continuous batching. Requests join and leave the batch at every step.
 
-A thread runs one loop over a cache of fixed rows. Each turn it reads a chunk of at most one prompt
-and then decodes one token of every running text. Running texts fill the first rows of the cache,
-so that a step works on those alone. A text is exactly what `Generator` writes for its prompt,
-configuration and sample number by itself.
-
-Shapes:
-    R  rows of the cache       A  running texts       T  tokens in this call       V  vocabulary
+A thread runs one loop over a cache of fixed rows. Each turn it reads as much of the waiting prompts
+as the running texts may wait for, and then decodes one token of each of these. Running texts fill
+the first rows of the cache, so that a step works on those alone. A text is exactly what `Generator`
+writes for its prompt, configuration and sample number by itself.
 """
 
 from __future__ import annotations
@@ -20,20 +17,17 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gpt2ml_torch.generation import GenerationConfig, Generator
-from gpt2ml_torch.generation.draft import DraftModel
-from gpt2ml_torch.generation.finite import check_logits
-from gpt2ml_torch.generation.sampler import Sampler, SamplingParams
 from gpt2ml_torch.generation.text import Text
-from gpt2ml_torch.serving.chunks import ChunkSize
+from gpt2ml_torch.serving.chunks import SMALLEST, Pace
 from gpt2ml_torch.serving.handle import Handle, Piece, TokenInfo
-from gpt2ml_torch.serving.logprobs import token_infos, wanted_infos
-from gpt2ml_torch.serving.prefixes import PrefixCache, common_length
+from gpt2ml_torch.serving.prefixes import PrefixCache
+from gpt2ml_torch.serving.reader import PromptReader
 from gpt2ml_torch.serving.request import Request
 from gpt2ml_torch.serving.rows import RowCache
+from gpt2ml_torch.serving.running import RunningTexts
 
 __all__ = ["Handle", "Piece", "QueueFull", "Scheduler", "TokenInfo"]
 
@@ -41,7 +35,8 @@ _logger = logging.getLogger(__name__)
 
 MAX_ROWS = 8
 MAX_QUEUE = 64
-PREFIX_TOKENS = 4096
+PREFIX_TOKENS = 1024
+HOLD_SECONDS = 2.0  # that a text whose prompt is read waits for others that came with it
 
 
 class QueueFull(RuntimeError):
@@ -71,13 +66,10 @@ class Scheduler:
         self._rows = RowCache(self._engine, max_rows=max_rows, max_memory=max_memory)
         self._prefixes = PrefixCache(prefix_tokens)
         self._max_queue = max_queue
-        self._chunks = ChunkSize(generator.engine)
-        self._draft: DraftModel | None = None
-        if generator.assistant is not None:
-            self._draft = DraftModel(generator.assistant, generator.engine.limit)
-        self._running: list[Request] = []
-        self._logits: Tensor | None = None  # (A, V), after each running text's last token
-        self._sampler = self._new_sampler()
+        self._pace = Pace(generator.engine.limit)
+        self._reader = PromptReader(self._rows, self._prefixes, self._pace)
+        self._running = RunningTexts(generator, self._rows)
+        self._held_since: float | None = None
         self._reading: Request | None = None
         self._waiting: deque[Request] = deque()
         self._wake = threading.Condition()
@@ -120,7 +112,7 @@ class Scheduler:
     @property
     def running(self) -> int:
         """Texts under way that hold a row; a text whose last piece was given no longer counts."""
-        writing = sum(not request.text.finished for request in list(self._running))
+        writing = sum(not request.text.finished for request in self._running.requests)
         return writing + (self._reading is not None)
 
     @property
@@ -132,7 +124,7 @@ class Scheduler:
     def cache_tokens(self) -> int:
         """Tokens that the rows in use hold."""
         reading = self._reading
-        held = sum(request.text.position + 1 for request in list(self._running))
+        held = sum(request.text.position + 1 for request in self._running.requests)
         return held + (0 if reading is None else reading.read)
 
     @property
@@ -178,6 +170,9 @@ class Scheduler:
             raise ValueError(f"num_beams is {config.num_beams}; the scheduler samples, expected 1")
         if config.seed is None:
             config = config.replace(seed=secrets.randbits(63))
+        for prompt in prompts:
+            if not isinstance(prompt, str):
+                self._check_ids(prompt)
         requests = [
             self._request(
                 self.generator.new_text(prompt, config, sample=sample),
@@ -197,6 +192,14 @@ class Scheduler:
             self._wake.notify_all()
         return [request.handle for request in requests]
 
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        size = self.generator.model.config.vocab_size
+        if not len(ids):
+            raise ValueError("the prompt holds no token id; give at least one")
+        wrong = next((id_ for id_ in ids if not 0 <= id_ < size), None)
+        if wrong is not None:
+            raise ValueError(f"the prompt holds token id {wrong}; the model has 0 to {size - 1}")
+
     def _request(self, text: Text, **wishes: Any) -> Request:
         handle = Handle(text.prompt, text.ids, lambda: self._cancel(request))
         request = Request(text=text, handle=handle, **wishes)
@@ -211,7 +214,7 @@ class Scheduler:
 
     def _all_requests(self) -> list[Request]:
         reading = [] if self._reading is None else [self._reading]
-        return [*self._running, *reading, *self._waiting]
+        return [*self._running.requests, *reading, *self._waiting]
 
     def _loop(self) -> None:
         while True:
@@ -224,7 +227,8 @@ class Scheduler:
                 self._admit()
             try:
                 self._read()
-                self._step()
+                if not self._holds_back():
+                    self._step()
             except Exception as error:
                 self._fail(error)
 
@@ -235,18 +239,20 @@ class Scheduler:
         if self._reading is not None and self._reading.cancelled:
             self._reading.handle.put(Piece("", finish_reason="cancelled"))
             self._reading = None
-        cancelled = [request for request in self._running if request.cancelled]
-        for request in cancelled:
+        for request in [r for r in self._running.requests if r.cancelled]:
             request.handle.put(Piece("", finish_reason="cancelled"))
-        self._keep([request for request in self._running if not request.cancelled])
+        self._running.keep([r for r in self._running.requests if not r.cancelled])
 
     def _fail(self, error: Exception) -> None:
         """End what is under way; what waits goes on."""
         _logger.warning("texts under way were ended: %s", error)
         with self._wake:
-            under_way = [*self._running, *([] if self._reading is None else [self._reading])]
-            self._running, self._reading, self._logits = [], None, None
-            self._sampler = self._new_sampler()
+            under_way = [
+                *self._running.requests,
+                *([] if self._reading is None else [self._reading]),
+            ]
+            self._running.clear()
+            self._reading = None
             self._wake.notify_all()
         # What is no number must reach no other text: not by a prefix, nor by slots that are masked.
         self._prefixes.clear()
@@ -264,194 +270,78 @@ class Scheduler:
             request.row, request.read = len(self._running), 0
             self._reading = request
 
-    @torch.inference_mode()
     def _read(self) -> None:
-        """Read a part of the text whose turn it is."""
-        request = self._reading
-        if request is None:
-            return
-        window = request.window
-        if not request.read and not request.prompt_logprobs:
-            request.read = self._share(request, window)
-            request.handle.cached_tokens = max(request.handle.cached_tokens, request.read)
-        size = self._chunks.size(beside=bool(self._running)) if self._rows.chunked else len(window)
-        part = window[request.read : request.read + size]
-        began = time.perf_counter()
-        logits = self._read_part(request, part)
-        self._chunks.note_read(len(part), time.perf_counter() - began)
-        request.read += len(part)
-        if request.read == len(window):
-            self._prefixes.add(window, self._rows.cache, request.row)
-            self._begin_writing(request, logits)
+        """Read of the prompts as much as the running texts may wait for."""
+        began, spent = time.perf_counter(), 0.0
+        while (request := self._reading) is not None:
+            held = self._holds_back()
+            beside = 0 if held else len(self._running)
+            size = self._pace.tokens(running=beside, spent=spent)
+            if size < min(len(request.window) - request.read, SMALLEST):
+                return
+            logits = self._reader.read(request, size, self._running.requests)
+            if logits is not None:
+                self._begin_writing(request, logits)
+            with self._wake:
+                self._admit()
+            if not beside:
+                return  # to look for cancellations first
+            spent = time.perf_counter() - began
 
-    def _share(self, request: Request, window: Sequence[int]) -> int:
-        """Copy the beginning of a window that is known already; returns how long it is.
+    def _holds_back(self) -> bool:
+        """Whether the texts that have been read wait for the prompts of others that came with them.
 
-        The last token is always read, for its logits.
+        A step with few texts takes as long as one with several, so texts that come together are
+        best begun together. No text waits longer than `HOLD_SECONDS` for that, and none that has
+        begun.
         """
-        longest, source = 0, None
-        for row, other in enumerate(self._running):
-            length = common_length(other.window, window)
-            if length > longest:
-                longest, source = length, row
-        kept, entry = self._prefixes.match(window)
-        count = min(max(longest, kept), len(window) - 1)
-        if count and source is not None and longest >= kept:
-            self._rows.copy(source, request.row, count)
-        elif count and entry is not None:
-            self._prefixes.copy_to(entry, count, self._rows.cache, request.row)
-        return count
-
-    def _read_part(self, request: Request, part: Sequence[int]) -> Tensor:
-        """Logits after the part, (1, V)."""
-        if not request.prompt_logprobs:
-            return self._rows.read(request.row, part, request.read)
-        logits = self._rows.read_all(request.row, part, request.read)  # (T, V)
-        ids = request.window[request.read + 1 : request.read + len(part) + 1]
-        infos = token_infos(logits[: len(ids)], ids, request.top_logprobs or 0)
-        first = () if request.handle.prompt_tokens else (TokenInfo(request.window[0], None),)
-        request.handle.prompt_tokens += (*first, *infos)
-        return logits[-1:]
+        running, reading = self._running.requests, self._reading
+        if reading is None or not running or any(request.begun for request in running):
+            self._held_since = None
+            return False
+        if self._held_since is None:
+            self._held_since = time.monotonic()
+        to_read = self._pace.read_seconds(len(reading.window) - reading.read)
+        return time.monotonic() + to_read <= self._held_since + HOLD_SECONDS
 
     def _begin_writing(self, request: Request, logits: Tensor) -> None:
-        self._reading = None
         request.prompt_logprobs = False  # they are there; the window may be read again later
         if request.only_read:
             request.handle.put(Piece("", finish_reason="length"))
-            return
-        row = len(self._running)
-        if request.row != row:
-            self._rows.copy(request.row, row, len(request.window))
-        self._running.append(request)
-        if self._logits is not None:
-            logits = torch.cat((self._logits, logits))
-        self._logits = logits
-        self._sampler.select(range(row), self._sampler_rows(row + 1))
-        self._sampler.add(
-            row,
-            request.text.constraints,
-            SamplingParams.of(request.text.config),
-            key=request.text.key,
-            history=request.text.ids,
-            step=request.text.count,
-        )
+        else:
+            self._running.add(request, logits)
+        self._reading = None
 
     # -- running texts ----------------------------------------------------------------------------
 
-    @torch.inference_mode()
     def _step(self) -> None:
         """One more token of every running text; several of a single one, where they are guessed."""
         if not self._running:
             return
         began = time.perf_counter()
-        assert self._logits is not None
-        self._take(self._logits, self._pick(self._logits))
+        self._running.choose()
         with self._wake:
-            going = [request for request in self._running if not request.text.finished]
-            outgrown = [r for r in going if r.text.position >= self._engine.limit]
-            for request in outgrown:
-                request.text.slide(self._engine.limit)
-                self._waiting.appendleft(request)  # its window is read again
-            self._keep([request for request in going if request not in outgrown])
-            if not self._all_requests():
-                self._wake.notify_all()
+            self._drop_ended()
             alone = len(self._all_requests()) == 1
-        if alone and self._running and self._speculate(self._running[0]):
+        if not self._running:
             return
-        if self._running:
-            last = [request.text.ids[-1] for request in self._running]
-            positions = [request.text.position for request in self._running]
-            self._logits = self._rows.decode(last, positions)
-            self._chunks.note_step(time.perf_counter() - began)
+        if alone and self._running.speculate():
+            with self._wake:
+                self._drop_ended()
+            return
+        self._running.decode()
+        self._pace.note_step(len(self._running), time.perf_counter() - began)
 
-    def _pick(self, logits: Tensor) -> Tensor:
-        """The next token of each row of the sampler; changes no state."""
-        check_logits(self.generator.model, logits)
-        padded = self._pad(logits)
-        ids = self._sampler.choose(padded)
-        blocked: Tensor | None = None
-        while offenders := [
-            (row, id_)
-            for row, (request, id_) in enumerate(zip(self._running, ids.tolist(), strict=False))
-            if request.text.offends(id_)
-        ]:
-            blocked = torch.zeros_like(padded, dtype=torch.bool) if blocked is None else blocked
-            for row, id_ in offenders:
-                blocked[row, id_] = True
-            ids = self._sampler.choose(padded, blocked=blocked)
-        return ids
-
-    def _take(self, logits: Tensor, picked: Tensor) -> None:
-        """Hand the picked tokens to the running texts."""
-        self._sampler.advance(picked)
-        ids: list[int] = picked.tolist()[: len(self._running)]
-        infos = wanted_infos(logits, ids, [request.top_logprobs for request in self._running])
-        for request, id_, info in zip(self._running, ids, infos, strict=True):
-            count = request.text.count
-            piece = request.text.put(id_)
-            tokens = (info,) if request.text.count > count else ()
-            request.handle.put(Piece(piece, tokens, request.text.finish_reason))
-
-    def _speculate(self, request: Request) -> bool:
-        """Let the generator's assistant draft tokens of the only text, and check them in one step.
-
-        A drafted token is kept where it is the one that is picked anyway, so the text stays what it
-        is. Returns False where nothing could be drafted.
+    def _drop_ended(self) -> None:
+        """Free the rows of the texts that have ended, and of those that have outgrown the window,
+        which is read again.
         """
-        text, size = request.text, request.text.config.num_assistant_tokens
-        if self._draft is None or self._rows.whole or not size:
-            return False
-        if text.position + size >= self._engine.limit:
-            return False
-        drafted = self._draft.propose(text.ids[text.start :], size, self._sampler)
-        if not drafted:
-            return False
-        checked = self._rows.read_all(0, [text.ids[-1], *drafted], text.position)  # (1 + size, V)
-        for place, id_ in enumerate([*drafted, None]):
-            self._logits = checked[place : place + 1]
-            # What was not drafted right is picked at the next step, from these logits.
-            if id_ is None or text.finished or text.to_come == 1:
-                break
-            picked = self._pick(self._logits)
-            if int(picked[0]) != id_:
-                break
-            self._take(self._logits, picked)
-        return True
-
-    def _keep(self, requests: Sequence[Request]) -> None:
-        """Go on with these of the running texts; the last ones move to the rows set free."""
-        if len(requests) == len(self._running):
-            return
-        kept = {id(request) for request in requests}
-        rows = [row for row, request in enumerate(self._running) if id(request) in kept]
-        order = list(range(len(rows)))
-        holes = [row for row in order if row not in rows]
-        movers = [row for row in rows if row >= len(rows)]
-        for hole, mover in zip(holes, movers, strict=True):
-            self._rows.copy(mover, hole, self._running[mover].text.position)
-            order[hole] = mover
-        self._running = [self._running[row] for row in order]
-        if order:
-            self._sampler.select(order, self._sampler_rows(len(order)))
-            assert self._logits is not None
-            self._logits = self._logits[order]
-        else:
-            self._sampler, self._logits = self._new_sampler(), None
-
-    # -- sizes ------------------------------------------------------------------------------------
-
-    def _sampler_rows(self, running: int) -> int:
-        return self._rows.count if self._rows.whole else max(running, 1)
-
-    def _new_sampler(self) -> Sampler:
-        return Sampler(
-            self._sampler_rows(0),
-            vocab_size=self.generator.model.config.vocab_size,
-            device=self.generator.model.device,
-            per_row=self._engine.on_cuda,
-        )
-
-    def _pad(self, logits: Tensor) -> Tensor:
-        """(A, V) with a row for every row of the sampler."""
-        missing = self._sampler_rows(len(logits)) - len(logits)
-        return torch.nn.functional.pad(logits, (0, 0, 0, missing)) if missing else logits
+        limit = self._engine.limit
+        going = [request for request in self._running.requests if not request.text.finished]
+        outgrown = [request for request in going if request.text.position >= limit]
+        for request in reversed(outgrown):
+            request.text.slide(limit)
+            self._waiting.appendleft(request)
+        self._running.keep([request for request in going if request not in outgrown])
+        if not self._all_requests():
+            self._wake.notify_all()

@@ -6,11 +6,13 @@ import asyncio
 import random
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from gpt2ml_torch import Generator
 from gpt2ml_torch.serving import QueueFull, Scheduler
@@ -90,8 +92,8 @@ def test_a_single_text_is_speculated_and_stays_the_same(shipped_model: Path) -> 
     alone = [plain.generate(p, return_full_text=False, **options)[0] for p, options in requests]
     with Scheduler(helped, max_rows=3) as scheduler:
         assert [scheduler.submit(p, **options).result(60) for p, options in requests] == alone
-        assert scheduler._draft is not None
-        steps = scheduler._draft.steps
+        assert scheduler._running.draft is not None
+        steps = scheduler._running.draft.steps
         handles = [scheduler.submit(prompt, **options) for prompt, options in requests]
         assert [handle.result(60) for handle in handles] == alone
     assert steps > 0
@@ -154,6 +156,21 @@ def test_a_shared_beginning_is_read_once_and_changes_nothing(generator: Generato
         assert scheduler.prefix_tokens > 0
 
 
+def test_a_prompt_that_is_known_to_its_end_is_not_read_at_all(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"seed": 3, "max_new_tokens": 6}
+    texts = generator.generate(
+        PROMPTS[1], num_return_sequences=4, return_full_text=False, **options
+    )
+    with Scheduler(generator, max_rows=2) as scheduler:
+        assert scheduler.submit(PROMPTS[1], **options).result(60) == texts[0]
+        monkeypatch.setattr(scheduler._rows, "read", None)
+        handles = [scheduler.submit(PROMPTS[1], sample=row, **options) for row in (1, 2, 3)]
+        assert [handle.result(60) for handle in handles] == texts[1:]
+        assert {handle.cached_tokens for handle in handles} == {len(handles[0].prompt_ids)}
+
+
 def test_the_prefix_cache_is_bounded(generator: Generator) -> None:
     with Scheduler(generator, prefix_tokens=16) as scheduler:
         for prompt in PROMPTS * 2:
@@ -184,6 +201,53 @@ def test_a_cancelled_text_frees_its_row_within_a_step(generator: Generator) -> N
         assert len(waiting.result(60)) > 0
         *_, last = endless
         assert last.finish_reason == "cancelled"
+
+
+def test_a_row_freed_by_a_cancellation_is_taken_over_whole(generator: Generator) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 40, "seed": 3, "top_k": 0}
+    alone = [generator.generate(p, return_full_text=False, **options)[0] for p in PROMPTS]
+    with Scheduler(generator, max_rows=8) as scheduler:
+        for _ in range(4):
+            endless = [scheduler.submit(PROMPTS[0], max_new_tokens=1000) for _ in range(3)]
+            handles = [scheduler.submit(prompt, **options) for prompt in PROMPTS]
+            next(iter(handles[-1]))
+            for handle in endless:
+                handle.cancel()
+            beginning = next(iter(handles[0])).text
+            results = [handle.result(60) for handle in handles]
+            assert [beginning + results[0], *results[1:-1]] == alone[:-1]
+
+
+def test_texts_that_come_together_begin_together(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler = Scheduler(generator, max_rows=4)
+    sizes: list[int] = []
+    decode = scheduler._rows.decode
+
+    def counted(ids: Sequence[int], positions: Sequence[int]) -> Tensor:
+        sizes.append(len(ids))
+        return decode(ids, positions)
+
+    monkeypatch.setattr(scheduler._rows, "decode", counted)
+    handles = [scheduler.submit(prompt, max_new_tokens=8, seed=1) for prompt in PROMPTS[:4]]
+    with scheduler:
+        for handle in handles:
+            handle.result(60)
+    assert sizes == [4] * 7
+
+
+def test_a_long_prompt_does_not_hold_back_those_that_came_with_it(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpt2ml_torch.serving.scheduler.HOLD_SECONDS", 0.0)
+    scheduler = Scheduler(generator, max_rows=2)
+    short = scheduler.submit(PROMPTS[0], max_new_tokens=2, seed=1)
+    long = scheduler.submit("春江潮水连海平，海上明月共潮生。" * 60, max_new_tokens=1, seed=1)
+    with scheduler:
+        short.result(60)
+        assert not long._pieces
+        long.result(60)
 
 
 def test_what_waits_can_be_cancelled(generator: Generator) -> None:
@@ -253,6 +317,13 @@ def test_asyncio_iterates_several_at_once(generator: Generator) -> None:
     assert asyncio.run(main()) == [expected] * 4
 
 
+def test_a_forced_token_that_ends_a_bad_word_is_taken_at_once(generator: Generator) -> None:
+    options: dict[str, Any] = {"forced_start": "春", "bad_words": ["春"], "max_new_tokens": 3}
+    alone = generator.generate(PROMPTS[1], return_full_text=False, seed=1, **options)
+    with Scheduler(generator) as scheduler:
+        assert [scheduler.submit(PROMPTS[1], seed=1, **options).result(20)] == alone
+
+
 def test_bad_settings_are_refused_before_anything_runs(generator: Generator) -> None:
     with Scheduler(generator) as scheduler:
         wrong: list[tuple[dict[str, Any], str]] = [
@@ -265,6 +336,9 @@ def test_bad_settings_are_refused_before_anything_runs(generator: Generator) -> 
                 scheduler.submit(PROMPTS[0], **options)
         with pytest.raises(ValueError, match="no token"):
             scheduler.submit("  ")
+        for ids, message in (([], "no token"), ([5, 10**6], "1000000"), ([-1], "-1")):
+            with pytest.raises(ValueError, match=message):
+                scheduler.submit(ids)
 
 
 def test_an_error_in_a_step_reaches_those_who_wait_and_the_others_go_on(

@@ -1,0 +1,48 @@
+"""How much of a prompt is read between two steps follows from what both cost."""
+
+from __future__ import annotations
+
+import pytest
+
+from gpt2ml_torch.serving.chunks import ALONE, SHARE, SMALLEST, CostCurve, Pace
+
+
+def test_a_cost_is_never_guessed_below_a_floor_with_a_slope() -> None:
+    curve = CostCurve()
+    assert curve.seconds(1) is None
+
+    def cost(size: int) -> float:
+        return max(12.0, 3.0 * size)
+
+    for size in (2, 16, 200):
+        curve.note(size, cost(size))
+    for size in range(1, 256):
+        guess = curve.seconds(size)
+        assert guess is not None
+        assert guess >= cost(size) - 1e-9
+
+
+@pytest.mark.parametrize("slope", [0.1, 1.0, 3.0])
+@pytest.mark.parametrize("running", [1, 7, 30])
+def test_a_chunk_and_what_was_read_before_it_take_no_more_than_their_share(
+    slope: float, running: int
+) -> None:
+    pace = Pace(1024)
+
+    def cost(size: int) -> float:
+        return max(4.0, slope * size)
+
+    pace.note_read(200, cost(200))
+    for _ in range(50):  # settles
+        pace.note_step(running, cost(running))
+        first = pace.tokens(running=running, spent=0.0)
+        pace.note_read(first, cost(first))
+    assert first == SMALLEST or cost(first) <= SHARE * cost(running)
+    assert cost(first + SMALLEST) > 0.9 * SHARE * cost(running)
+    more = pace.tokens(running=running, spent=cost(first))
+    assert not more or cost(first) + cost(more) <= SHARE * cost(running)
+
+
+def test_alone_a_prompt_is_read_in_large_parts() -> None:
+    assert Pace(1024).tokens(running=0, spent=0.0) == ALONE
+    assert Pace(64).tokens(running=0, spent=0.0) == 64
