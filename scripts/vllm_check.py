@@ -1,7 +1,8 @@
 """Start vLLM's server on the exported model and check it; scripts/vllm-check calls this.
 
 The environment of vLLM runs the server and scripts/vllm_client.py, this one exports the model and
-says which texts are expected.
+says which texts are expected. With `--full MODEL` the throughput of that model is measured instead,
+exported in bfloat16, beside `gpt2ml serve` on the file itself.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import contextlib
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -19,15 +21,18 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from convert.__main__ import main as convert
 from gpt2ml_torch import Generator, Tokenizer
 from gpt2ml_torch.export.folder import ExportOptions, export_folder
+from scripts.benchmarks.machine import describe
+from scripts.benchmarks.serving import our_server
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ("春眠不觉晓，", "千山鸟飞绝，", "今天天气不错", "双十一", "科学空间", "月", "一片孤城")
 TOKENS = 24
-STARTUP = 600  # seconds
+STARTUP = 1800  # seconds
 
 
 def main() -> int:
@@ -38,17 +43,61 @@ def main() -> int:
         "--code", action="store_true", help="load the folder's code, not the plugin"
     )
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
+    parser.add_argument("--pipeline-parallel-size", type=int, default=1)
+    parser.add_argument("--full", metavar="MODEL", help="measure this model instead of checking")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32], help="with --full")
+    parser.add_argument("--tokens", type=int, default=64, help="with --full")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server ends too
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        if arguments.full:
+            return _measure(arguments, folder)
         model = Path(arguments.model or folder / "demo.safetensors")
         if not arguments.model and convert([str(ROOT / "checkpoints/demo"), str(model)]):
             return 2
         exported = export_folder(model, folder / "exported", ExportOptions(code=arguments.code))
         (folder / "expected.json").write_text(json.dumps(_expected(model)), encoding="utf-8")
-        with _server(arguments, exported) as url:
-            client = [arguments.vllm, str(ROOT / "scripts/vllm_client.py"), url]
-            return subprocess.run([*client, str(folder / "expected.json")], check=False).returncode
+        with _server(arguments, exported, "float32") as url:
+            client = [*_client(arguments, url), str(folder / "expected.json")]
+            return subprocess.run(client, check=False).returncode
+
+
+def _client(arguments: argparse.Namespace, url: str) -> list[str]:
+    return [arguments.vllm, str(ROOT / "scripts/vllm_client.py"), url]
+
+
+def _measure(arguments: argparse.Namespace, folder: Path) -> int:
+    """Print a table of tokens per second, and what the export took."""
+    export = [sys.executable, "-m", "gpt2ml_torch", "export", arguments.full, str(folder / "full")]
+    began = time.monotonic()
+    subprocess.run([*export, "--dtype", "bfloat16", "--no-code"], cwd=ROOT, check=True)
+    seconds = time.monotonic() - began
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    print(f"exported in {seconds:.0f} s with a peak of {peak:.2f} GiB of memory", flush=True)
+    rows: dict[str, dict[str, float]] = {}
+    with _server(arguments, folder / "full", "bfloat16") as url:
+        found = _rates(arguments, url)
+        rows["vLLM, bfloat16"] = found["rates"]
+    for precision in ("bfloat16", "int8"):
+        with our_server(Path(arguments.full), max(arguments.batches), precision) as url:
+            rows[f"gpt2ml serve, {precision}"] = _rates(arguments, url)["rates"]
+    machine = describe()
+    print(f"{machine['date']}, {machine['processor']}, {machine['cores']} cores")
+    print(f"{found['versions']}; tokens per second, {arguments.tokens} new tokens a text\n")
+    print("".join(f"| {head} " for head in ("", *arguments.batches)) + "|")
+    print("|---|" + "---:|" * len(arguments.batches))
+    for who, rates in rows.items():
+        print("".join(f"| {cell} " for cell in (who, *(f"{r:.1f}" for r in rates.values()))) + "|")
+    return 0
+
+
+def _rates(arguments: argparse.Namespace, url: str) -> dict[str, Any]:
+    batches = ["--rates", *map(str, arguments.batches), "--tokens", str(arguments.tokens)]
+    command = [*_client(arguments, url), *batches]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    print(done.stdout, end="", flush=True)
+    return dict(json.loads(done.stdout))
 
 
 def _expected(model: Path) -> dict[str, object]:
@@ -65,21 +114,28 @@ def _expected(model: Path) -> dict[str, object]:
 
 
 @contextlib.contextmanager
-def _server(arguments: argparse.Namespace, folder: Path) -> Iterator[str]:
+def _server(arguments: argparse.Namespace, folder: Path, dtype: str) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [
         *(arguments.vllm, "-m", "vllm.entrypoints.openai.api_server"),
-        *("--model", str(folder), "--served-model-name", "gpt2ml", "--dtype", "float32"),
+        *("--model", str(folder), "--served-model-name", "gpt2ml", "--dtype", dtype),
         *("--host", "127.0.0.1", "--port", str(port), "--max-num-seqs", "32"),
         *("--tensor-parallel-size", str(arguments.tensor_parallel_size)),
+        *("--pipeline-parallel-size", str(arguments.pipeline_parallel_size)),
         *(["--trust-remote-code"] if arguments.code else []),
     ]
     # Elsewhere, so that Python finds the installed package and not this folder.
     log = folder.with_name("server.log")
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "4", "HF_HUB_OFFLINE": "1"}
     environment.pop("PYTHONPATH", None)
+    workers = arguments.tensor_parallel_size * arguments.pipeline_parallel_size
+    if workers > 1:  # left alone, vLLM wants a NUMA node for each
+        cores = sorted(os.sched_getaffinity(0))
+        shares = [cores[index::workers] or cores for index in range(workers)]
+        bind = "|".join(",".join(map(str, share)) for share in shares)
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = bind
     with log.open("w") as output:
         server = subprocess.Popen(
             command,
@@ -94,7 +150,8 @@ def _server(arguments: argparse.Namespace, folder: Path) -> Iterator[str]:
         _wait(server, url, log)
         yield f"{url}/v1"
     finally:
-        os.killpg(server.pid, signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGTERM)
         server.wait()
 
 
@@ -107,7 +164,11 @@ def _wait(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
             print(f"server ready after {time.monotonic() - began:.0f} s")
             return
         time.sleep(2)
-    raise OSError(f"the server did not start:\n{log.read_text(errors='replace')[-4000:]}")
+    lines = log.read_text(errors="replace").splitlines()
+    errors = [line for line in lines if "ERROR" in line and "Error:" in line]
+    cause = "\n".join((errors or lines)[-5:])
+    print(f"the server did not start after {time.monotonic() - began:.0f} s:\n{cause}")
+    sys.exit(1)
 
 
 if __name__ == "__main__":
