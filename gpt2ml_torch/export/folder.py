@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import json
 import os
 import re
 import shutil
@@ -19,7 +20,7 @@ from typing import Literal
 import torch
 
 from gpt2ml_torch.export import documents
-from gpt2ml_torch.export.names import exported_names, exported_shapes
+from gpt2ml_torch.export.names import MODEL_TYPE, exported_names, exported_shapes
 from gpt2ml_torch.generation.config import GenerationConfig
 from gpt2ml_torch.modelfile import disk
 from gpt2ml_torch.modelfile.format import byte_size, expected_shapes
@@ -28,6 +29,7 @@ from gpt2ml_torch.modelfile.writer import SafetensorsWriter
 from gpt2ml_torch.options import OptionError, OptionFileExistsError, check_options, option
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_MAX_SHARD = 1 << 62  # bytes; no file is larger
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.partial(\.lock)?)?")
 _SMALL_FILES = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
@@ -62,7 +64,7 @@ class ExportOptions:
     def shard_bytes(self) -> int:
         match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMG]?i?B)?", self.shard_size.strip(), re.I)
         size = float(match[1]) * _UNITS[(match[2] or "").upper().removeprefix("B")] if match else 0
-        if size < 1:
+        if not 1 <= size < _MAX_SHARD:
             raise OptionError(
                 "{shard_size} is {!r}; expected a size such as 5GB, 500MB or 1GiB", self.shard_size
             )
@@ -81,6 +83,10 @@ def export_folder(
     """
     options = options or ExportOptions()
     target = _resolve_folder(folder, overwrite=options.overwrite)
+    if target == Path(os.path.realpath(model)).parent:
+        raise ValueError(
+            f"{model} is in the folder {target}, which would be replaced; give another"
+        )
     with ModelFile.open(model) as file:
         if file.packed is not None:
             raise ValueError(
@@ -181,10 +187,11 @@ def _resolve_folder(path: str | os.PathLike[str], *, overwrite: bool) -> Path:
             raise OptionFileExistsError(
                 "{} exists already; give another name, or {overwrite=True} to replace it", target
             )
-        if not _is_ours(target):
+        if not _is_ours(target) or not _holds_our_model(target):
             raise OSError(
                 errno.EEXIST,
-                f"{target} holds more than an exported model; give another folder, or remove it",
+                f"{target} holds something else than an exported model; give another folder, or "
+                "remove it",
             )
     return target
 
@@ -195,6 +202,17 @@ def _is_ours(folder: Path) -> bool:
         (_WEIGHTS.fullmatch(entry.name) or entry.name in _SMALL_FILES) and entry.is_file()
         for entry in folder.iterdir()
     )
+
+
+def _holds_our_model(folder: Path) -> bool:
+    """Whether a folder's configuration, if there is one, is an exported model's."""
+    try:
+        values = json.loads((folder / "config.json").read_bytes())
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(values, dict) and values.get("model_type") == MODEL_TYPE
 
 
 @contextlib.contextmanager

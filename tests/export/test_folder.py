@@ -92,9 +92,13 @@ def test_an_existing_folder_is_replaced_only_if_told_and_only_an_exported_one(
     export_folder(file, folder, ExportOptions(overwrite=True, code=False))
     assert not list(folder.glob("*.py"))
     (folder / "mine.txt").write_text("x")
-    with pytest.raises(OSError, match="holds more than an exported model"):
+    with pytest.raises(OSError, match="holds something else than an exported model"):
         export_folder(file, folder, ExportOptions(overwrite=True))
     assert (folder / "mine.txt").exists()
+    (folder / "mine.txt").unlink()
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(OSError, match="holds something else than an exported model"):
+        export_folder(file, folder, ExportOptions(overwrite=True))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder"]
 
 
@@ -117,6 +121,7 @@ def test_a_killed_export_leaves_nothing_under_the_name(file: Path, tmp_path: Pat
     ("arguments", "message"),
     [
         (["--shard-size", "many"], "--shard-size is 'many'; expected a size such as 5GB"),
+        (["--shard-size", "9" * 400 + "GB"], "expected a size such as 5GB"),
         (["--shard-size", "0"], "--shard-size is '0'; expected a size such as 5GB"),
         (["--dtype", "int8"], "int8"),
     ],
@@ -139,6 +144,8 @@ def test_what_can_not_be_exported_says_why(file: Path, tmp_path: Path) -> None:
     assert main(["quantize", str(file), "--out", str(tmp_path / "small.safetensors")]) == 0
     with pytest.raises(ValueError, match=r"int8 weights.*export the file that it was made from"):
         export_folder(tmp_path / "small.safetensors", tmp_path / "folder")
+    with pytest.raises(ValueError, match="which would be replaced"):
+        export_folder(file, file.parent, ExportOptions(overwrite=True))
     with pytest.raises(OSError, match="does not exist; create it first"):
         export_folder(file, tmp_path / "no" / "folder")
     with pytest.raises(NotADirectoryError, match="not a folder"):
