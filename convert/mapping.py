@@ -185,8 +185,9 @@ def slot_recipes(weights: Mapping[str, Recipe], slots: Iterable[str]) -> dict[st
     return result
 
 
-def weight_pattern(layout: Layout) -> str:
-    """A regular expression for the names of weights; its one group is the layer's number."""
+def weight_pattern(layout: Layout, scopes: Iterable[str]) -> str:
+    """A regular expression for the names of weights under these scopes; its one group is the
+    layer's number."""
     digits = {"{}": "0|[1-9][0-9]{0,5}", "{:02d}": "[0-9]{2}|[1-9][0-9]{2,5}"}
     head, brace, tail = re.split(r"(\{.*?\})", layout.layer)
     number = f"{re.escape(head)}({digits[brace]}){re.escape(tail)}"
@@ -198,4 +199,5 @@ def weight_pattern(layout: Layout) -> str:
         )
         for modules in (OUTSIDE, INSIDE)
     )
-    return f"{re.escape(layout.scope)}(?:(?:{outside})|{number}(?:{inside}))"
+    scope = "|".join(map(re.escape, scopes))
+    return f"(?:{scope})(?:(?:{outside})|{number}(?:{inside}))"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from convert import configs, mapping
-from convert.mapping import Layout, Recipe
+from convert.inventory import AVERAGES, SLOTS, Inventory, take_inventory
+from convert.mapping import Recipe
 from convert.source import Source, Stored
 from convert.vocabulary import Vocabulary, find_vocabulary
 from gpt2ml_torch.config import MAX_LAYERS, GPT2MLConfig
@@ -20,8 +20,6 @@ from gpt2ml_torch.options import OptionError, check_options, option
 from gpt2ml_torch.precision import FLOATING, INTEGER
 
 _MAX_FAULTS = 200  # named in one error; a hostile file may have millions
-_SLOTS, _AVERAGES, _TIED = "optimiser slots", "moving averages", "tied output layer"
-_STEP, _SCALARS = "step counter", "scalars"
 _PRECISIONS = ("float32", "bfloat16", "float16", *(precision.value for precision in INTEGER))
 _TIED_ROWS = 4096  # compared at a time
 
@@ -94,22 +92,6 @@ class Plan:
     dropped: dict[str, int]
     notes: list[str]
     inputs: list[Path]
-
-
-@dataclasses.dataclass(frozen=True)
-class Inventory:
-    """A source's tensors under the names of the layout that was recognised.
-
-    `original` gives their names in the source; `layers` is the highest layer's number plus one;
-    `dropped` holds names by the reason for it, `unknown` what nothing explains.
-    """
-
-    layout: Layout
-    tensors: dict[str, Stored]
-    original: dict[str, str]
-    layers: int
-    dropped: dict[str, list[str]]
-    unknown: list[str]
 
 
 def make_plan(source: Source, folder: Path, options: Options) -> Plan:
@@ -186,98 +168,15 @@ def _count_dropped(inventory: Inventory, slots: Mapping[str, Recipe]) -> dict[st
 def _notes_on(inventory: Inventory) -> list[str]:
     """What the user should know about the names."""
     notes = []
-    anchor = inventory.layout.scope + inventory.layout.anchor
-    scope = inventory.original[anchor].removesuffix(inventory.layout.anchor)
+    scope = inventory.scope
     if inventory.layout.has_slots and scope != inventory.layout.scope:
         notes.append(f"the weights stand under {scope!r}, not {inventory.layout.scope!r}")
-    if averages := inventory.dropped.get(_AVERAGES):
+    if averages := inventory.dropped.get(AVERAGES):
         notes.append(
             f"{len(averages)} moving averages of weights were dropped; the weights themselves were "
             "taken"
         )
     return notes
-
-
-def take_inventory(source: Source) -> Inventory:
-    """Recognise the layout and sort the tensors by what they are.
-
-    Raises `ValueError` where the weights are there twice, under different scopes.
-    """
-    layout, scope = _recognise(source)
-    tensors: dict[str, Stored] = {}
-    original: dict[str, str] = {}
-    for raw, stored in source.tensors.items():
-        name = _without_scope(raw, scope, layout)
-        if name in original:
-            raise ValueError(f"{source.name} has {name!r} twice: {original[name]!r} and {raw!r}")
-        tensors[name], original[name] = stored, raw
-    weight = re.compile(mapping.weight_pattern(layout))
-    below = re.compile(f"(?:.*/)?(?:{weight.pattern})/(.+)", re.DOTALL)
-    layers, dropped, unknown = 0, dict[str, list[str]](), []
-    for name, stored in tensors.items():
-        if match := weight.fullmatch(name):
-            layers = max(layers, int(match[1] or -1) + 1)
-        elif reason := _drop_reason(name, stored, layout, below):
-            dropped.setdefault(reason, []).append(name)
-        else:
-            raw = original[name]
-            unknown.append(name if raw.endswith(name) else raw)
-    return Inventory(layout, tensors, original, layers, dropped, sorted(unknown))
-
-
-def _recognise(source: Source) -> tuple[Layout, str]:
-    """The layout of a source, and the scope that its names stand under."""
-    for layout in source.layouts:
-        if layout.mark and not any(layout.mark in name for name in source.tensors):
-            continue
-        end = layout.separator + layout.anchor
-        scopes = {
-            name.removesuffix(layout.anchor)
-            for name in source.tensors
-            if name == layout.anchor or name.endswith(end)
-        }
-        if len(scopes) > 1:
-            names = " and ".join(repr(scope + layout.anchor) for scope in sorted(scopes)[:2])
-            raise ValueError(
-                f"{source.name} has {layout.anchor!r} twice: {names}; keep one set of weights"
-            )
-        if scopes:
-            return layout, scopes.pop()
-    return source.layouts[0], source.layouts[0].scope
-
-
-def _without_scope(name: str, scope: str, layout: Layout) -> str:
-    """The layout's own name of a tensor under `scope`; of others, without the part of the scope
-    that they share: an output layer may stand beside `transformer.`, both inside `module.`."""
-    if name.startswith(scope):
-        return layout.scope + name.removeprefix(scope)
-    parts = scope.split(layout.separator)[:-1]
-    for count in range(len(parts), 0, -1):
-        shared = layout.separator.join(parts[:count]) + layout.separator
-        if name.startswith(shared):
-            return name.removeprefix(shared)
-    return name
-
-
-def _drop_reason(name: str, stored: Stored, layout: Layout, below: re.Pattern[str]) -> str | None:
-    """Why a tensor that is no weight is left out, None if nothing explains it.
-
-    Other optimizers leave their own state in TensorFlow's checkpoints: variables that hang below a
-    weight's name, and lone scalars such as beta1_power or loss_scale.
-    """
-    if name == layout.tied:
-        return _TIED
-    for reason, pattern in layout.ignored.items():
-        if re.fullmatch(pattern, name):
-            return reason
-    if not layout.has_slots:
-        return None
-    if match := below.fullmatch(name):
-        last = match[match.re.groups].rpartition("/")[2]
-        return _AVERAGES if last == "ExponentialMovingAverage" else _SLOTS
-    if stored.shape == ():
-        return _STEP if name.endswith(mapping.TF_STEP) else _SCALARS
-    return None
 
 
 def _check_tied(source: Source, inventory: Inventory) -> None:
@@ -310,7 +209,7 @@ def _plan_slots(
     shapes = slot_shapes(config)
     slots = mapping.slot_recipes(recipes, shapes)
     if not any(name in inventory.tensors for r in slots.values() for name in r.sources):
-        other = " of Adafactor, only another's state" if _SLOTS in inventory.dropped else ""
+        other = " of Adafactor, only another's state" if SLOTS in inventory.dropped else ""
         raise OptionError(
             "{} holds no optimizer{}; go without {keep_optimizer=True}", source.name, other
         )
