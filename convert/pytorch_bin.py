@@ -115,7 +115,8 @@ class PyTorchFile(Source):
                 return self._describe_legacy(file)
         except Refused as error:
             raise ValueError(
-                f"{self._path} is no plain state dict, or hostile: {error}; nothing was run"
+                f"{self._path} is no plain state dict, or hostile: {error}; nothing was run; where "
+                "it was made, torch.save(model.state_dict(), FILE) writes what is wanted"
             ) from None
         except (ValueError, zipfile.BadZipFile, NotImplementedError, struct.error) as error:
             raise ValueError(
@@ -161,8 +162,9 @@ class PyTorchFile(Source):
         storages; then each storage, its count of numbers before them."""
         size = self._path.stat().st_size
         head = io.BytesIO(file.read(_MAX_PICKLE))
-        if tuple(describe(head) for _ in _LEGACY) != _LEGACY:
-            raise ValueError("it is no file of PyTorch's")
+        for number in _LEGACY:
+            if describe(head) != number:
+                raise Refused("it is a pickle, but none of PyTorch's")
         machine = describe(head)
         if isinstance(machine, Items) and ("little_endian", False) in machine.pairs:
             raise ValueError("it was written on a big-endian machine")
@@ -233,16 +235,18 @@ def _state_dict(described: Any, path: Path) -> dict[str, Any]:
     Raises `ValueError` where it is none, or a name occurs twice.
     """
     for _ in range(_MAX_WRAPPERS):
-        inner = _unwrapped(described)
+        inner = _unwrapped(described, path)
         if inner is None:
             break
         described = inner
     if not isinstance(described, Items) or not all(
-        isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[0], str)
-        for pair in described.pairs
+        isinstance(name, str) for name, _ in described.pairs
     ):
         what = "dict" if isinstance(described, Items) else type(described).__name__
-        raise ValueError(f"{path} holds {what}; expected a state dict")
+        raise ValueError(
+            f"{path} holds {what}; expected a state dict, as torch.save(model.state_dict(), FILE) "
+            "writes it"
+        )
     result: dict[str, Any] = {}
     for name, value in described.pairs:
         if name in result:
@@ -251,8 +255,9 @@ def _state_dict(described: Any, path: Path) -> dict[str, Any]:
     return result
 
 
-def _unwrapped(described: Any) -> Items | None:
-    """The dictionary inside a dictionary that is no state dict itself."""
+def _unwrapped(described: Any, path: Path) -> Items | None:
+    """The dictionary inside a dictionary that is no state dict itself: by the names that programs
+    give it, else the only one that holds tensors."""
     if not isinstance(described, Items):
         return None
     inside = {
@@ -260,4 +265,25 @@ def _unwrapped(described: Any) -> Items | None:
         for name, value in described.pairs
         if isinstance(name, str) and isinstance(value, Items)
     }
-    return next((inside[name] for name in _WRAPPERS if name in inside), None)
+    named = next((inside[name] for name in _WRAPPERS if name in inside), None)
+    if named is not None or any(isinstance(value, Tensor) for _, value in described.pairs):
+        return named
+    full = [name for name, value in inside.items() if _holds_tensors(value)]
+    if len(full) > 1:
+        names = " and ".join(repr(name[:40]) for name in full[:3])
+        raise ValueError(f"{path} holds several state dicts, {names}; save the model's alone")
+    return inside[full[0]] if full else None
+
+
+def _holds_tensors(described: Items) -> bool:
+    """Whether tensors are in a dictionary, or in dictionaries inside it, under names."""
+    queue, seen = [described], set[int]()
+    while queue:
+        items = queue.pop()
+        seen.add(id(items))  # one may be in many places
+        for name, value in items.pairs:
+            if isinstance(name, str) and isinstance(value, Tensor):
+                return True
+            if isinstance(name, str) and isinstance(value, Items) and id(value) not in seen:
+                queue.append(value)
+    return False

@@ -219,6 +219,13 @@ def _items(values: list[Any]) -> Items:
     return Items(list(zip(values[::2], values[1::2], strict=True)))
 
 
+def _pairs(values: Any) -> list[Any]:
+    """A list of keys and values, copied: the pickle may still append to it."""
+    if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in _expect(values, list)):
+        raise ValueError("its pickle is malformed (a dictionary of no pairs)")
+    return [tuple(pair) for pair in values]
+
+
 def _global(module: str, name: str) -> _Global:
     full = f"{module.replace('__builtin__', 'builtins')}.{name}"
     short = full.removeprefix("torch.cuda.").removeprefix("torch.")
@@ -256,7 +263,7 @@ def _call(function: Any, arguments: Any) -> Any:
     name, arguments = _expect(function, _Global).name, _expect(arguments, tuple)
     short = name.rpartition(".")[2]
     if name == "collections.OrderedDict":
-        return Items(_expect(arguments[0], list) if arguments else None)  # Python 2 gives pairs
+        return Items(_pairs(arguments[0]) if arguments else None)  # Python 2 gives pairs
     if name in _NO_NUMBERS:
         return Opaque(_NO_NUMBERS[name])
     if name == "torch.Size":
