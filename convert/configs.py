@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from convert import foreign
 from convert.inputs import visible
+from gpt2ml_torch import foreign
 from gpt2ml_torch.config import GPT2MLConfig
 from gpt2ml_torch.export.names import DEFAULTS_KEY
 from gpt2ml_torch.options import OptionError
@@ -134,7 +134,7 @@ def _load(path: Path) -> dict[str, Any]:
         raise OptionError("{} is no file; give another as {config}", path)
     if path.stat().st_size > _MAX_BYTES:
         raise OptionError("{} is too large for a configuration; give another as {config}", path)
-    foreign.check(path)
+    foreign.check(path, wanted="configuration", text=True)
     try:
         text = path.read_bytes().decode("utf-8-sig")
         values = json.loads(text, object_pairs_hook=unique)

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from convert import foreign
 from convert.safetensors_file import converted_already, is_converted
+from gpt2ml_torch import foreign
 
 Kind = Literal["tf", "bin", "safetensors"]
 
@@ -29,13 +29,14 @@ _ESCAPES = {b"n": b"\n", b"r": b"\r", b"t": b"\t", b"a": b"\a", b"b": b"\b", b"f
 _STATE_MAX_BYTES = 1 << 20
 _INDEX_MAX_BYTES = 16 << 20
 _FILE_NAME = re.compile(r"(?!\.)[^/\\\0:]{1,255}")
+_MAX_LEVELS, _MAX_FOLDERS = 3, 100  # searched where a folder has no checkpoint itself
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 # As transformers chooses between them: the pickled file may be what the folder began with.
 _USUAL = ("model.safetensors", "pytorch_model.bin", "model.pt", "pytorch_model.pt")
 # What training programs put beside the weights.
 _BESIDE = re.compile(
     r"(training_args|optimizer|scheduler|scaler|rng_state|random_states|adapter_model|trainer)\b.*"
-    r"|rng_state_\d+\..*|random_states_\d+\..*"
+    r"|rng_state_\d+\..*|random_states_\d+\..*|.*_optim_states\.pt"
 )
 
 
@@ -70,7 +71,7 @@ def locate(source: Path) -> Location:
     if source.exists() and not source.is_file():
         raise OSError(f"{source} is neither a file nor a folder")
     if source.is_file():
-        foreign.check(source)
+        foreign.check(source, text=source.name == "checkpoint" or _is_index(source))
     prefix = _prefix_of(source)
     if prefix is not None:
         return _tf(prefix)
@@ -101,8 +102,8 @@ def visible(folder: Path, pattern: str = "*") -> list[Path]:
 def _not_there(source: Path) -> Location:
     """What a name stands for that no file has: a prefix that the shell completed too far, or an
     error."""
-    if partial := foreign.unfinished(source):
-        raise FileNotFoundError(f"{source} is not there yet: {partial.name} is its download")
+    if reason := foreign.absence_of(source):
+        raise FileNotFoundError(reason)
     if source.parent.is_dir():
         for index in visible(source.parent, "*.index"):
             prefix = index.with_suffix("")
@@ -116,6 +117,11 @@ def _not_there(source: Path) -> Location:
     raise FileNotFoundError(
         f"{source} does not exist, nor does {source}.index; give a checkpoint's folder or prefix"
     )
+
+
+def _is_index(path: Path) -> bool:
+    """Whether a file is the list of a checkpoint's shards."""
+    return path.name.endswith(".index.json")
 
 
 def tf_data_files(prefix: Path) -> list[Path]:
@@ -143,7 +149,9 @@ def _prefix_of(file: Path) -> Path | None:
 def _loose_file(source: Path) -> Location:
     if source.name == "checkpoint":
         return _in_folder(source.parent)
-    if source.name.endswith(".index.json"):
+    if source.name.startswith("adapter_model."):
+        raise ValueError(_adapter(source))
+    if _is_index(source):
         return _sharded(source)
     if match := _SHARD.fullmatch(source.name):
         return _shards(source.parent, match)
@@ -174,7 +182,7 @@ def _sharded(index: Path) -> Location:
     Raises `ValueError` for an index that is damaged or leads elsewhere, `FileNotFoundError` for
     shards that are missing.
     """
-    foreign.check(index)
+    foreign.check(index, text=True)
     if index.stat().st_size > _INDEX_MAX_BYTES:
         raise ValueError(f"{index} is too large for an index of shards")
     try:
@@ -193,14 +201,10 @@ def _sharded(index: Path) -> Location:
 
 def _shards(folder: Path, match: re.Match[str]) -> Location:
     """The checkpoint that a shard belongs to, by its index.json or else by the shards' numbers."""
-    first, count, suffix = match["name"], match["count"], match["suffix"]
-    index = folder / f"{first}{suffix}.index.json"
+    index = folder / f"{match['name']}{match['suffix']}.index.json"
     if index.is_file():
         return _sharded(index)
-    if int(count) > 10_000:
-        raise ValueError(f"{folder / match.string} is one of {int(count):,} shards: too many")
-    names = [f"{first}-{i + 1:05d}-of-{count}{suffix}" for i in range(int(count))]
-    return _complete(index, names)
+    return _complete(index, _shard_names(match))
 
 
 def _complete(index: Path, names: Sequence[str]) -> Location:
@@ -230,10 +234,11 @@ def _in_folder(folder: Path) -> Location:
         return _with_note(location, others)
     if others:
         return _choose_pytorch(folder, others)
-    orphans = [path.name for path in visible(folder) if _TF_SHARD.fullmatch(path.name)]
-    if orphans:
-        index = _TF_SHARD.fullmatch(orphans[0])["prefix"] + ".index"  # type: ignore[index]
-        raise FileNotFoundError(f"{folder} has {orphans[0]}, but {index} is missing")
+    for path in visible(folder):
+        shard = _TF_SHARD.fullmatch(path.name)
+        if shard or path.suffix == ".meta":
+            index = (shard["prefix"] if shard else path.stem) + ".index"
+            raise FileNotFoundError(f"{folder} has {path.name}, but {index} is missing")
     raise _nothing_in(folder)
 
 
@@ -248,19 +253,41 @@ def _with_note(location: Location, left: Iterable[str]) -> Location:
 def _nothing_in(folder: Path) -> Exception:
     """The error for a folder without a checkpoint: what there is instead, if anything tells."""
     for path in visible(folder)[:200]:
-        if fault := foreign.fault_of(path):
+        if fault := foreign.fault_of(path, text=True):
             return ValueError(f"no checkpoint in {folder}: {fault}")
         if path.name.startswith("adapter_model."):
-            return ValueError(f"{path} is an adapter (LoRA), not a model; see gpt2ml merge")
+            return ValueError(_adapter(path))
         if path.suffix == ".safetensors" and is_converted(path):
             return ValueError(f"no checkpoint in {folder}: {converted_already(path)}")
-    inner = (path for path in sorted(folder.iterdir()) if not path.name.startswith((".", "__")))
-    for path in inner:
-        if path.is_dir() and (visible(path, "*.index") or _pytorch_names(path)):
-            return FileNotFoundError(f"no checkpoint in {folder} itself; give {path}")
+    for path in folder.iterdir():
+        if path.suffix in (*_PICKLED, ".safetensors") and (reason := foreign.absence_of(path)):
+            return FileNotFoundError(f"no checkpoint in {folder}: {reason}")
+    if inner := _folders_with_checkpoints(folder):
+        more = f" or {inner[1]}" if len(inner) > 1 else ""
+        return FileNotFoundError(f"no checkpoint in {folder} itself; give {inner[0]}{more}")
     return FileNotFoundError(
         f"no checkpoint (*.index with *.data-*, pytorch_model.bin or model.safetensors) in {folder}"
     )
+
+
+def _adapter(path: Path) -> str:
+    return f"{path} is an adapter (LoRA), not a model; see gpt2ml merge"
+
+
+def _folders_with_checkpoints(folder: Path) -> list[Path]:
+    """The folders inside a folder, up to three levels down, that hold a checkpoint; the one of the
+    most training first where numbers in their names tell."""
+    level, found = [folder], list[Path]()
+    for _ in range(_MAX_LEVELS):
+        children = (path for parent in level[:_MAX_FOLDERS] for path in parent.iterdir())
+        level = [path for path in children if path.is_dir() and path.name[:1] not in "._"]
+        found += [path for path in level if visible(path, "*.index") or _pytorch_names(path)]
+    return sorted(found, key=lambda path: (-_last_number(path.name), str(path)))
+
+
+def _last_number(name: str) -> int:
+    numbers = re.findall(r"\d+", name)
+    return int(numbers[-1][:18]) if numbers else -1
 
 
 def _choose_prefix(folder: Path, prefixes: list[Path]) -> Location:
@@ -318,10 +345,36 @@ def _pytorch_names(folder: Path) -> list[str]:
         if path.suffix == ".ckpt" and _kind(path) != "bin":
             continue
         group = f"{shard['name']}{shard['suffix']}.index.json" if shard else path.name
-        names.setdefault(group, path.name)
-        if not shard:
+        if not shard or group not in names or _is_more(shard, names[group], folder):
             names[group] = path.name
     return sorted(names.values())
+
+
+def _is_more(shard: re.Match[str], other: str, folder: Path) -> bool:
+    """Whether a shard rather than `other` stands for a checkpoint without an index: one of whose
+    count all are there. A single file may have been left by an older one."""
+    known = _SHARD.fullmatch(other)
+    return (
+        known is not None
+        and known["count"] != shard["count"]
+        and not _all_there(folder, known)
+        and _all_there(folder, shard)
+    )
+
+
+def _all_there(folder: Path, shard: re.Match[str]) -> bool:
+    return all((folder / name).is_file() for name in _shard_names(shard))
+
+
+def _shard_names(shard: re.Match[str]) -> list[str]:
+    """The names of a checkpoint's shards, by one of them.
+
+    Raises `ValueError` for a count beyond reason.
+    """
+    first, count, suffix = shard["name"], shard["count"], shard["suffix"]
+    if int(count) > 10_000:
+        raise ValueError(f"{shard.string} is one of {int(count):,} shards: too many")
+    return [f"{first}-{i + 1:05d}-of-{count}{suffix}" for i in range(int(count))]
 
 
 def _choose_pytorch(folder: Path, names: list[str]) -> Location:
@@ -334,7 +387,7 @@ def _choose_pytorch(folder: Path, names: list[str]) -> Location:
             f"several {kind} files in {folder}: {', '.join(names)}; give the one to convert"
         )
     chosen = by_rank[0]
-    foreign.check(folder / chosen)
+    foreign.check(folder / chosen, text=_is_index(folder / chosen))
     return _with_note(_loose_file(folder / chosen), (name for name in names if name != chosen))
 
 

@@ -17,10 +17,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from convert import bundle, foreign, mapping, published
+from convert import bundle, mapping, published
 from convert.arrays import Array, mapped, storage_dtype, widened
 from convert.inputs import tf_data_files
 from convert.source import Source, Stored
+from gpt2ml_torch import foreign
 from gpt2ml_torch.modelfile import disk
 from gpt2ml_torch.modelfile.checksum import crc32c
 
@@ -69,10 +70,8 @@ class TensorFlowCheckpoint(Source):
         missing = [path for path in paths if not path.is_file()]
         if missing:
             names = ", ".join(path.name for path in missing[:5])
-            if partial := foreign.unfinished(missing[0]):
-                raise FileNotFoundError(
-                    f"{missing[0]} is not there yet: {partial.name} is its download; finish it"
-                )
+            if reason := foreign.absence_of(missing[0]):
+                raise FileNotFoundError(reason)
             found = [path.name for path in tf_data_files(self._prefix) if path not in paths]
             others = f"; found {', '.join(found[:5])}, which is of another count" if found else ""
             raise FileNotFoundError(f"{folder}/{names} is missing{others}{self._size_of_missing()}")
@@ -101,7 +100,7 @@ class TensorFlowCheckpoint(Source):
                     "on; finish it"
                 )
             if found < size:
-                foreign.check(path)
+                foreign.check(path, text=found == 0)
                 raise OSError(
                     f"{path} is truncated: found {found:,} bytes, the index expects {size:,}; "
                     "fetch it again"

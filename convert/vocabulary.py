@@ -9,8 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from convert import foreign
 from convert.inputs import visible
+from gpt2ml_torch import foreign
 from gpt2ml_torch.config import MAX_DIMENSION
 from gpt2ml_torch.export.names import LINES_KEY
 from gpt2ml_torch.export.tokenizer_json import vocab_text
@@ -102,7 +102,7 @@ def read_vocabulary(path: Path) -> Vocabulary:
             raise OSError(errno.EINVAL, "it is no file")
         if path.stat().st_size > _MAX_BYTES:
             raise ValueError(f"{path} is too large for a vocabulary")
-        foreign.check(path)
+        foreign.check(path, wanted="vocabulary", text=True)
         if path.suffix == ".json":
             return _from_tokenizer_json(path)
         data = path.read_bytes()

@@ -1,41 +1,103 @@
-"""Files that people bring in place of a checkpoint, recognised so that the error names the cure."""
+"""Files that people bring in place of a model or a checkpoint, recognised by what they hold or are
+called, so that the error names the cure."""
 
 from __future__ import annotations
 
+import os
+import re
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 _HEAD = 512  # bytes
+_MESSAGE = 4096  # bytes; a larger text is no message that a server sent in place of a file
+_SHOWN = 60  # characters of it
 # What a download that isn't finished is called, after the name that it will have.
 _PARTIAL = (
     ".aria2", ".crdownload", ".part", ".partial", ".download", ".opdownload", ".!qb", ".!ut",
-    ".xltd", ".td", ".downloading", ".tmp", ".filepart", ".incomplete", ".baiduyun.p.downloading",
+    ".xltd", ".td", ".downloading", ".tmp", ".filepart", ".incomplete", ".dwnl", ".!bt", ".bc!",
+    ".baiduyun.p.downloading",
 )  # fmt: skip
-_ARCHIVES = (
-    (b"\x1f\x8b", "a gzip file", "unpack it (gunzip, or tar -xzf)"),
-    (b"BZh", "a bzip2 file", "unpack it (bunzip2, or tar -xjf)"),
-    (b"\xfd7zXZ\0", "an xz file", "unpack it (unxz, or tar -xJf)"),
-    (b"\x28\xb5\x2f\xfd", "a Zstandard file", "unpack it (unzstd)"),
-    (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it"),
-    (b"Rar!\x1a\x07", "a rar archive", "unpack it"),
-)
-_HDF5 = b"\x89HDF\r\n\x1a\n"
-_KERAS_CURE = (
+_SPLIT = re.compile(r"\.(?:7z|zip|rar|tar|gz|tgz|bz2|xz)\.\d{2,4}|\.part\d+\.rar|\.[zr]\d\d", re.I)
+_SHARD = re.compile(r"\.data-\d+-of-\d+$")
+
+_MOST = 200  # files of a folder that are looked at
+_FETCH = "fetch it again"
+_CONVERT = "`gpt2ml convert` makes a model file of it"
+_UNPACK = "unpack it and give the folder"
+_ORIGIN = "give the checkpoint that it was made from"
+_GRAPH = "give the checkpoint (.index, .data) of its weights"
+_WEIGHTS = "give the folder or file with the weights"
+_KERAS = (
     "a TensorFlow checkpoint is wanted: in bert4keras build the model with "
     "return_keras_model=False and call its save_weights_as_checkpoint(PREFIX)"
 )
-_FETCH = "fetch it again"
 
 
-def check(path: Path) -> None:
-    """Raise `ValueError` for a file that is something else than part of a checkpoint, saying what
-    it is and what to do; `OSError` where it can't be read."""
-    if fault := fault_of(path):
+class _Kind(NamedTuple):
+    """What a file is, and the cure."""
+
+    what: str
+    cure: str
+
+
+_LFS = (b"version https://git-lfs.github.com/spec/", b"version https://hawser.github.com/spec/",
+        b"version http://git-media.io/")  # fmt: skip
+_PAGE = (b"<!doctype html", b"<html", b"<head", b"<body", b"<script", b"<meta", b"<!--")
+_BY_MAGIC = (
+    (0, b"\x89HDF\r\n\x1a\n", _Kind("an HDF5 file, as Keras's save_weights writes", _KERAS)),
+    (0, b"\x1f\x8b", _Kind("a gzip file", "unpack it (gunzip, or tar -xzf)")),
+    (0, b"BZh", _Kind("a bzip2 file", "unpack it (bunzip2, or tar -xjf)")),
+    (0, b"\xfd7zXZ\0", _Kind("an xz file", "unpack it (unxz, or tar -xJf)")),
+    (0, b"\x28\xb5\x2f\xfd", _Kind("a Zstandard file", "unpack it (unzstd)")),
+    (0, b"\x04\x22\x4d\x18", _Kind("an LZ4 file", "unpack it (unlz4)")),
+    (0, b"7z\xbc\xaf\x27\x1c", _Kind("a 7z archive", _UNPACK)),
+    (0, b"Rar!\x1a\x07", _Kind("a rar archive", _UNPACK)),
+    (257, b"ustar", _Kind("a tar archive", "unpack it (tar -xf) and give the folder")),
+    (0, b"GGUF", _Kind("a GGUF file", _ORIGIN)),
+    (0, b"lmgg", _Kind("a GGML file", _ORIGIN)),
+    (0, b"fmgg", _Kind("a GGML file", _ORIGIN)),
+    (0, b"tjgg", _Kind("a GGML file", _ORIGIN)),
+    (4, b"TFL3", _Kind("a TensorFlow Lite model", _ORIGIN)),
+    (0, b"\x93NUMPY", _Kind("a NumPy array", _ORIGIN)),
+    (0, b"%PDF", _Kind("a PDF document", _WEIGHTS)),
+    (0, b"\x89PNG", _Kind("an image", _WEIGHTS)),
+    (0, b"\xff\xd8\xff", _Kind("an image", _WEIGHTS)),
+    (0, b"\x7fELF", _Kind("a program", _WEIGHTS)),
+    (0, b"MZ", _Kind("a program", _WEIGHTS)),
+    (0, b"SQLite format 3", _Kind("an SQLite database", _WEIGHTS)),
+    (0, b"PAR1", _Kind("a Parquet table", _WEIGHTS)),
+    (0, b"d8:announce", _Kind("a torrent", "download what it describes, and give that")),
+    (0, b"\0\5\x16\7", _Kind("what a Mac keeps beside a file (AppleDouble)", "give the file")),
+)  # fmt: skip
+# What nothing at a fixed place tells.
+_BY_SUFFIX = {
+    ".onnx": _Kind("an ONNX model", _ORIGIN),
+    ".msgpack": _Kind("a file of Flax's", _ORIGIN),
+    ".pb": _Kind("a graph of TensorFlow's", _GRAPH),
+    ".pbtxt": _Kind("a graph of TensorFlow's", _GRAPH),
+    ".distcp": _Kind(
+        "a part of a distributed checkpoint",
+        "make one file of its folder by python -m torch.distributed.checkpoint.format_utils "
+        "dcp_to_torch FOLDER FILE.pt",
+    ),
+    ".torrent": _Kind("a torrent", "download what it describes, and give that"),
+}  # fmt: skip
+_TABLE_END = bytes.fromhex("57fb808b247547db")  # of an index, and of the whole of an old checkpoint
+
+
+def check(path: Path, *, wanted: str = "checkpoint", text: bool = False) -> None:
+    """Raise `ValueError` for a file that is something else than wanted, saying what it is and what
+    to do; `OSError` where it can't be read.
+
+    `text` says that it may be any text.
+    """
+    if fault := fault_of(path, wanted=wanted, text=text):
         raise ValueError(fault)
 
 
-def fault_of(path: Path) -> str | None:
-    """What a file is in place of a checkpoint's, and what to do; None where nothing tells."""
+def fault_of(path: Path, *, wanted: str = "checkpoint", text: bool = False) -> str | None:
+    """What a file is in place of the one wanted, and what to do; None where nothing tells."""
     if path.name.startswith("._"):
         return f"{path} is what a Mac keeps beside a file; give {path.name[2:]} instead"
     if path.suffix.lower() in _PARTIAL:
@@ -49,8 +111,17 @@ def fault_of(path: Path) -> str | None:
         )
     with path.open("rb") as file:
         head = file.read(_HEAD)
-    found = _by_content(path, head)
-    return f"{path} is {found[0]}, not a checkpoint: {found[1]}" if found else None
+    found = _kind(path, head) or (None if text else _no_weights(path, head))
+    return f"{path} is {found.what}, not a {wanted}: {found.cure}" if found else None
+
+
+def absence_of(path: Path) -> str | None:
+    """What is there in place of a file that isn't, and what to do; None where nothing tells."""
+    if partial := unfinished(path):
+        return f"{path} is not there yet: {partial.name} is its download; finish it"
+    if path.is_symlink():
+        return f"{path} is a link to {os.readlink(path)}, which is not there; {_FETCH}"
+    return None
 
 
 def unfinished(path: Path) -> Path | None:
@@ -59,43 +130,105 @@ def unfinished(path: Path) -> Path | None:
     return next((name for name in names if name.is_file()), None)
 
 
-def _by_content(path: Path, head: bytes) -> tuple[str, str] | None:
-    """What a file's first bytes show, and the cure."""
-    text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    if head.startswith(b"version https://git-lfs.github.com/spec/"):
-        return "a pointer of git-lfs", f"run `git lfs pull` in {path.parent} to get the file itself"
-    if text.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml", b"<script", b"<meta")):
-        return "a web page", f"the download saved a page in place of the file; {_FETCH}"
-    if head.startswith(_HDF5):
-        return "an HDF5 file, as Keras's save_weights writes", _KERAS_CURE
-    for magic, what, cure in _ARCHIVES:
-        if head.startswith(magic):
-            return what, cure
-    if head[257:262] == b"ustar":
-        return "a tar archive", "unpack it (tar -xf) and give the folder"
-    if head.startswith(b"GGUF"):
-        return "a GGUF file", "give the checkpoint that it was made from"
-    if head.startswith(b"\x93NUMPY"):
-        return "a NumPy array", "give the checkpoint that it was made from"
-    if head.startswith(b"\0\5\x16\7"):
-        return "what a Mac keeps beside a file (AppleDouble)", "give the file itself"
+def in_place_of_model(path: Path) -> str | None:
+    """What stands under the name of a model file that can't be read as one, or isn't there, and
+    what to do; None where nothing tells."""
+    try:
+        if path.with_name(path.name + ".index").is_file():
+            return f"{path} is a TensorFlow checkpoint; {_CONVERT}"
+        if not path.exists():
+            return absence_of(path)
+        if path.suffix in (".index", ".meta") or _SHARD.search(path.name):
+            return f"{path} belongs to a TensorFlow checkpoint; {_CONVERT}"
+        return fault_of(path, wanted="model file")
+    except (OSError, ValueError):
+        return None
+
+
+def in_place_of_models(folder: Path) -> str | None:
+    """The same of a folder without a model file."""
+    try:
+        paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+        faults = (fault_of(path, wanted="model file", text=True) for path in paths[:_MOST])
+        return next((fault for fault in faults if fault), None)
+    except (OSError, ValueError):
+        return None
+
+
+def is_tensorflow_table(path: Path) -> bool:
+    """Whether a file ends as the index of a TensorFlow checkpoint does."""
+    with path.open("rb") as file:
+        file.seek(max(os.fstat(file.fileno()).st_size - len(_TABLE_END), 0))
+        return file.read() == _TABLE_END
+
+
+def _kind(path: Path, head: bytes) -> _Kind | None:
+    """What a file's first bytes or its name show."""
+    start = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if start.startswith(_LFS):
+        return _Kind("a pointer of git-lfs", f"run `git lfs pull` in {path.parent} to get the file")
+    if b".git/annex/objects" in start[:100] or start.startswith(b"/annex/objects/"):
+        return _Kind("a pointer of git-annex", f"run `git annex get {path.name}` beside it")
+    if start.startswith(_PAGE) or (head[:2] in (b"\xff\xfe", b"\xfe\xff") and b"<\0" in head[:6]):
+        return _Kind("a web page", f"the download saved a page in place of the file; {_FETCH}")
+    if start.startswith((b"<?xml", b"<error")):
+        return _Kind("a message in XML, or a web page", f"the download failed; {_FETCH}")
+    if _SPLIT.search(path.name) and _SPLIT.search(path.name).end() == len(path.name):  # type: ignore[union-attr]
+        return _Kind("a part of a split archive", f"put the parts together, {_UNPACK}")
+    for place, magic, kind in _BY_MAGIC:
+        if head[place : place + len(magic)] == magic:
+            return kind
+    if path.name == "saved_model.pb" and (path.parent / "variables").is_dir():
+        return _Kind("the graph of a SavedModel", f"its weights are in {path.parent}/variables")
+    if path.suffix.lower() in _BY_SUFFIX:
+        return _BY_SUFFIX[path.suffix.lower()]
     return _zip(path) if head.startswith(b"PK") else None
 
 
-def _zip(path: Path) -> tuple[str, str] | None:
+def _no_weights(path: Path, head: bytes) -> _Kind | None:
+    """What a file is that holds no numbers: nothing, zeros or text."""
+    if len(head) < 8:
+        return _Kind(f"{len(head)} bytes long" if head else "empty", _FETCH)
+    if not any(head) and len(head) == _HEAD and not _SHARD.search(path.name):
+        return _Kind("filled with zeros", f"the download was not finished; {_FETCH}")
+    if path.suffix != ".index" and is_tensorflow_table(path):
+        return _Kind(
+            "in TensorFlow's first format (V1)",
+            "restore it and save it again with tf.compat.v1.train.Saver",
+        )
+    try:
+        shown = head.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        if error.start < len(head) - 3:  # the last character may be cut off
+            return None
+        shown = head[: error.start].decode("utf-8-sig")
+    if not all(character.isprintable() or character.isspace() for character in shown):
+        return None
+    size = path.stat().st_size
+    quoted = repr(" ".join(shown.split())[:_SHOWN])
+    if size > _MESSAGE or path.suffix.lower() in (".txt", ".md", ".py", ".json", ".yaml", ".sh"):
+        return _Kind(f"text ({quoted})", _WEIGHTS)
+    return _Kind(f"text ({quoted})", f"the download saved a message in place of it; {_FETCH}")
+
+
+def _zip(path: Path) -> _Kind | None:
     """What a zip archive is, unless it is PyTorch's."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError):
-        return None  # cut off or damaged: the reader of PyTorch's files says so
+        # Cut off or damaged; the reader of PyTorch's files says so of its own.
+        is_archive = path.suffix.lower() in (".zip", ".npz", ".keras")
+        return _Kind("a zip archive that is cut off or damaged", _FETCH) if is_archive else None
     last = {name.rpartition("/")[2] for name in names}
     if "constants.pkl" in last and "data.pkl" in last:
-        return "a TorchScript program", "save the state_dict() of the module that it was made from"
+        return _Kind(
+            "a TorchScript program", "save the state_dict() of the module that it was made from"
+        )
     if "data.pkl" in last:
         return None
     if any(name.endswith(".npy") for name in names):
-        return "a NumPy archive (npz)", "give the checkpoint that it was made from"
+        return _Kind("a NumPy archive (npz)", _ORIGIN)
     if {"model.weights.h5", "metadata.json"} <= last:
-        return "a model of Keras 3", _KERAS_CURE
-    return "a zip archive", "unpack it and give the folder"
+        return _Kind("a model of Keras 3", _KERAS)
+    return _Kind("a zip archive", _UNPACK)

@@ -25,7 +25,7 @@ PAGES = [
 
 # Who may import whom, lowest first: a module imports only from rows above its own.
 LAYERS = (
-    {"options", "cache", "precision", "valid_json", "textfiles"},
+    {"options", "cache", "precision", "valid_json", "textfiles", "foreign"},
     {"config", "devices"},
     {"kernels", "kv_cache"},
     {"input_checks"},

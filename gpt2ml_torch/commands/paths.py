@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
+
+from gpt2ml_torch.foreign import in_place_of_models
 
 
 def find_model(path: str) -> str:
@@ -19,7 +22,8 @@ def find_model(path: str) -> str:
     ]
     if not names:
         raise ValueError(
-            f"{path} is a folder without a model file (.safetensors); make one: "
+            in_place_of_models(Path(path))
+            or f"{path} is a folder without a model file (.safetensors); make one: "
             f"gpt2ml convert {path} out.safetensors"
         )
     if len(names) > 1:

@@ -44,7 +44,7 @@ def _what_it_is(entries: Mapping[str, Any]) -> str:
     if any(name.endswith(("wte.weight", "attn.c_attn.weight")) for name in names):
         return (
             "it looks like a model of transformers or the community's conversion (wte, c_attn); "
-            "convert the original checkpoint or pytorch_model.bin instead"
+            "`gpt2ml convert` makes a model file of the community's"
         )
     if any(name.startswith("base_model.model.") for name in names):
         return "it looks like a LoRA adapter; load it on top of a converted model"

@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gpt2ml_torch import foreign
 from gpt2ml_torch.config import GPT2MLConfig
 from gpt2ml_torch.modelfile.checksum import crc32c, metadata_checksum
 from gpt2ml_torch.modelfile.format import (
@@ -98,7 +99,7 @@ class ModelFile:
             self._describe(check_entries(header, 8 + length, self.size))
         except ValueError as error:
             self.close()
-            raise ValueError(f"{path}: {error}") from None
+            raise ValueError(foreign.in_place_of_model(path) or f"{path}: {error}") from None
         except BaseException:
             self.close()
             raise
@@ -113,8 +114,9 @@ class ModelFile:
         try:
             fd = os.open(path, os.O_RDONLY | _NO_WAIT)
         except OSError as error:
+            why = foreign.in_place_of_model(Path(path))
             raise type(error)(
-                error.errno, f"can't read the model file {path}: {error.strerror}"
+                error.errno, why or f"can't read the model file {path}: {error.strerror}"
             ) from None
         return cls(Path(path), fd)
 

@@ -167,7 +167,7 @@ def truncated(path: Path) -> Path:
         (lambda path: path.with_name("nowhere"), "new", "can't read the model file"),
         (lambda path: path.parent, "new", "is a folder; expected a .safetensors file"),
         (truncated, "new", "truncated: found"),
-        (lambda path: path.with_name("vocab.txt"), "new", "not a safetensors file|bytes"),
+        (lambda path: path.with_name("vocab.txt"), "new", "is text .*, not a model file"),
         (lambda path: path, "ckpt/vocab.txt", "is a file; expected the name of a folder"),
         (lambda path: path, "no/new", "does not exist; create it first"),
         (lambda path: path, "ckpt", "already; --force overwrites it"),

@@ -38,7 +38,7 @@ def bin_is_truncated(folder: Path) -> list[str]:
     return arguments
 
 
-@case("neither a TensorFlow checkpoint nor a PyTorch file")
+@case("pytorch_model.bin is empty, not a checkpoint: fetch it again")
 def bin_is_empty(folder: Path) -> list[str]:
     (folder / "pytorch_model.bin").touch()
     return [str(folder / "pytorch_model.bin")]

@@ -25,7 +25,7 @@ def folder_is_empty(folder: Path) -> list[str]:
     return [str(folder / "empty")]
 
 
-@case("neither a TensorFlow checkpoint nor")
+@case(r"vocab.txt is text \(.*\), not a checkpoint: give the folder")
 def source_is_a_text_file(folder: Path) -> list[str]:
     return [str(folder / "vocab.txt")]
 
@@ -86,7 +86,7 @@ def data_is_of_another_checkpoint(folder: Path) -> None:
     (folder / DATA).write_bytes(np.random.default_rng(1).bytes(size))
 
 
-@case("damaged or no TensorFlow checkpoint")
+@case("is empty, not a checkpoint: fetch it again")
 def index_is_empty(folder: Path) -> None:
     truncate(folder / INDEX, 0)
 

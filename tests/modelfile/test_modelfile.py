@@ -294,13 +294,13 @@ def _duplicate(path: Path) -> bytes:
 
 
 DAMAGED_FILES: dict[str, tuple[Callable[[Path], bytes], str]] = {
-    "empty": (lambda p: b"", "0 bytes are no safetensors file"),
-    "seven bytes": (lambda p: b"1234567", "7 bytes are no safetensors file"),
+    "empty": (lambda p: b"", "is empty, not a model file: fetch it again"),
+    "seven bytes": (lambda p: b"1234567", "is 7 bytes long, not a model file"),
     "truncated": (lambda p: p.read_bytes()[:-1], r"truncated: found \d+ bytes, expected \d+"),
     "truncated header": (lambda p: p.read_bytes()[:99], "the header alone ends at"),
     "longer": (lambda p: p.read_bytes() + b"x", r"found \d+ bytes, expected \d+"),
     "huge header": (lambda p: b"\xff" * 7 + b"\x7f" + p.read_bytes(), "its header would take"),
-    "text": (lambda p: b"GPT2_ML weights, see elsewhere\n" * 9, "its header would take"),
+    "text": (lambda p: b"GPT2_ML weights, see elsewhere\n" * 9, "is text .*, not a model file"),
     "zip": (lambda p: b"PK\x03\x04" + bytes(100), "pickled PyTorch file"),
     "pickle": (lambda p: b"\x80\x02}q\x00." + bytes(100), "pickled PyTorch file"),
     "no JSON": (lambda p: _pack(b"{]", b""), "header is not JSON"),
