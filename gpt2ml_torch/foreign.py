@@ -100,19 +100,38 @@ def fault_of(path: Path, *, wanted: str = "checkpoint", text: bool = False) -> s
     """What a file is in place of the one wanted, and what to do; None where nothing tells."""
     if path.name.startswith("._"):
         return f"{path} is what a Mac keeps beside a file; give {path.name[2:]} instead"
-    if path.suffix.lower() in _PARTIAL:
-        return f"{path} is a download that isn't finished; finish it or {_FETCH}"
+    if fault := _unfinished_fault(path):
+        return fault
     if not path.is_file():
         return None
-    if partial := unfinished(path):
+    head = _head(path)
+    found = _failed_download(path, head) or _kind(path, head)
+    found = found or (None if text else _no_weights(path, head))
+    return f"{path} is {found.what}, not a {wanted}: {found.cure}" if found else None
+
+
+def failed_download(path: Path, *, wanted: str) -> str | None:
+    """What a file of any text is in place of the one wanted, where its download failed."""
+    if fault := _unfinished_fault(path):
+        return fault
+    found = _failed_download(path, _head(path))
+    return f"{path} is {found.what}, not a {wanted}: {found.cure}" if found else None
+
+
+def _unfinished_fault(path: Path) -> str | None:
+    if path.suffix.lower() in _PARTIAL:
+        return f"{path} is a download that isn't finished; finish it or {_FETCH}"
+    if path.is_file() and (partial := unfinished(path)):
         return (
             f"{path} isn't complete: {partial.name} beside it says that the download goes on; "
             f"finish it or {_FETCH}"
         )
+    return None
+
+
+def _head(path: Path) -> bytes:
     with path.open("rb") as file:
-        head = file.read(_HEAD)
-    found = _kind(path, head) or (None if text else _no_weights(path, head))
-    return f"{path} is {found.what}, not a {wanted}: {found.cure}" if found else None
+        return file.read(_HEAD)
 
 
 def absence_of(path: Path) -> str | None:
@@ -162,8 +181,8 @@ def is_tensorflow_table(path: Path) -> bool:
         return file.read() == _TABLE_END
 
 
-def _kind(path: Path, head: bytes) -> _Kind | None:
-    """What a file's first bytes or its name show."""
+def _failed_download(path: Path, head: bytes) -> _Kind | None:
+    """A pointer to a file or a page in place of it."""
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if start.startswith(_LFS):
         return _Kind("a pointer of git-lfs", f"run `git lfs pull` in {path.parent} to get the file")
@@ -173,6 +192,11 @@ def _kind(path: Path, head: bytes) -> _Kind | None:
         return _Kind("a web page", f"the download saved a page in place of the file; {_FETCH}")
     if start.startswith((b"<?xml", b"<error")):
         return _Kind("a message in XML, or a web page", f"the download failed; {_FETCH}")
+    return None
+
+
+def _kind(path: Path, head: bytes) -> _Kind | None:
+    """What a file's first bytes or its name show."""
     if _SPLIT.search(path.name) and _SPLIT.search(path.name).end() == len(path.name):  # type: ignore[union-attr]
         return _Kind("a part of a split archive", f"put the parts together, {_UNPACK}")
     for place, magic, kind in _BY_MAGIC:

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 Indices = npt.NDArray[np.int64]
 
-FORMAT = 2
+FORMAT = 3
 META_FILE, IDS_FILE, DOCUMENTS_FILE = "meta.json", "ids.bin", "documents.bin"
 UNLEARNED_FILE = "unlearned.bin"
 DOCUMENT = np.dtype(

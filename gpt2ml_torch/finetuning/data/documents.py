@@ -7,6 +7,7 @@ tokenizer separates words anyway, so the pieces have the same tokens as the whol
 from __future__ import annotations
 
 import collections
+import itertools
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -14,9 +15,15 @@ from typing import BinaryIO, Literal, NamedTuple
 
 from gpt2ml_torch.finetuning.data.compressed import open_source
 from gpt2ml_torch.finetuning.data.files import Source, shown
-from gpt2ml_torch.finetuning.data.json_values import read_values
+from gpt2ml_torch.finetuning.data.json_values import (
+    begins_as_json,
+    begins_as_strings,
+    read_values,
+)
 from gpt2ml_torch.finetuning.data.lines import Numbered, complaint, read_blocks, read_lines
 from gpt2ml_torch.finetuning.data.records import Fields, Record, read_record
+from gpt2ml_torch.foreign import failed_download
+from gpt2ml_torch.options import OptionError
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +32,7 @@ SEPARATORS: tuple[Separator, ...] = ("blank-line", "file", "line")
 PLAIN_TEXT = "text files"  # the shape of documents that come from no JSON
 
 PIECE_CHARACTERS = 1 << 18
+_TABLES = frozenset((".csv", ".tsv", ".html", ".htm", ".xhtml", ".xml"))  # text with marks in it
 
 # After these the tokenizer begins a new word, whatever follows.
 _WORD_END = re.compile("[ \t\n\r\u3000\u4e00-\u9fff]")
@@ -95,10 +103,12 @@ class DocumentReader:
         bytes that are not UTF-8, damaged compression, bad JSON, JSON of no known shape, and a named
         file whose records are all empty.
         """
+        _check_downloaded(source)
         with open_source(source) as (plain, file):
             report = _reporter(file, progress) if progress is not None else lambda: None
             blocks = read_blocks(source, plain, progress=report)
-            if source.kind == "json":
+            is_json, blocks = (True, blocks) if source.kind == "json" else _peek(source, blocks)
+            if is_json:
                 yield from self._json_pieces(source, blocks)
             else:
                 yield from self._text_pieces(source, read_lines(source, blocks))
@@ -171,6 +181,9 @@ class DocumentReader:
         for line, value in read_values(source, blocks):
             try:
                 record = read_record(value, self.fields)
+            except OptionError as error:
+                template = "{}, line {}: " + error.template
+                raise OptionError(template, shown(source.path), line, *error.values) from None
             except ValueError as error:
                 raise complaint(source, line, str(error)) from None
             if all(self.is_blank(part.text) for part in record.parts if part.learned):
@@ -186,6 +199,39 @@ class DocumentReader:
             raise complaint(
                 source, first_empty, "the text is empty, as in all the file; expected documents"
             )
+
+
+def _check_downloaded(source: Source) -> None:
+    """Raise `ValueError` for a pointer, a page or a part in place of a file."""
+    if source.path.suffix.lower() in _TABLES or source.compression is not None:
+        return
+    try:
+        fault = failed_download(source.path, wanted="training file")
+    except OSError:  # opening it will say why
+        return
+    if fault:
+        raise ValueError(fault)
+
+
+def _peek(source: Source, blocks: Iterator[Numbered]) -> tuple[bool, Iterator[Numbered]]:
+    """Whether a text file holds JSON, which is told, and its blocks from the beginning."""
+    held = []
+    for block in blocks:
+        held.append(block)
+        if not block.text.isspace():
+            break
+    text = held[-1].text if held else ""
+    name = shown(source.path)
+    if is_json := begins_as_json(text):
+        logger.warning("%s holds JSON and is read as such, whatever its name", name)
+    elif begins_as_strings(text):
+        logger.warning("%s is read as text; JSON Lines of strings are named .jsonl", name)
+    elif source.path.suffix.lower() in _TABLES:
+        logger.warning(
+            "%s is read as text, with all its marks; export its texts as JSON Lines, or as .txt",
+            name,
+        )
+    return is_json, itertools.chain(held, blocks)
 
 
 def _record_pieces(record: Record) -> Iterator[Piece]:

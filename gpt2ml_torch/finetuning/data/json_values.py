@@ -16,6 +16,7 @@ from gpt2ml_torch.finetuning.data.files import Source
 from gpt2ml_torch.finetuning.data.lines import Numbered, complaint, read_lines
 
 _SPACE = re.compile("[ \t\n]*")
+_PEEKED = 1 << 14  # characters
 _LONGEST_ESCAPE = len("\\ud83d\\ude00") + 1
 _decoder = json.JSONDecoder()
 
@@ -47,6 +48,36 @@ def read_values(source: Source, blocks: Iterator[Numbered]) -> Iterator[Value]:
         yield from _Reader(source, rest).values()
     else:
         yield from _values_of_lines(source, read_lines(source, rest))
+
+
+def begins_as_json(text: str) -> bool:
+    """Whether a text begins with a JSON object, or with an array's first string or object."""
+    text = text.lstrip()
+    is_array = text.startswith("[")
+    start = _end_of_space(text, 1) if is_array else 0
+    if text[start : start + 1] not in (("{", '"') if is_array else ("{",)):
+        return False
+    try:
+        value, end = _decoder.raw_decode(text, start)
+    except (ValueError, RecursionError):
+        return False
+    after = text[_end_of_space(text, end) :][:1]
+    return value != {} and (after in ("", ",", "]") if is_array else after in ("", "{", "["))
+
+
+def begins_as_strings(text: str) -> bool:
+    """Whether each of a text's first lines is a JSON string."""
+    lines = [line for line in text[:_PEEKED].split("\n")[:-1] if not line.isspace()][:3]
+    try:
+        return len(lines) > 1 and all(isinstance(json.loads(line), str) for line in lines)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _end_of_space(text: str, at: int) -> int:
+    match = _SPACE.match(text, at)
+    assert match is not None
+    return match.end()
 
 
 def _goes_on(line: str) -> bool:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from gpt2ml_torch.options import OptionError
+
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 # Question and answer, under the names that published data sets have. The fields in brackets may
@@ -16,19 +18,27 @@ _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _PAIRS = (
     ("prompt", (), "completion"),
     ("prompt", (), "response"),
+    ("prompt", (), "output"),
+    ("prompt", (), "answer"),
     ("instruction", ("input", "context"), "output"),
     ("instruction", ("input", "context"), "response"),
     ("input", (), "output"),
+    ("input", (), "target"),
+    ("inputs", (), "targets"),
     ("question", (), "answer"),
+    ("question", (), "response"),
     ("query", (), "response"),
+    ("query", (), "answer"),
 )
+# An article, or a poem, with its title or without.
+_ARTICLES = ("content", "body", "article", "paragraphs")
 _CONVERSATIONS = ("messages", "conversations", "conversation")
 _ANSWERING_ROLES = frozenset(("assistant", "gpt", "bot", "model", "chatgpt", "chatglm"))
 _READ_ROLES = frozenset(
     ("user", "human", "prompter", "system", "developer", "tool", "function", "observation")
 )
 _EXPECTED = 'expected a string, {"text": ...}, {"prompt": ..., "completion": ...} or another shape'
-_CURE = "name the fields with text_field, or with prompt_field and completion_field"
+_CURE = "name the fields with {text_field}, or with {prompt_field} and {completion_field}"
 
 
 class Part(NamedTuple):
@@ -62,12 +72,12 @@ class Fields:
             given, other = "prompt", "completion"
             if self.prompt is None:
                 given, other = other, given
-            raise ValueError(f"{given}_field is set without {other}_field; expected both")
+            raise OptionError(f"{{{given}_field}} is set without {{{other}_field}}; expected both")
         if self.text is not None and self.prompt is not None:
-            raise ValueError("both text_field and prompt_field are set; expected one of them")
+            raise OptionError("both {text_field} and {prompt_field} are set; expected one of them")
         for name in ("text", "prompt", "completion"):
             if getattr(self, name) == "":
-                raise ValueError(f"{name}_field is empty; expected the name of a field")
+                raise OptionError(f"{{{name}_field}} is empty; expected the name of a field")
 
     @property
     def given(self) -> bool:
@@ -81,6 +91,8 @@ def read_record(value: object, fields: Fields) -> Record:
     Raises `ValueError`, without file and line, for values of no known shape, fields that hold no
     string, and halves of surrogate pairs.
     """
+    if value is None:  # a row that was empty
+        return Record((Part("", True),), "null")
     if isinstance(value, str) and not fields.given:
         return Record((Part(_whole(value, "the text"), True),), "strings")
     if not isinstance(value, dict):
@@ -99,28 +111,30 @@ def _recognised(value: dict[str, object]) -> Record:
     if "text" in value:
         for extra in ("prompt", "completion"):
             if extra in value:
-                raise ValueError(f"found both text and {extra}; {_CURE}")
+                raise OptionError(f"found both text and {extra}; {_CURE}")
         return _texts(value, ("text",))
     for first, between, last in _PAIRS:
         if first in value and last in value:
             return _pair(value, first, [name for name in between if name in value], last)
-    if "content" in value:
-        return _texts(value, ("title", "content") if "title" in value else ("content",))
+    for name in _ARTICLES:
+        if name in value:
+            return _texts(value, ("title", name) if "title" in value else (name,))
     for name, other in (("prompt", "completion"), ("completion", "prompt")):
         if name in value:
-            raise ValueError(f"found {name} but no {other}; expected both, or {_CURE}")
-    raise ValueError(_unknown_shape(value))
+            raise OptionError(f"found {name} but no {other}; expected both, or {_CURE}")
+    raise _unknown_shape(value)
 
 
-def _unknown_shape(value: dict[str, object]) -> str:
+def _unknown_shape(value: dict[str, object]) -> ValueError:
     names = ", ".join(map(repr, itertools.islice(value, 5))) or "none"
     for name, inner in value.items():
-        if isinstance(inner, list) and re.fullmatch("[A-Za-z_]+", name):
-            return (
+        is_data = isinstance(inner, list) and (len(inner) > 1 or len(value) == 1)
+        if is_data and re.fullmatch("[A-Za-z_]+", name):
+            return ValueError(
                 f"no field text, nor prompt and completion; found {names}; if the documents are "
                 f"the elements of {name}: jq -c '.{name}[]' OLD > NEW.jsonl"
             )
-    return f"no field text, nor prompt and completion; found {names}; {_CURE}"
+    return OptionError("no field text, nor prompt and completion; found {}; " + _CURE, names)
 
 
 def _expectation(fields: Fields) -> str:
@@ -150,6 +164,11 @@ def _turns(turns: object, name: str) -> Iterator[Part]:
         where = f"turn {number} of {name}"
         if not isinstance(turn, dict):
             raise ValueError(f"{where} is {_kind(turn)}; expected an object with role and content")
+        spoken = [role for role in turn if role in _ANSWERING_ROLES | _READ_ROLES]
+        if spoken and "role" not in turn and "from" not in turn:
+            for role in spoken:  # {"human": ..., "assistant": ...}
+                yield Part(_content(turn[role], where), role in _ANSWERING_ROLES)
+            continue
         role = turn.get("role", turn.get("from"))
         if not isinstance(role, str) or role not in _ANSWERING_ROLES | _READ_ROLES:
             shown = json.dumps(role, ensure_ascii=False)[:40]
@@ -179,6 +198,8 @@ def _string(value: dict[str, object], name: str) -> str:
     text = value[name]
     if text is None:
         return ""
+    if isinstance(text, list) and all(isinstance(line, str) for line in text):
+        text = "\n".join(text)
     if not isinstance(text, str):
         raise ValueError(f"{name} is {_kind(text)}; expected a string")
     return _whole(text, name)
