@@ -22,4 +22,8 @@ NAMES = (
     "environments",
     "kills",
     "requests",
+    "brought",
+    "exported",
+    "adapters",
+    "training_files",
 )

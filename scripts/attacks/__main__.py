@@ -10,7 +10,8 @@ import time
 from scripts.attacks import NAMES
 from scripts.attacks.worker import FINDING
 
-SLICE_SECONDS = 20.0
+SLICE_SECONDS = 40.0  # about; the start of a worker is part of it
+LEAST_SECONDS = 0.5  # each attack runs at least one case however little time there is
 GRACE_SECONDS = 120.0  # beyond the slice, for a worker to start and end its last case
 
 
@@ -27,23 +28,23 @@ def main() -> int:
     end = time.monotonic() + arguments.seconds
     first = dict.fromkeys(arguments.only, 0)
     findings: list[str] = []
-    share = min(SLICE_SECONDS, arguments.seconds / len(arguments.only))
-    while time.monotonic() < end:
-        for name in arguments.only:
-            if time.monotonic() >= end:
-                break
-            done, found = run_slice(name, arguments.seed, first[name], share)
-            first[name] += done
-            findings += found
-            print(f"{name}: {first[name]} cases", flush=True)
-            for finding in found:
-                print(finding, flush=True)
+    rounds = max(1, round(arguments.seconds / (SLICE_SECONDS * len(arguments.only))))
+    turns = [name for _ in range(rounds) for name in arguments.only]
+    for number, name in enumerate(turns):
+        # Equal parts of what is left: a slow start costs the last attacks no more than others.
+        share = max(end - time.monotonic(), 0.0) / (len(turns) - number)
+        done, found = run_slice(name, arguments.seed, first[name], max(share, LEAST_SECONDS))
+        first[name] += done
+        findings += found
+        print(f"{name}: {first[name]} cases", flush=True)
+        for finding in found:
+            print(finding, flush=True)
     print(f"{sum(first.values())} cases, {len(findings)} findings")
     return 1 if findings else 0
 
 
 def run_slice(name: str, seed: int, first: int, seconds: float) -> tuple[int, list[str]]:
-    """How many cases ran, and the findings among them."""
+    """Run an attack for so long, its start included; how many cases ran, and the findings."""
     command = [
         sys.executable,
         "-m",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import random
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from convert import to_safetensors
 from convert.inputs import locate
 from convert.plan import Options
 from gpt2ml_torch import GPT2ML, GPT2MLConfig, Tokenizer
+from gpt2ml_torch.__main__ import main
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINT = ROOT / "checkpoints" / "demo"
@@ -40,6 +43,22 @@ def write_model(path: Path) -> Path:
 def convert(source: Path, out: Path) -> None:
     """Convert with the standard options."""
     to_safetensors.convert(locate(source), out, Options(overwrite=True))
+
+
+def run_command(words: list[str]) -> tuple[int, str]:
+    """Run a `gpt2ml` command in this process; its status, and what it wrote to standard error.
+
+    Raises `AssertionError` for a traceback, and for an error of more or less than one line.
+    """
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
+        status = main(words)
+    text = errors.getvalue()
+    assert "Traceback" not in text, f"{words}: {text[-300:]}"
+    if status == 2:
+        last = text.rstrip("\n").rpartition("\n")[2]
+        assert "error: " in last, f"{words}: {text[-300:]!r}"
+    return status, text
 
 
 def damaged(draw: random.Random, data: bytes) -> bytes:

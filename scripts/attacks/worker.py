@@ -22,12 +22,12 @@ MEMORY = 12 << 30  # bytes of address space; PyTorch maps some of them itself
 
 
 def main(name: str, seed: str, first: str, seconds: str) -> None:
+    end = time.monotonic() + float(seconds)  # the imports below take seconds themselves
     limit_memory()
     attacks = importlib.import_module(f"scripts.attacks.{name}")
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         attack = attacks.Attack(Path(folder))
         stack.callback(getattr(attack, "close", lambda: None))
-        end = time.monotonic() + float(seconds)
         case = int(first)
         while True:
             print("case", case, flush=True)
