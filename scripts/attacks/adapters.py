@@ -13,7 +13,7 @@ from safetensors.torch import save
 from gpt2ml_torch.modelfile import ModelFile
 from scripts.attacks.tools import CONFIG, any_json, damaged, run_command, write_model
 
-CONFIGURATION = {
+CONFIGURATION: dict[str, Any] = {
     "peft_type": "LORA", "task_type": None, "r": 4, "lora_alpha": 6, "lora_dropout": 0.0,
     "target_modules": ["mlp.up"], "bias": "none", "fan_in_fan_out": False, "use_rslora": False,
     "use_dora": False, "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None,
