@@ -106,7 +106,8 @@ def _options(arguments: argparse.Namespace) -> ConvertOptions:
             values[name] = expanded(Path(values[name]))
     if values.get("to_tf"):
         for field in option_fields(Options):
-            if field.name != "overwrite" and values.get(field.name, field.default) != field.default:
+            kept = field.name in ("overwrite", "allow_non_finite")
+            if not kept and values.get(field.name, field.default) != field.default:
                 raise OptionError("{" + field.name + "} has no meaning with {to_tf}; leave it out")
     return ConvertOptions(**values)
 
@@ -116,7 +117,13 @@ def _convert(options: ConvertOptions, progress: Progress) -> str:
     if options.to_tf:
         from convert.to_tf import to_tf
 
-        report = to_tf(source, out, overwrite=options.overwrite, progress=progress)
+        report = to_tf(
+            source,
+            out,
+            overwrite=options.overwrite,
+            allow_non_finite=options.allow_non_finite,
+            progress=progress,
+        )
         return _summary_of_tf(report)
     converted = to_safetensors.convert(locate(source), out, options, progress=progress)
     return _summary(converted, out, options.dtype)

@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 
 from convert import configs, mapping
-from convert.arrays import Array, round_to, rows_in_order, storage_dtype, widened
+from convert.arrays import Array, count_non_finite, round_to, rows_in_order, storage_dtype, widened
 from convert.tensorflow import Variable, write_checkpoint
 from gpt2ml_torch.modelfile import ModelFile
 from gpt2ml_torch.modelfile.format import SLOT
 from gpt2ml_torch.modelfile.header import TensorInfo
-from gpt2ml_torch.options import OptionFileExistsError
+from gpt2ml_torch.options import OptionError, OptionFileExistsError
 
 _STATE = 'model_checkpoint_path: "{0}"\nall_model_checkpoint_paths: "{0}"\n'
 
@@ -43,13 +43,14 @@ def to_tf(
     folder: Path,
     *,
     overwrite: bool = False,
+    allow_non_finite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
     """Write `model.ckpt-STEP.*`, `checkpoint`, config.json and vocab.txt into a folder.
 
     The weights are float32, whatever the file's dtype; the optimizer's statistics go along where
-    the file kept them. Raises as `ModelFile.open` does, `ValueError` for a tensor that is damaged,
-    and `FileExistsError`.
+    the file kept them. Raises as `ModelFile.open` does, `ValueError` for a tensor that is damaged
+    or, unless `allow_non_finite`, has NaN or infinity, and `FileExistsError`.
     """
     started = time.monotonic()
     with ModelFile.open(source) as file:
@@ -58,7 +59,8 @@ def to_tf(
         names = _file_names(prefix, file)
         _check_folder(folder, names, overwrite)
         with _scratch(folder, prefix) as scratch:
-            _write_all(scratch, prefix, file, step, progress)
+            variables = _variables(file, allow_non_finite=allow_non_finite)
+            _write_all(scratch, prefix, file, step, dict(variables), progress)
             for name in names:
                 (scratch / name).replace(folder / name)
         return Report(
@@ -134,9 +136,9 @@ def _write_all(
     prefix: str,
     file: ModelFile,
     step: int,
+    variables: dict[str, Variable],
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    variables = dict(_variables(file))
     variables[mapping.TF_STEP] = Variable.of(np.array(step, np.int64))
     total = sum(math.prod(variable.shape) * 4 for variable in variables.values())
     write_checkpoint(
@@ -151,7 +153,7 @@ def _write_all(
     (folder / "checkpoint").write_text(_STATE.format(prefix))
 
 
-def _variables(file: ModelFile) -> Iterator[tuple[str, Variable]]:
+def _variables(file: ModelFile, *, allow_non_finite: bool) -> Iterator[tuple[str, Variable]]:
     """The variables by their TensorFlow names, each read from the file when it is wanted."""
     recipes = mapping.recipes(file.config.num_hidden_layers, mapping.TENSORFLOW)
     slots = mapping.slot_recipes(recipes, file.slots)
@@ -165,6 +167,8 @@ def _variables(file: ModelFile) -> Iterator[tuple[str, Variable]]:
         shape = recipe.source_shape(info.shape)
         for index, name in enumerate(recipe.sources):
             pieces = functools.partial(_pieces, file, stored, info, recipe, index)
+            if not allow_non_finite:
+                pieces = functools.partial(_finite, file, stored, pieces)
             yield name, Variable("float32", shape, pieces)
 
 
@@ -181,3 +185,16 @@ def _pieces(
     values = np.frombuffer(file.read_bytes(name, index * size, size), dtype).reshape(shape)
     for piece in rows_in_order(values.T if recipe.transpose else values):
         yield widened(piece) if info.dtype == "bfloat16" else round_to("float32", piece)
+
+
+def _finite(file: ModelFile, name: str, pieces: Callable[[], Iterator[Array]]) -> Iterator[Array]:
+    """The same pieces; raises `OptionError` at the first that has NaN or infinity."""
+    for piece in pieces():
+        if count_non_finite(piece):
+            raise OptionError(
+                "tensor {!r} of {} has numbers that are not finite (NaN or infinity): such a model "
+                "writes nothing sensible; convert or train it again ({allow_non_finite=True} "
+                "converts it all the same)",
+                *(name, file.path),
+            )
+        yield piece

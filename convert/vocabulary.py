@@ -16,6 +16,7 @@ from gpt2ml_torch.export.names import LINES_KEY
 from gpt2ml_torch.export.tokenizer_json import vocab_text
 from gpt2ml_torch.modelfile.format import count_lines
 from gpt2ml_torch.options import OptionError
+from gpt2ml_torch.tokenizer.vocabulary import check_tokens, split_lines
 from gpt2ml_torch.valid_json import ContradictionError, unique
 
 # Rows of the published 15G checkpoint, and lines of its vocabulary: two rows are reserved.
@@ -109,12 +110,17 @@ def read_vocabulary(path: Path) -> Vocabulary:
     except OSError as error:
         raise OSError(error.errno, f"can't read the vocabulary {path}: {error.strerror}") from None
     try:
-        return Vocabulary(path, data.decode("utf-8-sig"))
+        vocabulary = Vocabulary(path, data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise ValueError(
             f"{path}, line {line}: not UTF-8; a vocabulary is a UTF-8 text file"
         ) from None
+    try:
+        check_tokens(split_lines(vocabulary.text))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return vocabulary
 
 
 def _from_tokenizer_json(path: Path) -> Vocabulary:
@@ -138,6 +144,7 @@ def _from_tokenizer_json(path: Path) -> Vocabulary:
     try:
         text = vocab_text(vocab, lines)
         text.encode()
+        check_tokens(split_lines(text))
     except ValueError as error:
         raise ValueError(f"{settings if lines else path}: {error}") from None
     return Vocabulary(path, text, _added(content, vocab), reserves=True)

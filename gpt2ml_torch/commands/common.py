@@ -19,6 +19,7 @@ from gpt2ml_torch.modelfile import ModelFile
 from gpt2ml_torch.options import check_options, check_text, option
 from gpt2ml_torch.precision import PACKABLE
 from gpt2ml_torch.textfiles import read_text_file
+from gpt2ml_torch.tokenizer.words import WordSplitter
 
 # Far more threads than cores are only slower, and PyTorch crashes where it can't start them.
 MAX_THREADS = max(16, 2 * (os.cpu_count() or 1))
@@ -107,11 +108,20 @@ def read_texts(name: str, words: tuple[str, ...], file: str | None) -> list[str]
 
 
 def read_lines(path: str) -> list[str]:
-    """The lines of a UTF-8 file that are not blank, with their own spaces."""
+    """The lines of a UTF-8 file that are not blank, with their own spaces.
+
+    White space is blank, and so is what the tokenizer drops: a byte order mark, a zero width space.
+    """
     expected = "texts, one a line"
     text = read_text_file(path, max_bytes=_MAX_TEXT_BYTES, expected=expected, pipes=True)
-    text = text.removeprefix("\ufeff").replace("\r\n", "\n")
-    lines = [line.rstrip("\r") for line in text.split("\n") if line.strip()]
+    for end in ("\r\r\n", "\r\n", "\r"):  # the last is an old Mac's
+        text = text.replace(end, "\n")
+    splitter = WordSplitter()
+    lines = [
+        line.lstrip("\ufeff")
+        for line in text.split("\n")
+        if any(splitter.words(character) for character in line)
+    ]
     if not lines:
         raise ValueError(f"{path} holds no text; expected one a line")
     return lines

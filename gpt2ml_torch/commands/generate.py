@@ -17,6 +17,7 @@ from gpt2ml_torch.commands.parsing import add_options, given
 from gpt2ml_torch.commands.streams import read_input_line
 from gpt2ml_torch.generation import GenerationConfig, Generator
 from gpt2ml_torch.generation.stats import Stats
+from gpt2ml_torch.generation.text import shortened
 from gpt2ml_torch.options import check_text, option
 
 _logger = logging.getLogger(__name__)
@@ -80,7 +81,8 @@ def _warn_of_unknown(generator: Generator, prompts: list[str]) -> None:
     for prompt in prompts:
         ids = generator.tokenizer.encode(prompt)
         if ids and generator.tokenizer.unknown_share(ids) == 1:
-            _logger.warning("the vocabulary has nothing of the prompt %r: all is [UNK]", prompt)
+            shown = shortened(prompt)
+            _logger.warning("the vocabulary has nothing of the prompt %r: all is [UNK]", shown)
 
 
 def _write(
@@ -133,7 +135,7 @@ def _interact(
         line = read_input_line()
         if not line:
             return
-        prompt = line.rstrip("\r\n")
+        prompt = line.rstrip("\r\n").removeprefix("\ufeff")
         if not prompt.strip():
             continue
         try:

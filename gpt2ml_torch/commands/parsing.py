@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
@@ -27,12 +28,18 @@ from gpt2ml_torch.options import (
     suggestion,
 )
 
+_NEGATIVE_NUMBER = re.compile(
+    r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$|-(inf|infinity|nan)$", re.IGNORECASE
+)
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose help ends with examples and whose errors are `ValueError`s."""
 
     def __init__(self, *, examples: Sequence[str] = (), **settings: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+        # argparse's own takes -1e-3 and -inf for options.
+        self._negative_number_matcher = _NEGATIVE_NUMBER
         if examples:
             self.epilog = "examples:\n" + "\n".join(f"  {example}" for example in examples)
 

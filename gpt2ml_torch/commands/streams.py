@@ -54,7 +54,7 @@ def discard_output() -> None:
 
 def read_input() -> str:
     """All of standard input, without its last line end; raises `ValueError` and `OSError`."""
-    return _read(lambda: sys.stdin.read()).rstrip("\r\n")
+    return _read(lambda: sys.stdin.read()).removeprefix("\ufeff").rstrip("\r\n")
 
 
 def read_input_line() -> str:
@@ -108,8 +108,9 @@ def _readable(stream: TextIO | None) -> TextIO:
     if stream is None:
         return open(0, encoding="utf-8", closefd=False)
     encoding = "utf-8" if _is_ascii(stream.encoding) else stream.encoding  # UTF-8 reads ASCII too
-    # In the C locale Python would let bytes that aren't text pass, as surrogates.
-    stream.reconfigure(encoding=encoding, errors="strict")  # type: ignore[attr-defined]
+    # In the C locale Python would let bytes that aren't text pass, as surrogates. It ends lines at
+    # "\n" alone, and old Macs' end at "\r".
+    stream.reconfigure(encoding=encoding, errors="strict", newline=None)  # type: ignore[attr-defined]
     return stream
 
 

@@ -146,7 +146,12 @@ def _write_weights(file: ModelFile, folder: Path, dtype: str, shard_bytes: int) 
 def _write_weight(writer: SafetensorsWriter, name: str, tensor: torch.Tensor, dtype: str) -> None:
     converted = tensor.to(getattr(torch, dtype))
     if not converted.isfinite().all():
-        raise ValueError(f"tensor {name!r} has values that {dtype} can't hold; choose another")
+        if tensor.isfinite().all():
+            raise ValueError(f"tensor {name!r} has values that {dtype} can't hold; choose another")
+        raise ValueError(
+            f"tensor {name!r} has NaN or infinity, with which a model writes nonsense; take a "
+            "sound file"
+        )
     parts = exported_names(name)
     for part, rows in zip(parts, converted.chunk(len(parts)), strict=True):
         writer.write_pieces(part, [rows.contiguous().view(-1).view(torch.uint8).numpy()])

@@ -316,7 +316,7 @@ def _change(
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+    return dtype if dtype.itemsize > 4 else torch.float32  # PyTorch promotes no 8-bit floats
 
 
 # -- merging ---------------------------------------------------------------------------------------

@@ -264,20 +264,32 @@ class GenerationConfig:
 
 def _check_integer(name: str, value: object, low: int, high: int) -> None:
     if type(value) is not int or not low <= value <= high:
-        raise ValueError(f"{name} is {value!r}; expected a whole number from {low} to {high}")
+        raise OptionError(
+            _named(name) + " is {!r}; expected a whole number from {} to {}", value, low, high
+        )
 
 
 def _check_number(name: str, value: object, low: float, high: float) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not (number and low <= value <= high):  # type: ignore[operator]
-        raise ValueError(f"{name} is {value!r}; expected a number from {low:g} to {high:g}")
+        raise OptionError(
+            _named(name) + " is {!r}; expected a number from {:g} to {:g}", value, low, high
+        )
+
+
+def _named(name: str) -> str:
+    """The template of an error that names a field, or a part of one behind a colon."""
+    field, colon, part = name.partition(":")
+    return "{" + field + "}" + colon + part
 
 
 def _strings(name: str, value: object) -> tuple[str, ...]:
     values = (value,) if isinstance(value, str) else _items(name, value, "strings")
     for item in values:
         if not isinstance(item, str) or not item:
-            raise ValueError(f"{name} holds {item!r}; expected strings of one character or more")
+            raise OptionError(
+                _named(name) + " holds {!r}; expected strings of one character or more", item
+            )
     return values
 
 

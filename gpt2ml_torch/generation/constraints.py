@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gpt2ml_torch.generation.config import GenerationConfig
+from gpt2ml_torch.options import OptionError
 from gpt2ml_torch.tokenizer import Tokenizer
 
 
@@ -131,7 +132,7 @@ def _banned(
     banned[[*config.allow_tokens, *end_ids]] = False
     banned[list(config.suppress_tokens)] = True
     if banned.all():
-        raise ValueError("every token is banned; leave some out of suppress_tokens")
+        raise OptionError("every token is banned; leave some out of {suppress_tokens}")
     return banned
 
 
@@ -141,9 +142,9 @@ def _forced(config: GenerationConfig, tokenizer: Tokenizer) -> dict[int, int]:
     end = tokenizer.encode(config.forced_end)
     first_of_end = config.max_new_tokens - len(end)
     if len(start) > first_of_end:
-        raise ValueError(
-            f"max_new_tokens is {config.max_new_tokens}; forced_start and forced_end take "
-            f"{len(start) + len(end)} tokens: raise it"
+        raise OptionError(
+            "{max_new_tokens} is {}; {forced_start} and {forced_end} take {} tokens: raise it",
+            *(config.max_new_tokens, len(start) + len(end)),
         )
     forced = dict(enumerate(start)) | dict(enumerate(end, start=first_of_end))
     for place, id_ in config.forced_ids:

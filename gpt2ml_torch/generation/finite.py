@@ -21,12 +21,16 @@ def non_finite_logits(model: GPT2ML) -> ValueError:
     """The error for logits with NaN or infinity: it names a tensor with such numbers, if any."""
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            return ValueError(
-                f"the model's tensor {name!r} has NaN or infinity; take a sound file: convert or "
-                "fetch it again"
-            )
+            return ValueError(f"the model's tensor {name!r} has NaN or infinity{_cure(tensor)}")
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     return ValueError(
         f"the logits overflowed in {dtype}, though all weights are finite; load the model in a "
         "wider precision, such as float32"
     )
+
+
+def _cure(tensor: Tensor) -> str:
+    sound = "take a sound file: convert or fetch it again"
+    if tensor.dtype != torch.float16:
+        return f"; {sound}"
+    return f" in float16; load it in float32, and where it has them there too, {sound}"

@@ -20,10 +20,11 @@ from gpt2ml_torch.generation.engine import Engine
 from gpt2ml_torch.generation.scoring import Score, token_logprobs
 from gpt2ml_torch.generation.speculative import SpeculativeBatch
 from gpt2ml_torch.generation.stats import Stats
-from gpt2ml_torch.generation.text import Completion, Text
+from gpt2ml_torch.generation.text import Completion, Text, shortened
 from gpt2ml_torch.model import GPT2ML
 from gpt2ml_torch.modelfile.pretrained import AUTO, activation_dtype
 from gpt2ml_torch.modelfile.reader import ModelFile
+from gpt2ml_torch.options import OptionError
 from gpt2ml_torch.precision import Precision
 from gpt2ml_torch.tokenizer import Tokenizer
 
@@ -265,9 +266,10 @@ class Generator:
         config = (self.defaults if config is None else config).replace(**options)
         keep = config.window_keep
         if keep is not None and keep >= self.engine.limit:
-            raise ValueError(
-                f"window_keep is {keep}; expected less than the model's {self.engine.limit} "
-                "positions, so that the text can go on"
+            raise OptionError(
+                "{window_keep} is {}; expected less than the model's {} positions, so that the "
+                "text can go on",
+                *(keep, self.engine.limit),
             )
         return config if config.seed is not None else config.replace(seed=secrets.randbits(63))
 
@@ -337,8 +339,8 @@ class Generator:
         ids = self.tokenizer.encode(prompt)
         if not ids:
             raise ValueError(
-                f"the prompt {prompt!r} holds no token, and the model knows no begin token: "
-                "give at least one character"
+                f"the prompt {shortened(prompt)!r} holds no token, and the model knows no begin "
+                "token: give at least one character"
             )
         return ids
 
@@ -347,9 +349,10 @@ class Generator:
         if excess <= 0:
             return 0
         if config.on_long_prompt == "error":
-            raise ValueError(
-                f"a prompt has {length} tokens, the model sees {self.engine.limit} at once: "
-                "shorten it, or let it be cut with on_long_prompt='cut'"
+            raise OptionError(
+                "a prompt has {} tokens, the model sees {} at once: shorten it, or let it be cut "
+                "with {on_long_prompt=cut}",
+                *(length, self.engine.limit),
             )
         _logger.warning(
             "a prompt of %d tokens was cut to its last %d, all that the model sees at once",

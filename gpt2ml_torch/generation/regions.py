@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 _SIMPLE = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, type)
+# Their modules decide what they compute by their own attributes alone.
+_KNOWN_PACKAGES = ("gpt2ml_torch", "torch", "peft")
 _HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
@@ -58,7 +60,8 @@ def _constants(module: nn.Module) -> tuple[tuple[str, Any], ...]:
 
 def _of_one(name: str, module: nn.Module) -> tuple[Any, ...]:
     attributes = vars(module)
-    hooked = any(attributes.get(hooks) for hooks in _HOOKS)
+    # A hook, or a class that nobody here has read, may look at which module it runs for.
+    unique = any(attributes.get(hooks) for hooks in _HOOKS) or not _is_known(type(module))
     rest = {
         key: value
         for key, value in attributes.items()
@@ -67,12 +70,16 @@ def _of_one(name: str, module: nn.Module) -> tuple[Any, ...]:
     return (
         name,
         type(module),
-        id(module) if hooked else None,
+        id(module) if unique else None,
         tuple(key for key, value in module._modules.items() if value is None),
         _value(module._parameters),
         _value(module._buffers),
         _value(rest),
     )
+
+
+def _is_known(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] in _KNOWN_PACKAGES
 
 
 def _value(value: Any) -> Any:

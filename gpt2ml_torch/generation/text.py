@@ -11,6 +11,8 @@ from gpt2ml_torch.generation.constraints import Constraints
 from gpt2ml_torch.sampling import row_key
 from gpt2ml_torch.tokenizer import Tokenizer
 
+_MAX_QUOTED = 80  # characters
+
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
@@ -200,3 +202,8 @@ def _earliest_end(before: str, piece: str, strings: Sequence[str]) -> int | None
         if found >= 0:
             ends.append(found + len(string) - len(tail))
     return min(ends, default=None)
+
+
+def shortened(prompt: str) -> str:
+    """A prompt as messages quote it: its beginning, where it is long."""
+    return prompt if len(prompt) <= _MAX_QUOTED else f"{prompt[:_MAX_QUOTED]}..."

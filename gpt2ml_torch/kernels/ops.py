@@ -113,7 +113,9 @@ def pack_rows(
     else:
         packing.pack_rows(rows, packed, scale, bits)
     if scale is not None and not scale.isfinite().all():
-        raise ValueError(f"a weight with NaN or infinity can't be stored as {precision}")
+        raise ValueError(
+            f"a weight with NaN or infinity can't be stored as {precision}; take a sound file"
+        )
     if packed.dtype == torch.float16 and packed.abs().max().isinf() and rows.isfinite().all():
         raise ValueError("a weight is beyond the largest of float16, 65504")
 

@@ -22,6 +22,7 @@ from gpt2ml_torch.tokenizer.decoding import (
 )
 from gpt2ml_torch.tokenizer.vocabulary import (
     MAX_VOCABULARY_BYTES,
+    check_tokens,
     find_vocabulary,
     is_converted,
     join_lines,
@@ -44,7 +45,7 @@ class Tokenizer:
     Blank lines at the end that make the tokens more than the embeddings are dropped.
 
     Raises ValueError for a vocabulary without [PAD] or [UNK], with more tokens than embeddings, or
-    with more characters than `MAX_VOCABULARY_BYTES`.
+    with more characters than `MAX_VOCABULARY_BYTES`, in one line more than `MAX_TOKEN_CHARACTERS`.
     """
 
     def __init__(self, vocab: str | Sequence[str], *, num_embeddings: int | None = None) -> None:
@@ -72,6 +73,7 @@ class Tokenizer:
         self._pieces = [decoded_piece(token) for token in self._tokens + reserved]
 
     def _check(self) -> None:
+        check_tokens(self._tokens)
         for token in ("[PAD]", "[UNK]"):
             if token not in self._ids:
                 raise ValueError(

@@ -11,6 +11,20 @@ from gpt2ml_torch.textfiles import read_text_file
 MAX_VOCABULARY_BYTES = 1 << 23
 
 
+# Far more than a word has; a file without line breaks is something else.
+MAX_TOKEN_CHARACTERS = 1024
+
+
+def check_tokens(tokens: Sequence[str]) -> None:
+    """Raise `ValueError`, with the line, for a token that is too long to be one."""
+    for line, token in enumerate(tokens, 1):
+        if len(token) > MAX_TOKEN_CHARACTERS:
+            raise ValueError(
+                f"line {line} has {len(token):,} characters; a vocabulary holds one token a line, "
+                f"of at most {MAX_TOKEN_CHARACTERS:,}"
+            )
+
+
 def split_lines(text: str) -> list[str]:
     """Split a vocabulary as the original reads it: at "\\n" alone, each line stripped.
 

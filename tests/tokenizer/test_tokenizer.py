@@ -187,7 +187,7 @@ def test_a_token_of_two_lines_is_an_error():
 
 
 def test_a_vocabulary_of_long_tokens_takes_memory_in_proportion() -> None:
-    tokens = ["[PAD]", "[UNK]", "a" * 200_000, *(chr(97 + i) * 199 + "b" for i in range(26))]
+    tokens = ["[PAD]", "[UNK]", "a" * 1024, *(chr(97 + i) * 199 + "b" for i in range(26))]
     tracemalloc.start()
     tokenizer = Tokenizer(tokens)
     peak = tracemalloc.get_traced_memory()[1]
@@ -197,6 +197,14 @@ def test_a_vocabulary_of_long_tokens_takes_memory_in_proportion() -> None:
     assert tokenizer.encode("a" * 200) == [1]
     with pytest.raises(ValueError, match="has 9,000,013 characters; expected at most 8,388,608"):
         Tokenizer("[PAD]\n[UNK]\n" + "a" * 9_000_000 + "\n")
+
+
+@pytest.mark.parametrize("start", ["", "##", "[unused"])
+def test_a_line_too_long_for_a_token_is_an_error_with_its_number(start: str) -> None:
+    long = start + "字" * (1025 - len(start))
+    Tokenizer(["[PAD]", "[UNK]", long[:-1]])
+    with pytest.raises(ValueError, match=r"^line 3 has 1,025 characters; .* at most 1,024$"):
+        Tokenizer(["[PAD]", "[UNK]", long])
 
 
 def longest_match(ids: dict[str, int], word: str) -> list[int]:
