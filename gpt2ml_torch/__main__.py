@@ -46,7 +46,7 @@ def _run(words: list[str]) -> int:
         return converted
     if command not in COMMANDS:
         parse(_overview(), words if command.startswith("-") else [])  # --help ends here
-        names = [_CONVERT, *COMMANDS]
+        names = list(COMMANDS)
         known = f"expected one of {', '.join(names)}"
         hint = suggestion(command, names) or known
         problem = f"unknown command {command!r}" if command else "no command was given"

@@ -19,7 +19,7 @@ import gpt2ml_torch
 from gpt2ml_torch import kernels
 from gpt2ml_torch.checking import Finding, check_model
 from gpt2ml_torch.checking.machine import free_bytes
-from gpt2ml_torch.commands.output import printable, write_json
+from gpt2ml_torch.commands.output import one_line, printable, write_json
 from gpt2ml_torch.commands.parsing import add_options, given
 from gpt2ml_torch.modelfile import ModelFile
 from gpt2ml_torch.options import check_options, option
@@ -71,8 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
         for finding in _findings(file, options):
             findings.append(finding)
             if not options.json:
-                line = f"{_MARKS[finding.verdict]} {finding.name}: {finding.text}"
-                print(printable(line), flush=True)
+                text = one_line(finding.text)  # it quotes names that the file holds
+                print(f"{_MARKS[finding.verdict]} {finding.name}: {text}", flush=True)
     good = all(finding.verdict != "fail" for finding in findings)
     environment = describe_environment()
     if options.json:

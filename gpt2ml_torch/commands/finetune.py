@@ -11,6 +11,7 @@ import types
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from gpt2ml_torch.commands.output import one_line
 from gpt2ml_torch.commands.parsing import add_options, flags_of, given
 from gpt2ml_torch.commands.training_bar import TrainingBar
 from gpt2ml_torch.finetuning.config import FinetuneConfig
@@ -102,7 +103,7 @@ def _finetune(config: FinetuneConfig, *, quiet: bool) -> int:
         finally:
             show.close()
     if first:
-        print(_summary(config, result), file=sys.stderr)
+        print(one_line(_summary(config, result)), file=sys.stderr)
     return {"interrupted": 130, "spike": 1}.get(result.reason, 0)
 
 

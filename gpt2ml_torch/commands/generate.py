@@ -135,9 +135,10 @@ def _interact(
         line = read_input_line()
         if not line:
             return
-        prompt = line.rstrip("\r\n").removeprefix("\ufeff")
+        prompt = line.rstrip("\r\n")
         if not prompt.strip():
             continue
+        prompt = prompt.removeprefix("\ufeff")
         try:
             check_text("prompts", prompt)
             _warn_of_unknown(generator, [prompt])

@@ -30,18 +30,26 @@ def printable(text: str) -> str:
 
 
 def write_json(values: Mapping[str, Any]) -> None:
-    """Print one JSON object a line: NaN and infinities as null, in ASCII where the encoding of
-    standard output lacks a character.
+    """Print one JSON object a line: NaN and infinities as null, escapes for characters that could
+    steer a terminal, and for all but ASCII where the encoding of standard output lacks one.
     """
     text = to_json(values)
     try:
         text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
     except UnicodeEncodeError:
         text = to_json(values, ascii_only=True)
-    print(text)
+    print(text if text.isprintable() else "".join(map(_escaped_in_json, text)))
 
 
 def _escaped(character: str) -> str:
     if unicodedata.category(character) not in _STEERING:
         return character
     return character.encode("unicode_escape").decode("ascii")
+
+
+def _escaped_in_json(character: str) -> str:
+    return (
+        character
+        if unicodedata.category(character) not in _STEERING
+        else to_json(character, ascii_only=True).strip('"')
+    )

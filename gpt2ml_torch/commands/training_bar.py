@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from gpt2ml_torch.commands.output import printable
 from gpt2ml_torch.finetuning.events import (
     Evaluated,
     Event,
@@ -39,7 +40,7 @@ class TrainingBar:
             )
             self._bar.update(event.step - self._bar.n)
         elif (line := _line(event)) is not None:
-            self._bar.write(line, file=sys.stderr)
+            self._bar.write(printable(line), file=sys.stderr)
 
     def tokenizing(self, what: str, done: int, total: int) -> None:
         """Show how far reading the data is, where it takes longer than a moment."""
@@ -56,7 +57,7 @@ class TrainingBar:
     def data(self, summary: object) -> None:
         """Say what the data are, below the bars that came before."""
         self.close()
-        print(summary, file=sys.stderr)
+        print(printable(str(summary)), file=sys.stderr)
 
     def close(self) -> None:
         """Leave the bar as it stands."""
