@@ -228,7 +228,9 @@ class Engine:
     def decode(self, token_ids: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
         """Read T more tokens of each of the cache's rows, (B, T) -> (B, T, V)."""
         # Copies, because tensors made outside inference mode would be recompiled for.
-        return self._run("decode", decode, token_ids.clone(), positions.clone(), cache=cache)
+        if self.compiled:
+            token_ids, positions = token_ids.clone(), positions.clone()
+        return self._run("decode", decode, token_ids, positions, cache=cache)
 
     def _run(
         self,

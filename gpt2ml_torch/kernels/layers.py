@@ -60,21 +60,29 @@ def run_layers(
     blocks: Iterable[Any], h: Tensor, positions: Tensor, keys: Tensor, values: Tensor
 ) -> Tensor:
     """All blocks over their key-value cache, as `packed_layers` says: (B, T, D) -> (B, T, D)."""
-    blocks = list(blocks)
-    layers = [
-        layer
-        for block in blocks
-        for layer in (block.attention.qkv, block.attention.output, block.mlp.up, block.mlp.down)
-    ]
-    norms = [norm for block in blocks for norm in (block.mlp_norm, block.output_norm)]
+    weights, scales, biases, norms = list[Tensor](), list[Tensor](), list[Tensor](), list[Tensor]()
+    bits = 0
+    # At every step for some hundred tensors: as in `runs_as_written`, not by attributes.
+    for block in blocks:
+        parts = block._modules
+        attention, mlp = parts["attention"]._modules, parts["mlp"]._modules
+        for layer in (attention["qkv"], attention["output"], mlp["up"], mlp["down"]):
+            buffers = layer._buffers
+            weights.append(buffers["weight"])
+            if buffers["weight_scale"] is not None:
+                scales.append(buffers["weight_scale"])
+            biases.append(layer._parameters["bias"])
+            bits = layer.bits
+        for norm in (parts["mlp_norm"]._parameters, parts["output_norm"]._parameters):
+            norms += norm["weight"], norm["bias"]
     return packed_layers(
         h,
         positions,
         keys,
         values,
-        weights=[layer.weight for layer in layers],
-        scales=[layer.weight_scale for layer in layers if layer.weight_scale is not None],
-        biases=[layer.bias for layer in layers],
-        norms=[parameter for norm in norms for parameter in (norm.weight, norm.bias)],
-        bits=layers[0].bits,
+        weights=weights,
+        scales=scales,
+        biases=biases,
+        norms=norms,
+        bits=bits,
     )
