@@ -11,11 +11,28 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gpt2ml_torch.generation.constraints import Constraints
+
+
+class Amounts(NamedTuple):
+    """How much the logits of each row change."""
+
+    bias: Tensor  # (B, V) float32
+    counts: Tensor  # (B, V) float32, how often the row wrote each token
+    presence: Tensor  # (B, 1) float32, the penalty of what was written
+    frequency: Tensor  # (B, 1) float32, the penalty of each time that it was
+
+
+def adjust(logits: Tensor, amounts: Amounts) -> Tensor:
+    """The adjusted logits, (B, V) float32."""
+    bias, counts, presence, frequency = amounts
+    penalty = presence * (counts > 0) + frequency * counts
+    return logits.float() + bias - penalty
 
 
 class Adjustments:
@@ -59,7 +76,11 @@ class Adjustments:
         other._counts = self._counts.clone()
         return other
 
+    @property
+    def amounts(self) -> Amounts:
+        """What applies to the next token."""
+        return Amounts(self._bias, self._counts, self._presence, self._frequency)
+
     def apply(self, logits: Tensor) -> Tensor:
         """The adjusted logits, (B, V) float32."""
-        penalty = self._presence * (self._counts > 0) + self._frequency * self._counts
-        return logits.float() + self._bias - penalty
+        return adjust(logits, self.amounts)

@@ -1,8 +1,10 @@
 """Batch: texts that are decoded together, one token each at a time.
 
-On a GPU the next step is launched before the last token is read back, so that the GPU never waits
-for the host: the texts take the token while the step runs. The step's result is dropped where the
-token ends every text. The loop reads nothing else back until the texts have ended.
+On a GPU a step chooses the next token itself, in the same graph, and is launched before the last
+token is read back, so that the GPU never waits for the host: the texts take the token while the
+step runs. The step's result is dropped where the token ends every text. The loop reads nothing else
+back until the texts have ended. Where the host has to see a token before the next can be chosen,
+for bad words and repeated n-grams, the step ends at its logits.
 """
 
 from __future__ import annotations
@@ -10,11 +12,11 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from gpt2ml_torch.generation.choice import Chosen, logprobs_of, report
 from gpt2ml_torch.generation.engine import Engine
 from gpt2ml_torch.generation.finite import check_logits, non_finite_logits
 from gpt2ml_torch.generation.sampler import Sampler, SamplingParams
@@ -23,12 +25,12 @@ from gpt2ml_torch.generation.text import Text
 from gpt2ml_torch.generation.transfers import HostCopy, to_device
 
 
-class _Chosen(NamedTuple):
-    """The next token of each row, (B,)."""
+class _Tokens:
+    """Chosen tokens on their way to the host."""
 
-    ids: Tensor
-    on_host: HostCopy
-    logprobs: Tensor | None
+    def __init__(self, chosen: Chosen) -> None:
+        self.chosen = chosen
+        self.on_host = HostCopy(chosen.reported)
 
 
 class Batch:
@@ -57,24 +59,60 @@ class Batch:
         began = time.perf_counter()
         logits = self._read_prompts()
         self._stats.prompt_seconds += time.perf_counter() - began
+        tokens = self._choose(logits)
         for number in itertools.count():
             began = time.perf_counter()
-            chosen = self._choose(logits)
-            ahead = self._decode(chosen.ids, ahead=1) if self._runs_ahead() else None
-            pieces = list(self._put(chosen))
+            ahead = self._launch(tokens.chosen.ids)
+            pieces = list(self._put(tokens.chosen, tokens.on_host.tolist()))
             busy = time.perf_counter() - began
             yield from pieces
             began = time.perf_counter() - busy
             going = sum(not text.finished for text in self._texts)
             if not going:
                 return
-            logits = self._step(chosen.ids) if ahead is None else self._drop_finished(ahead)
+            tokens = self._follow(tokens.chosen.ids, ahead)
             if number:
                 self._count(1, going, began)
 
+    def _launch(self, ids: Tensor) -> Tensor | _Tokens | None:
+        """The step after these ids, (B,), which the texts don't hold yet: the tokens that it
+        chooses, or its logits where the texts have to see the ids first. None where it has to wait.
+        """
+        if not self._runs_ahead():
+            return None
+        if self._host_decides:
+            return self._decode(ids, ahead=1)
+        return self._advance(
+            self._engine.decode_and_choose(
+                ids[:, None],
+                self._positions(len(ids), ahead=1),
+                self._cache,
+                self._sampler.state(),
+                logprobs=self._logprobs,
+            )
+        )
+
+    def _follow(self, ids: Tensor, ahead: Tensor | _Tokens | None) -> _Tokens:
+        """The tokens after these ids, (B,), which the texts hold now; `ahead` is from `_launch`."""
+        if ahead is None:
+            return self._choose(self._step(ids))
+        index = self._drop_finished()
+        if isinstance(ahead, Tensor):
+            return self._choose(ahead if index is None else ahead[index])
+        if index is None:
+            return ahead
+        return _Tokens(ahead.chosen.map(lambda rows: rows[index]))
+
+    @property
+    def _host_decides(self) -> bool:
+        """Whether a token can only be chosen when the host has seen the one before."""
+        rules = [text.constraints for text in self._texts]
+        return any(rule.bad_words or rule.no_repeat_ngram_size for rule in rules)
+
     def _step(self, ids: Tensor) -> Tensor:
         """Logits after these ids, (B,) -> (B', V), which the texts hold already."""
-        ids = self._drop_finished(ids)
+        index = self._drop_finished()
+        ids = ids if index is None else ids[index]
         self._make_room()
         return self._slide(self._decode(ids))
 
@@ -84,10 +122,10 @@ class Batch:
         room = max(text.position for text in going) + 1 < self._cache.length
         return self._engine.on_cuda and room and max(text.to_come for text in going) > 1
 
-    def _put(self, chosen: _Chosen) -> Iterator[tuple[Text, str]]:
-        """Hand chosen tokens to the texts."""
+    def _put(self, chosen: Chosen, ids: Sequence[int]) -> Iterator[tuple[Text, str]]:
+        """Hand chosen tokens, `ids` on the host, to the texts."""
         written: list[tuple[int, Text]] = []
-        for row, (text, id_) in enumerate(zip(self._texts, chosen.on_host.tolist(), strict=False)):
+        for row, (text, id_) in enumerate(zip(self._texts, ids, strict=False)):
             if text.finished:
                 continue
             if id_ < 0:
@@ -134,58 +172,63 @@ class Batch:
         return torch.cat(rows)
 
     @torch.inference_mode()
-    def _choose(self, logits: Tensor) -> _Chosen:
+    def _choose(self, logits: Tensor) -> _Tokens:
         if not self._engine.on_cuda:  # sampling relies on numbers
             check_logits(self._engine.model, logits[: len(self._texts)])
-        ids = self._sampler.choose(logits)
-        on_host = self._to_host(logits, ids)
+        tokens = self._tokens(logits, self._sampler.choose(logits))
         if any(text.constraints.bad_words for text in self._texts):
-            ids, on_host = self._avoid_bad_words(logits, ids, on_host)
-        self._sampler.advance(ids)
-        return _Chosen(ids, on_host, logprobs_of(logits, ids) if self._logprobs else None)
+            tokens = self._avoid_bad_words(logits, tokens)
+        self._sampler.advance(tokens.chosen.ids)
+        return tokens
 
-    def _to_host(self, logits: Tensor, ids: Tensor) -> HostCopy:
-        """The ids on their way to the host: on a GPU -1 where a logit is not finite, so that to
-        notice it takes no read of its own.
-        """
+    @torch.inference_mode()
+    def _advance(self, chosen: Chosen) -> _Tokens:
+        """Let the sampler go on from these tokens."""
+        tokens = _Tokens(chosen)
+        self._sampler.advance(chosen.ids)
+        return tokens
+
+    def _tokens(self, logits: Tensor, ids: Tensor) -> _Tokens:
         if self._engine.on_cuda:
-            ids = ids.where(logits.isfinite().all(-1), -1)
-        return HostCopy(ids)
+            return _Tokens(report(logits, ids, logprobs=self._logprobs))
+        return _Tokens(Chosen(ids, ids, logprobs_of(logits, ids) if self._logprobs else None))
 
-    def _avoid_bad_words(
-        self, logits: Tensor, ids: Tensor, on_host: HostCopy
-    ) -> tuple[Tensor, HostCopy]:
+    def _avoid_bad_words(self, logits: Tensor, tokens: _Tokens) -> _Tokens:
         """Choose again, without the ids that would complete a bad word, until none does."""
         blocked = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
         tried: set[tuple[int, int]] = set()
         while True:
+            ids = tokens.on_host.tolist()
             offenders = {
                 (row, id_)
-                for row, (text, id_) in enumerate(zip(self._texts, on_host.tolist(), strict=False))
+                for row, (text, id_) in enumerate(zip(self._texts, ids, strict=False))
                 if not text.finished and id_ >= 0 and (row, id_) not in tried and text.offends(id_)
             }
             if not offenders:
-                return ids, on_host
+                return tokens
             tried |= offenders
             for row, id_ in offenders:
                 blocked[row, id_] = True
-            ids = self._sampler.choose(logits, blocked=blocked)
-            on_host = self._to_host(logits, ids)
+            tokens = self._tokens(logits, self._sampler.choose(logits, blocked=blocked))
 
     def _decode(self, ids: Tensor, *, ahead: int = 0) -> Tensor:
         """Logits after these ids, (B,) -> (B, V), `ahead` tokens past the end of the texts."""
-        last = self._cache.length - 1
-        places = [min(text.position + ahead, last) for text in self._texts]
-        places += [0] * (len(ids) - len(places))
-        positions = to_device(places, ids.device)[:, None]
+        positions = self._positions(len(ids), ahead=ahead)
         return self._engine.decode(ids[:, None], positions, self._cache)[:, -1]
 
-    def _drop_finished(self, rows: Tensor) -> Tensor:
-        """Go on with fewer rows, of this tensor too, where that is a smaller batch."""
+    def _positions(self, rows: int, *, ahead: int) -> Tensor:
+        """The position of the last token of each text, or `ahead` tokens on, (B, 1)."""
+        last = self._cache.length - 1
+        places = [min(text.position + ahead, last) for text in self._texts]
+        places += [0] * (rows - len(places))
+        return to_device(places, self._cache.keys.device)[:, None]
+
+    def _drop_finished(self) -> Tensor | None:
+        """Go on with fewer rows where that is a smaller batch: which ones, in their order."""
         going = [row for row, text in enumerate(self._texts) if not text.finished]
         padded = self._engine.padded_rows(len(going))
         if padded >= self._cache.batch_size:
-            return rows
+            return None
         self._read_logprobs()
         smaller = self._engine.new_cache(len(going), self._cache.length)
         for to, row in enumerate(going):
@@ -194,7 +237,7 @@ class Batch:
         self._cache = smaller
         self._sampler.select(going, padded)
         self._texts = [self._texts[row] for row in going]
-        return rows[to_device([*going, *[going[0]] * (padded - len(going))], rows.device)]
+        return to_device([*going, *[going[0]] * (padded - len(going))], smaller.keys.device)
 
     def _make_room(self) -> None:
         """Grow the cache where the next token needs a slot more."""
@@ -233,8 +276,3 @@ def sampler_for(engine: Engine, texts: Sequence[Text], *, rows: int) -> Sampler:
             step=text.count,
         )
     return sampler
-
-
-def logprobs_of(logits: Tensor, ids: Tensor) -> Tensor:
-    """The log-probabilities of chosen ids under the model itself, (B, V), (B,) -> (B,)."""
-    return logits.float().log_softmax(-1).gather(-1, ids[:, None])[:, 0]

@@ -3,17 +3,24 @@
 A hypothesis ends at a stop string, an end token or the maximum length; its score is its summed
 log-probability divided by its length to the power `length_penalty` (0 is bert4keras's plain sum).
 The search ends when no beam can still beat the worst of the hypotheses wanted.
+
+The host reads the best few continuations of a step, all at once: ids, and the bits of their sums.
 """
 
 from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from gpt2ml_torch.generation.batch import sampler_for
 from gpt2ml_torch.generation.engine import Engine
-from gpt2ml_torch.generation.finite import check_logits
+from gpt2ml_torch.generation.finite import check_logits, non_finite_logits
 from gpt2ml_torch.generation.text import Text
+from gpt2ml_torch.generation.transfers import HostCopy, to_device
 from gpt2ml_torch.kv_cache import KVCache
 
 
@@ -39,8 +46,7 @@ class BeamSearch:
         logits = self._read([prompt])
         for _ in range(config.max_new_tokens):
             logits = logits[: len(self._beams)]  # what pads the batch is no beam
-            check_logits(self._engine.model, logits)
-            parents = self._extend(self._sampler.process(logits).log_softmax(-1))
+            parents = self._extend(self._totals(logits), logits.shape[-1])
             if not self._beams or self._is_settled():
                 break
             self._choose(parents)
@@ -52,24 +58,54 @@ class BeamSearch:
         histories = [text.ids for text in self._beams]
         self._sampler.select(parents, len(parents), histories=histories)
         last = [text.ids[-1] for text in self._beams]
-        self._sampler.advance(torch.tensor(last, device=self._engine.model.device))
+        self._sampler.advance(to_device(last, self._engine.model.device))
 
-    def _extend(self, log_probabilities: Tensor) -> list[int]:
-        """Take the best continuations of all beams, (beams, V); returns the rows that the new
-        beams extend.
+    @torch.inference_mode()
+    def _totals(self, logits: Tensor) -> Tensor:
+        """The score of each continuation of each beam, (beams, V) -> (beams * V,) float64; on a
+        GPU all NaN where a logit is not finite, which shows when they are read.
         """
+        scores = to_device(self._scores, logits.device, torch.float64)[:, None]
+        totals = scores + self._sampler.process(logits).log_softmax(-1).double()
+        if self._engine.on_cuda:
+            totals = totals.where(logits.isfinite().all(), torch.nan)
+        else:
+            check_logits(self._engine.model, logits)
+        return totals.flatten()
+
+    def _ranked(self, totals: Tensor) -> Iterator[tuple[float, int]]:
+        """The continuations, best first, each as its score and place; of equal ones the first
+        place first. A few are read at once, and more where those are not enough.
+        """
+        count, known = 4 * self._config.num_beams, 0
+        while known < len(totals):
+            count = min(count, len(totals))
+            places = self._best_places(totals, count)
+            bits = totals[places].view(torch.int64)
+            read: list[int] = HostCopy(torch.cat([places, bits])).tolist()
+            scores = struct.unpack(f"{count}d", struct.pack(f"{count}q", *read[count:]))
+            if math.isnan(scores[0]):
+                raise non_finite_logits(self._engine.model)
+            yield from zip(scores[known:], read[known:count], strict=True)
+            count, known = 16 * count, count
+
+    def _best_places(self, totals: Tensor, count: int) -> Tensor:
+        """Where the best are, best first, as a stable sort puts them."""
+        if self._engine.on_cuda or count == len(totals):
+            return totals.sort(descending=True, stable=True).indices[:count]
+        # The worst that counts, and what ties with it, are found sooner than all are sorted.
+        places = (totals >= totals.topk(count).values[-1]).nonzero()[:, 0]
+        return places[totals[places].sort(descending=True, stable=True).indices[:count]]
+
+    def _extend(self, totals: Tensor, vocab_size: int) -> list[int]:
+        """Take the best continuations, (beams * V,); returns the rows that the new beams extend."""
         width = self._config.num_beams
-        totals = torch.tensor(self._scores, dtype=torch.float64)[:, None]
-        totals = totals + log_probabilities.double().cpu()
-        order = totals.flatten().sort(descending=True, stable=True)
-        vocab_size = log_probabilities.shape[-1]
+        last = self._beams[0].to_come == 1  # every continuation ends its text
         beams: list[Text] = []
         scores: list[float] = []
         parents: list[int] = []
-        for rank, (total, place) in enumerate(
-            zip(order.values.tolist(), order.indices.tolist(), strict=True)
-        ):
-            if total == -torch.inf or len(beams) == width:
+        for rank, (total, place) in enumerate(self._ranked(totals)):
+            if total == -torch.inf or len(beams) == width or (last and rank == width):
                 break
             row, id_ = divmod(place, vocab_size)
             if self._beams[row].offends(id_):
@@ -123,7 +159,7 @@ class BeamSearch:
         padding = cache.batch_size - len(parents)
         device = cache.keys.device
         last = [text.ids[-1] for text in self._beams]
-        ids = torch.tensor([*last, *[0] * padding], device=device)[:, None]
+        ids = to_device([*last, *[0] * padding], device)[:, None]
         positions = torch.full_like(ids, position)
         return engine.decode(ids, positions, cache)[:, -1]
 

@@ -1,4 +1,7 @@
-"""Drafts for speculative decoding: tokens from the text itself, or from a cheaper model."""
+"""Drafts for speculative decoding: tokens from the text itself, or from a cheaper model.
+
+Drafted tokens stay on the device until the model has checked them: then the host reads both.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from torch import Tensor
 
 from gpt2ml_torch.generation.engine import Engine
 from gpt2ml_torch.generation.sampler import Sampler
+from gpt2ml_torch.generation.transfers import to_device
 
 LONGEST_MATCH = 4
 
@@ -19,8 +23,13 @@ class Draft(Protocol):
 
     steps: int  # that a model took for the tokens proposed so far
 
-    def propose(self, ids: Sequence[int], size: int, sampler: Sampler) -> list[int]:
-        """At most `size` tokens that may follow `ids`, the model's window, as `sampler` chooses."""
+    def launch(self, ids: Sequence[int], size: int, sampler: Sampler) -> Tensor | None:
+        """`size` tokens that may follow `ids`, the model's window, as `sampler` chooses, (size,)
+        on its device; or None.
+        """
+
+    def note(self, drafted: Sequence[int]) -> None:
+        """Take note of what the tokens launched last are, once the host has read them."""
 
 
 class PromptLookup:
@@ -28,8 +37,14 @@ class PromptLookup:
 
     steps = 0
 
-    def propose(self, ids: Sequence[int], size: int, sampler: Sampler) -> list[int]:
-        return look_up(ids, size)
+    def launch(self, ids: Sequence[int], size: int, sampler: Sampler) -> Tensor | None:
+        found = look_up(ids, size)
+        if not found:
+            return None
+        return to_device([*found, *[0] * (size - len(found))], sampler.device)
+
+    def note(self, drafted: Sequence[int]) -> None:
+        pass
 
 
 class DraftModel:
@@ -46,18 +61,38 @@ class DraftModel:
         self.steps = 0
 
     def propose(self, ids: Sequence[int], size: int, sampler: Sampler) -> list[int]:
+        """As `launch`, on the host; or no token."""
+        launched = self.launch(ids, size, sampler)
+        drafted: list[int] = [] if launched is None else launched.tolist()
+        self.note(drafted)
+        return drafted
+
+    @torch.inference_mode()
+    def launch(self, ids: Sequence[int], size: int, sampler: Sampler) -> Tensor | None:
         if len(ids) + size - 1 > self._cache.length:
-            return []
+            return None
         sampler = sampler.copy()
-        logits = self._after(list(ids))
-        proposed: list[int] = []
-        while True:
-            chosen = sampler.choose(logits)
-            proposed.append(int(chosen[0]))
-            if len(proposed) == size:
-                return proposed
+        chosen = sampler.choose(self._after(list(ids)))
+        drafted = [chosen]
+        while len(drafted) < size:
             sampler.advance(chosen)
-            logits = self._decode(proposed[-1:])
+            chosen = self._next(chosen, len(self._read) + len(drafted) - 1, sampler)
+            drafted.append(chosen)
+        return torch.cat(drafted)
+
+    def note(self, drafted: Sequence[int]) -> None:
+        self._read += drafted[:-1]
+
+    def _next(self, chosen: Tensor, position: int, sampler: Sampler) -> Tensor:
+        """The token after one that the host has not read, (1,) -> (1,)."""
+        self.steps += 1
+        positions = to_device([[position]], chosen.device)
+        if self._engine.on_cuda:
+            state = sampler.state()
+            return self._engine.decode_and_choose(
+                chosen[:, None], positions, self._cache, state
+            ).ids
+        return sampler.choose(self._engine.decode(chosen[:, None], positions, self._cache)[:, -1])
 
     def _after(self, ids: list[int]) -> Tensor:
         """Logits after a text, (1, V), most of which was read before."""
@@ -76,7 +111,7 @@ class DraftModel:
         """Logits after some more tokens, (1, V)."""
         device = self._cache.keys.device
         positions = len(self._read) + torch.arange(len(ids), device=device)[None]
-        logits = self._engine.decode(torch.tensor([ids], device=device), positions, self._cache)
+        logits = self._engine.decode(to_device([ids], device), positions, self._cache)
         self._read += ids
         self.steps += 1
         return logits[:, -1]

@@ -30,6 +30,8 @@ import torch
 from torch import Tensor
 
 from gpt2ml_torch.cache import cache_root
+from gpt2ml_torch.generation import choice
+from gpt2ml_torch.generation.choice import Chosen, SamplerState
 from gpt2ml_torch.generation.regions import are_equal, outline
 from gpt2ml_torch.generation.transfers import to_device
 from gpt2ml_torch.kv_cache import KVCache
@@ -88,6 +90,21 @@ def decode(
     return model.logits(h)
 
 
+def decode_and_choose(
+    model: GPT2ML,
+    plan: Plan,
+    token_ids: Tensor,
+    positions: Tensor,
+    state: SamplerState,
+    logprobs: bool,
+    keys: Tensor,
+    values: Tensor,
+) -> Chosen:
+    """Read one more token of each row, (B, 1), and choose the next."""
+    logits = decode(model, plan, token_ids, positions, keys, values)[:, -1]
+    return choice.report(logits, choice.choose(logits, state), logprobs=logprobs)
+
+
 class Engine:
     """A model's two steps, eager or compiled, and caches of the sizes that they like.
 
@@ -111,7 +128,7 @@ class Engine:
         if found == self._outline:
             return
         self._outline = found
-        self._steps: dict[tuple[object, ...], Callable[..., Tensor]] = {}
+        self._steps: dict[tuple[object, ...], Callable[..., Any]] = {}
         self.on_kernels = self.model.runs_on_kernels
         wanted = self._compile_wanted and not self.on_kernels
         self.compiled = wanted and self._can_compile()
@@ -222,7 +239,8 @@ class Engine:
         places = to_device([start, len(token_ids) - 1], device)
         # On the CPU attention reads the whole cache either way, in the order of sums that it has.
         function = prefill_from_start if self.on_cuda and start == 0 else prefill
-        return self._run("prefill", function, ids, places, cache=cache)
+        logits: Tensor = self._run("prefill", function, ids, places, cache=cache)
+        return logits
 
     @torch.inference_mode()
     def decode(self, token_ids: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
@@ -230,20 +248,41 @@ class Engine:
         # Copies, because tensors made outside inference mode would be recompiled for.
         if self.compiled:
             token_ids, positions = token_ids.clone(), positions.clone()
-        return self._run("decode", decode, token_ids, positions, cache=cache)
+        logits: Tensor = self._run("decode", decode, token_ids, positions, cache=cache)
+        return logits
+
+    @torch.inference_mode()
+    def decode_and_choose(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        cache: KVCache,
+        state: SamplerState,
+        *,
+        logprobs: bool = False,
+    ) -> Chosen:
+        """Read one more token of each of the cache's rows, (B, 1), and choose the next: one graph
+        for each set of rules.
+        """
+        arguments = token_ids.clone(), positions.clone(), state, logprobs
+        key = (*state.rules, logprobs)
+        found: Chosen = self._run("decode", decode_and_choose, *arguments, cache=cache, key=key)
+        # The next replay of a CUDA graph writes over what the last one gave.
+        return found.map(torch.clone)
 
     def _run(
         self,
         name: str,
-        function: Callable[..., Tensor],
+        function: Callable[..., Any],
         ids: Tensor,
-        *others: Tensor,
+        *others: Any,
         cache: KVCache,
-    ) -> Tensor:
+        key: tuple[object, ...] = (),
+    ) -> Any:
         arguments = (self.model, self._plan, ids, *others, cache.keys, cache.values)
         if not self.compiled:
             return function(*arguments)
-        key = (function, *ids.shape, cache.length)  # calls of the same key share a graph
+        key = (function, *ids.shape, cache.length, *key)  # calls of the same key share a graph
         if key in self._steps:
             return self._steps[key](*arguments)
         step = self._compile(function, replay=name == "decode")
@@ -263,7 +302,7 @@ class Engine:
         self._steps[key] = step
         return result
 
-    def _compile(self, function: Callable[..., Tensor], *, replay: bool) -> Callable[..., Tensor]:
+    def _compile(self, function: Callable[..., Any], *, replay: bool) -> Callable[..., Any]:
         # Two pools of threads, PyTorch's and the generated code's, would fight over the cores; the
         # products, in which the time goes, run in PyTorch's.
         # The checks between operators take longer than some of the operators.
@@ -282,13 +321,13 @@ class Engine:
         guards = getattr(torch.compiler, "skip_all_guards_unsafe", None)
         if guards is not None:
             options["guard_filter_fn"] = guards
-        compiled: Callable[..., Tensor] = torch.compile(
+        compiled: Callable[..., Any] = torch.compile(
             _twin(function, len(self._steps)), fullgraph=True, dynamic=False, options=options
         )
         return compiled
 
 
-def _twin(function: Callable[..., Tensor], number: int) -> Callable[..., Tensor]:
+def _twin(function: Callable[..., Any], number: int) -> Callable[..., Any]:
     """The function with a code object of its own.
 
     PyTorch keeps what it compiled with the code object, and compiles no more than eight sizes of

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from gpt2ml_torch import sampling
+from gpt2ml_torch.generation import choice
 from gpt2ml_torch.generation.adjustments import Adjustments
+from gpt2ml_torch.generation.choice import SamplerState
 from gpt2ml_torch.generation.config import GenerationConfig
 from gpt2ml_torch.generation.constraints import Constraints, RepeatedNGrams
 from gpt2ml_torch.generation.transfers import to_device
@@ -98,9 +100,11 @@ class Sampler:
     """Chooses the next token of each of `rows` rows, all of which are free at first.
 
     With `per_row`, for CUDA, every rule that some row has runs for all rows at once, and nothing is
-    read back to the host; otherwise rows of equal settings are drawn together.
+    read back to the host: `state` is what it chooses by. Otherwise rows of equal settings are drawn
+    together.
     """
 
+    @torch.inference_mode()
     def __init__(
         self, rows: int, *, vocab_size: int, device: torch.device | str, per_row: bool = False
     ) -> None:
@@ -109,11 +113,17 @@ class Sampler:
         self._keys = torch.zeros(rows, dtype=torch.int64, device=device)
         self._steps = torch.zeros(rows, dtype=torch.int64, device=device)
         self._blocked = torch.zeros(rows, vocab_size, dtype=torch.bool, device=device)
+        self._free = torch.full_like(self._keys, -1)  # no row is forced
         self._penalties: Tensor | None = None  # (B, 1) float32, if any row has one
         self._seen: Tensor | None = None  # (B, V) bool, if any row has a penalty
         self._adjustments: Adjustments | None = None  # if any row has one
         self._groups: list[_Group] | None = None  # made when rows have changed
         self._per_row = per_row
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        return self._device
 
     # -- rows -------------------------------------------------------------------------------------
 
@@ -165,7 +175,7 @@ class Sampler:
                 state.ngrams = state.ngrams.follow(history)
         self._rows = [*chosen, *[None] * (size - len(rows))]
         self._keys, self._steps = self._keys[index], self._steps[index]
-        self._blocked = self._blocked[index]
+        self._blocked, self._free = self._blocked[index], torch.full_like(index, -1)
         if self._seen is not None and self._penalties is not None:
             self._seen, self._penalties = self._seen[index], self._penalties[index]
         if self._adjustments is not None:
@@ -222,6 +232,8 @@ class Sampler:
 
         `blocked`, (B, V) bool, is not chosen this once.
         """
+        if self._per_row:
+            return choice.choose(logits, self.state(blocked))
         forced = {row: state.forced for row, state in enumerate(self._rows) if state is not None}
         ids = torch.zeros_like(self._keys)
         if not forced or None in forced.values():
@@ -230,6 +242,24 @@ class Sampler:
             if id_ is not None:
                 ids[row] = id_
         return ids
+
+    @torch.inference_mode()
+    def state(self, blocked: Tensor | None = None) -> SamplerState:
+        """What `choose` chooses by where every row has its own settings (`per_row`)."""
+        forced = [-1 if row is None or row.forced is None else row.forced for row in self._rows]
+        free = all(id_ < 0 for id_ in forced)
+        if self._groups is None:
+            self._groups = [self._all_rows()]
+        return SamplerState(
+            knobs=self._groups[0].knobs,
+            keys=self._keys,
+            steps=self._steps,
+            blocked=self._all_blocked(blocked),
+            forced=self._free if free else to_device(forced, self._device),
+            seen=self._seen,
+            penalty=self._penalties,
+            amounts=None if self._adjustments is None else self._adjustments.amounts,
+        )
 
     @torch.inference_mode()
     def process(self, logits: Tensor) -> Tensor:
@@ -257,20 +287,25 @@ class Sampler:
             if state.step == state.constraints.min_new_tokens:
                 self._write_bans(row)
 
-    def _constrained(self, logits: Tensor, blocked: Tensor | None) -> Tensor:
+    def _all_blocked(self, blocked: Tensor | None) -> Tensor:
+        """What may not be chosen now, (B, V) bool."""
         blocked = self._blocked if blocked is None else self._blocked | blocked
         for row, state in enumerate(self._rows):
             repeated = state.ngrams.banned() if state is not None and state.ngrams else []
             if repeated:
                 blocked = blocked.clone() if blocked is self._blocked else blocked
                 blocked[row].index_fill_(0, to_device(repeated, self._device), True)
+        return blocked
+
+    def _constrained(self, logits: Tensor, blocked: Tensor | None) -> Tensor:
+        blocked = self._all_blocked(blocked)
         if self._adjustments is not None:
             logits = self._adjustments.apply(logits)
         return sampling.process(logits, blocked=blocked, seen=self._seen, penalty=self._penalties)
 
     def _draw(self, scores: Tensor) -> Tensor:
         if self._groups is None:
-            self._groups = [self._all_rows()] if self._per_row else self._grouped()
+            self._groups = self._grouped()
         keys, steps = self._keys, self._steps
         if len(self._groups) == 1 and self._groups[0].rows is None:
             return sampling.choose(scores, self._groups[0].knobs, keys=keys, steps=steps)

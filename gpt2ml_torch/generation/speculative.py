@@ -3,6 +3,8 @@
 Token t of a row is the same function of the logits and the row's random stream whether it was
 drafted or not: a drafted token is kept exactly where it is what plain decoding chooses. So greedy
 and sampled texts are the ones of plain decoding, up to the rounding of larger matrix products.
+
+On a GPU the host reads once a step, when the model has checked what was drafted.
 """
 
 from __future__ import annotations
@@ -15,11 +17,12 @@ import torch
 from torch import Tensor
 
 from gpt2ml_torch.generation.batch import Batch
+from gpt2ml_torch.generation.choice import Chosen, report
 from gpt2ml_torch.generation.draft import Draft
 from gpt2ml_torch.generation.engine import Engine
 from gpt2ml_torch.generation.stats import Stats
 from gpt2ml_torch.generation.text import Text
-from gpt2ml_torch.generation.transfers import to_device
+from gpt2ml_torch.generation.transfers import HostCopy, to_device
 
 
 class SpeculativeBatch(Batch):
@@ -42,14 +45,14 @@ class SpeculativeBatch(Batch):
     def write(self) -> Iterator[tuple[Text, str]]:
         (text,) = self._texts
         began = time.perf_counter()
-        logits, drafted = self._read_prompts(), list[int]()
+        logits, drafted = self._read_prompts(), None
         self._stats.prompt_seconds += time.perf_counter() - began
         for number in itertools.count():
             began, draft_steps = time.perf_counter(), self._draft.steps
             if number:
                 self._make_room()
                 drafted = self._propose(text)
-                logits = self._check(text, drafted) if drafted else self._plain(text)
+                logits = self._plain(text) if drafted is None else self._check(text, drafted)
             pieces = self._take(text, logits, drafted)
             if number > 1:
                 self._count(1, len(pieces), began)
@@ -58,27 +61,57 @@ class SpeculativeBatch(Batch):
             if text.finished:
                 return
 
-    def _take(self, text: Text, logits: Tensor, drafted: list[int]) -> list[tuple[Text, str]]:
+    def _take(self, text: Text, logits: Tensor, drafted: Tensor | None) -> list[tuple[Text, str]]:
         """Choose tokens, one and then another for each drafted one that was right."""
         pieces: list[tuple[Text, str]] = []
-        for place, row_logits in enumerate(logits.unbind(1) if drafted else [logits]):
-            pieces += self._put(self._choose(row_logits))
-            if text.finished or text.ids[-1:] != drafted[place : place + 1]:
+        if drafted is None:
+            tokens = self._choose(logits)
+            return list(self._put(tokens.chosen, tokens.on_host.tolist()))
+        at_once = self._engine.on_cuda and not self._host_decides
+        for chosen, id_, draft in (self._all if at_once else self._each)(logits, drafted):
+            pieces += self._put(chosen, [id_])
+            if text.finished or id_ != draft:
                 break
         return pieces
 
-    def _propose(self, text: Text) -> list[int]:
+    def _each(self, logits: Tensor, drafted: Tensor) -> Iterator[tuple[Chosen, int, int | None]]:
+        """At each place the token chosen, as on the host, and the one drafted, if any; the sampler
+        goes on with each, and a place is looked at when it is asked for.
+        """
+        on_host: list[int] = drafted.tolist()
+        self._draft.note(on_host)
+        for row_logits, draft in zip(logits.unbind(1), [*on_host, None], strict=True):
+            tokens = self._choose(row_logits)
+            yield tokens.chosen, tokens.on_host.tolist()[0], draft
+
+    @torch.inference_mode()
+    def _all(self, logits: Tensor, drafted: Tensor) -> Iterator[tuple[Chosen, int, int | None]]:
+        """As `_each`, but all places are looked at, as if what is drafted were right, and read at
+        once.
+        """
+        sampler, found = self._sampler.copy(), list[Chosen]()
+        for place, row_logits in enumerate(logits.unbind(1)):
+            if place:
+                sampler.advance(drafted[place - 1 : place])
+            found.append(report(row_logits, sampler.choose(row_logits), logprobs=self._logprobs))
+        ids = HostCopy(torch.cat([drafted, *(chosen.reported for chosen in found)])).tolist()
+        on_host = ids[: len(drafted)]
+        self._draft.note(on_host)
+        for chosen, id_, draft in zip(found, ids[len(drafted) :], [*on_host, None], strict=True):
+            self._sampler.advance(chosen.ids)
+            yield chosen, id_, draft
+
+    def _propose(self, text: Text) -> Tensor | None:
         """Always as many, so that there is one size to compile; or none."""
         size = self._size
         if min(self._cache.length, self._engine.limit) - 1 - text.position < size:
-            return []
-        drafted = self._draft.propose(text.ids[text.start :], size, self._sampler)
-        return drafted + [0] * (size - len(drafted)) if drafted else []
+            return None
+        return self._draft.launch(text.ids[text.start :], size, self._sampler)
 
-    def _check(self, text: Text, drafted: list[int]) -> Tensor:
+    def _check(self, text: Text, drafted: Tensor) -> Tensor:
         """Logits after the last token and after each drafted one, (1, 1 + size, V)."""
         device = self._cache.keys.device
-        ids = to_device([[text.ids[-1], *drafted]], device)
+        ids = torch.cat([to_device(text.ids[-1:], device), drafted])[None]
         positions = text.position + torch.arange(ids.shape[1], device=device)[None]
         return self._engine.decode(ids, positions, self._cache)
 

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 
-def to_device(values: Sequence[Any], device: torch.device) -> Tensor:
-    """A tensor of these integers, which may be nested, on a device."""
+def to_device(
+    values: Sequence[Any], device: torch.device, dtype: torch.dtype = torch.int64
+) -> Tensor:
+    """A tensor of these numbers, which may be nested, on a device."""
     pinned = device.type == "cuda"
-    tensor = torch.tensor(values, dtype=torch.int64, pin_memory=pinned)
+    tensor = torch.tensor(values, dtype=dtype, pin_memory=pinned)
     return tensor.to(device, non_blocking=True)
 
 

@@ -81,6 +81,45 @@ def test_compiled_text_is_eager_text_and_nothing_is_compiled_anew(
     assert set(compiled.engine._steps) == sizes
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top_k": 9, "top_p": 0.9, "min_p": 0.01, "typical_p": 0.9, "repetition_penalty": 1.2},
+        {"presence_penalty": 0.5, "min_new_tokens": 9, "eos_token_id": [104], "forced_start": "双"},
+    ],
+    ids=str,
+)
+def test_a_step_that_chooses_the_next_tokens_is_one_graph(
+    tokenizer: Tokenizer, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on CUDA: nothing in it depends on a value, so other values need no other graph.
+
+    Only traced, since the compiler's C++ for 64-bit integers, which no step on the CPU has, writes
+    past the end of sizes that don't fill a vector (PyTorch 2.13).
+    """
+    compile = torch.compile
+
+    def trace(function: Any, *, fullgraph: bool, dynamic: bool, options: Any) -> Any:
+        return compile(function, fullgraph=fullgraph, dynamic=dynamic, backend="aot_eager")
+
+    monkeypatch.setattr(torch, "compile", trace)
+    model = tiny_model(tokenizer, positions=400)
+    eager = Generator(model, tokenizer, compile=False, pack=False)
+    generator = Generator(model, tokenizer, compile=True, pack=False)
+    generator.engine.on_cuda = True
+    prompts = ["今天天气不错", "双"]
+    generator.generate(prompts, seed=1, max_new_tokens=30, **options)
+    steps = set(generator.engine._steps)
+    assert any(engine.decode_and_choose in key for key in steps)
+    assert not any(engine.decode in key for key in steps)
+    others = {"seed": 2, "max_new_tokens": 24, **options, "temperature": 0.8}
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        found = generator.generate(prompts, **others)
+    assert found == eager.generate(prompts, **others)
+    assert set(generator.engine._steps) == steps
+    assert generator.engine.compiled
+
+
 @needs_compiler
 def test_an_assistant_compiles_each_size_once(tokenizer: Tokenizer) -> None:
     model, helper = (tiny_model(tokenizer, positions=400, seed=seed) for seed in (0, 1))
