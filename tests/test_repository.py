@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
 import subprocess
 import sys
@@ -40,16 +41,15 @@ LAYERS = (
 )
 
 
-def test_ruff_and_mypy_find_nothing() -> None:
-    for command in (
-        ["-m", "ruff", "check", "."],
-        ["-m", "ruff", "format", "--check", "."],
-        ["-m", "mypy"],
-    ):
-        result = subprocess.run(
-            [sys.executable, *command], cwd=ROOT, capture_output=True, text=True
-        )
-        assert result.returncode == 0, result.stdout + result.stderr
+@pytest.mark.parametrize("command", ["ruff check .", "ruff format --check .", "mypy"])
+def test_linters_find_nothing(command: str) -> None:
+    tool, *words = command.split()
+    if importlib.util.find_spec(tool) is None:
+        pytest.skip(f"{tool} is not installed")
+    result = subprocess.run(
+        [sys.executable, "-m", tool, *words], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_imports_go_one_way() -> None:

@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tensorflow as tf
-from crc32c import crc32c
 from numpy.typing import NDArray
 
 from convert import bundle
@@ -19,6 +17,9 @@ from convert.bundle import Cursor, bytes_field, fields, fixed32_field, number_fi
 from convert.source import Stored
 from convert.tensorflow import TensorFlowCheckpoint, Variable, write_checkpoint
 from tests.helpers.checkpoint_factory import write_tf
+
+tf = pytest.importorskip("tensorflow", reason="TensorFlow is not installed")
+crc32c = pytest.importorskip("crc32c", reason="crc32c is not installed").crc32c
 
 DTYPES = ("float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint8")
 

@@ -224,8 +224,7 @@ def test_float64_is_rounded_once(folder: Path, out: Path) -> None:
 
 @pytest.mark.parametrize("name", ["bfloat16", "float16", "float64"])
 def test_variables_of_other_dtypes_are_read(name: str, folder: Path, out: Path) -> None:
-    import tensorflow as tf
-
+    tf = factory.tensorflow()
     weights = factory.tf_weights()
     cast = {key: tf.cast(value, getattr(tf, name)) for key, value in weights.items()}
     factory.write_tf(folder, cast)
@@ -311,8 +310,7 @@ def test_what_goes_back_is_what_the_original_code_restores(
     folder: Path, out: Path, tmp_path: Path
 ) -> None:
     """As the original does it: build the variables, and let a Saver restore them."""
-    import tensorflow as tf
-
+    tf = factory.tensorflow()
     run(folder, out)
     run("--to-tf", out, tmp_path / "back")
     prefix = tf.train.latest_checkpoint(str(tmp_path / "back"))

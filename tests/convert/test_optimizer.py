@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tensorflow as tf
 import torch
 from torch import Tensor
 
@@ -20,6 +19,8 @@ from gpt2ml_torch.finetuning import parameter_groups
 from gpt2ml_torch.finetuning.optimizers import Adafactor
 from gpt2ml_torch.modelfile import ModelFile
 from tests.helpers import checkpoint_factory as factory
+
+tf = pytest.importorskip("tensorflow", reason="TensorFlow is not installed")
 
 TENSORS = factory.with_slots(factory.tf_weights())
 

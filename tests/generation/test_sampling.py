@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers.generation import logits_process as hf
 
 from gpt2ml_torch import sampling
 from gpt2ml_torch.generation.constraints import RepeatedNGrams
 from gpt2ml_torch.sampling import Knobs
+
+hf = pytest.importorskip(
+    "transformers.generation.logits_process", reason="transformers is not installed"
+)
 
 V = 50
 NO_IDS: Any = None  # what these rules of transformers do not look at

@@ -47,12 +47,11 @@ class Scaled(nn.Linear):
 
 
 def add_lora(block: Any) -> None:
-    from peft import LoraConfig, inject_adapter_in_model
-
+    peft = pytest.importorskip("peft", reason="peft is not installed")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        config = LoraConfig(target_modules=["qkv", "up"], r=2, init_lora_weights=False)
-        inject_adapter_in_model(config, block)
+        config = peft.LoraConfig(target_modules=["qkv", "up"], r=2, init_lora_weights=False)
+        peft.inject_adapter_in_model(config, block)
 
 
 def add_forward_hook(block: Any) -> None:

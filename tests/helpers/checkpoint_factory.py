@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -70,10 +71,14 @@ def with_slots(weights: Arrays) -> Arrays:
     return full
 
 
+def tensorflow() -> Any:
+    """The package, whose import takes seconds; the test that asks for it is skipped without it."""
+    return pytest.importorskip("tensorflow", reason="TensorFlow is not installed")
+
+
 def write_tf(folder: Path, tensors: Mapping[str, Any], *, name: str = f"model.ckpt-{STEP}") -> Path:
     """Write a checkpoint with TensorFlow's own op; returns the prefix."""
-    import tensorflow as tf  # takes seconds
-
+    tf = tensorflow()
     names = sorted(tensors)
     tf.raw_ops.SaveV2(
         prefix=str(folder / name),
@@ -86,8 +91,7 @@ def write_tf(folder: Path, tensors: Mapping[str, Any], *, name: str = f"model.ck
 
 def write_shards(folder: Path, tensors: Arrays) -> Path:
     """Write a checkpoint of two data files, in place of the one in the folder."""
-    import tensorflow as tf
-
+    tf = tensorflow()
     halves = [dict(list(tensors.items())[part::2]) for part in range(2)]
     prefix = folder / f"model.ckpt-{STEP}"
     for path in folder.glob(f"{prefix.name}.*"):

@@ -10,8 +10,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from gpt2ml_torch import GPT2ML, KVCache
@@ -22,6 +20,7 @@ from tests.helpers.parity import (
     model_of,
     to_float64,
 )
+from tests.helpers.properties import given, settings, st
 from tests.helpers.reference import GOLDEN
 from tests.helpers.weights import Sizes
 

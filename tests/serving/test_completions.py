@@ -7,13 +7,12 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from gpt2ml_torch.generation import GenerationConfig
 from gpt2ml_torch.serving.completions import CompletionRequest, Limits, parse_request
 from gpt2ml_torch.serving.errors import APIError
 from gpt2ml_torch.tokenizer import Tokenizer
+from tests.helpers.properties import given, st
 
 TOKENS = ["[PAD]", *(f"[unused{i}]" for i in range(1, 100)), "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 TOKENIZER = Tokenizer([*TOKENS, *"今天气不错。，"])

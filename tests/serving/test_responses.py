@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from hypothesis import given
-from hypothesis import strategies as st
-
 from gpt2ml_torch.serving.responses import StopFilter, token_offsets
+from tests.helpers.properties import given, st
 
 
 def run(stops: list[str], pieces: list[str], reason: str) -> list[str]:

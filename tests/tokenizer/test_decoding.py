@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 
 from gpt2ml_torch import StreamDecoder, Tokenizer
+from tests.helpers.properties import example, given, settings, st
 
 WORDS = (
     "[PAD] [unused1] [UNK] [CLS] [SEP] [MASK] ## a the ##s hello world ##e ##l "

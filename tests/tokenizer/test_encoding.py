@@ -9,11 +9,10 @@ import unicodedata
 from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 
 from gpt2ml_torch import Tokenizer
 from gpt2ml_torch.tokenizer.words import WordSplitter
+from tests.helpers.properties import example, given, settings, st
 
 CHINESE_BLOCKS = [
     *((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x2A6DF)),

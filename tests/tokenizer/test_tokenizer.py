@@ -8,10 +8,9 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from gpt2ml_torch import GPT2ML, GPT2MLConfig, Tokenizer
+from tests.helpers.properties import given, st
 
 TOKENS = ["[PAD]", "[unused1]", "[unused2]", "[UNK]", "[CLS]", "[SEP]", "[MASK]",
           "a", "##a", "\u2028", "中", "##\u2028", "国", "##", "。"]  # fmt: skip

@@ -11,8 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given
-from hypothesis import strategies as st
 
 from gpt2ml_torch.finetuning.data import documents as documents_module
 from gpt2ml_torch.finetuning.data import lines as lines_module
@@ -21,6 +19,7 @@ from gpt2ml_torch.finetuning.data.documents import DocumentReader
 from gpt2ml_torch.finetuning.data.files import Source, find_sources
 from gpt2ml_torch.finetuning.data.lines import Numbered
 from tests.helpers.finetuning_data import small_tokenizer, write_jsonl
+from tests.helpers.properties import example, given, st
 
 POEM = "春眠不觉晓\n处处闻啼鸟\n\n夜来风雨声\n \n\n花落知多少"
 

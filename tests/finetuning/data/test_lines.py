@@ -11,8 +11,6 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from gpt2ml_torch.finetuning.data import compressed as compressed_module
 from gpt2ml_torch.finetuning.data import lines as lines_module
@@ -21,6 +19,7 @@ from gpt2ml_torch.finetuning.data.lines import read_blocks, read_lines
 from gpt2ml_torch.tokenizer import Tokenizer
 from tests.finetuning.data.test_documents import documents
 from tests.helpers.finetuning_data import small_tokenizer
+from tests.helpers.properties import given, st
 
 # Everything that the tokenizer drops or takes for white space, a few of each kind.
 INVISIBLE = ["\u200b", "\ufeff", "\u200b \ufeff", "\u00ad\u200e", "\x01", "\u0301", "\u3000\u00a0"]

@@ -10,8 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from gpt2ml_torch.config import GPT2MLConfig
@@ -27,6 +25,7 @@ from tests.helpers.finetuning_data import (
     small_tokenizer,
     write_jsonl,
 )
+from tests.helpers.properties import given, settings, st
 
 SIZES = st.lists(st.integers(1, 70), min_size=1, max_size=12).filter(lambda sizes: max(sizes) > 1)
 
