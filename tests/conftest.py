@@ -102,6 +102,10 @@ def no_tf32() -> Iterator[None]:
     matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("cuda") and not torch.cuda.is_available():
         pytest.skip("there is no CUDA device here")

@@ -1,34 +1,44 @@
 """The cuda tests and the speed of a random model made on the device, within a time limit.
 
-Results are written after every measurement, so that a run that is cut off loses only the last. What
-fails, or is not installed, becomes a row that says so.
+Results are written before the tests and after every measurement, so that a run that is cut off
+loses only the last. What fails, or is not installed, becomes a row that says so.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import gc
 import importlib.util
-import json
+import math
+import os
+import signal
+import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gpt2ml_torch import GPT2ML, Generator, GPT2MLConfig, Tokenizer, kernels
 from gpt2ml_torch.bandwidth import read_bandwidth
+from gpt2ml_torch.devices import choose_device
 from gpt2ml_torch.finetuning import Objective, estimate_memory, next_token_rows
 from gpt2ml_torch.finetuning.components import make_optimizer, prepare_model, weight_dtype
 from gpt2ml_torch.finetuning.step import Stepper
 from gpt2ml_torch.generation import Stats
 from gpt2ml_torch.modelfile.pretrained import activation_dtype
 from gpt2ml_torch.precision import Precision
-from scripts.benchmarks import machine, weights
+from scripts.benchmarks import weights
+from scripts.benchmarks.gpu_report import Report, Row
 from scripts.benchmarks.peers import PROMPT, TransformersGPT2
 from scripts.benchmarks.tuning_contestant import settings_of
 
@@ -42,51 +52,110 @@ TINY = GPT2MLConfig(
     max_position_embeddings=256,
 )
 SIZES: dict[str, Callable[[], GPT2MLConfig]] = {"tiny": lambda: TINY, **weights.SIZES}
-Row = dict[str, Any]
+GRACE = 15  # seconds after the limit in which a measurement that has begun may end
+SHORTEST = 100  # seconds that starting up may take on a busy machine
+
+
+class CutOff(BaseException):
+    """A signal or the time limit ends the run; no handler of a single measurement's errors."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run everything; status 1 if a test failed."""
+    """Run everything; status 1 if a test failed, 124 if the time ran out, 143 for SIGTERM."""
     parser = argparse.ArgumentParser(prog="scripts/gpu", description=__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--size", choices=SIZES, default="mega")
-    parser.add_argument("--seconds", type=float, default=520, help="no measurement begins later")
+    parser.add_argument("--seconds", type=float, default=505, help="no measurement begins later")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "gpu")
     options = parser.parse_args(arguments)
-    if options.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error("PyTorch sees no GPU here; --device cpu tries the program out")
+    try:
+        options.device = str(choose_device(options.device))
+    except ValueError as error:
+        parser.error(f"{error}; --device cpu tries the program out")
+    report = Report(options.out, options.device, options.size)
+    status = 0
+    try:
+        with _cut_off_after(max(options.seconds + GRACE, SHORTEST)):
+            report.write()  # a first table, before anything can fail
+            _run(options, report)
+        report.state = "complete"
+    except CutOff as reason:
+        report.state = f"cut off: {reason}"
+        status = 124 if signal.SIGTERM.name not in str(reason) else 128 + signal.SIGTERM
+    report.write()
+    print(report.table())
+    failed = report.tests is not None and report.tests["status"] not in (0, None)
+    return status or int(failed)
+
+
+def _run(options: argparse.Namespace, report: Report) -> None:
     ends = time.monotonic() + options.seconds
-    rows: list[Row] = []
-    tests = _run_tests(options.seconds / 2) if options.device.startswith("cuda") else None
+    if options.device.startswith("cuda"):
+        report.tests = {"status": None, "tail": ["cut off while they ran"]}
+        report.write()
+        report.tests = _run_tests(options.seconds / 2)
     for row in _measurements(options, ends):
-        rows.append(row)
-        _write(options, tests, rows)
-    print(_table(options, tests, rows))
-    return 0 if tests is None or tests["status"] == 0 else 1
+        report.add(row)
+
+
+@contextlib.contextmanager
+def _cut_off_after(seconds: float) -> Iterator[None]:
+    """Raise `CutOff` after so many seconds and on SIGTERM, where the system has such signals."""
+
+    def cut_off(number: int, _frame: Any) -> None:
+        reason = signal.Signals(number).name
+        raise CutOff("the time ran out" if reason == "SIGALRM" else reason)
+
+    numbers = [signal.SIGTERM]
+    if hasattr(signal, "SIGALRM"):
+        numbers.append(signal.SIGALRM)
+        signal.alarm(math.ceil(seconds))
+    before = {number: signal.signal(number, cut_off) for number in numbers}
+    try:
+        yield
+    finally:
+        if hasattr(signal, "SIGALRM"):
+            signal.alarm(0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _run_tests(seconds: float) -> Row:
     """The tests marked cuda, in parallel where pytest-xdist is installed."""
+    if importlib.util.find_spec("pytest") is None:
+        return {"status": None, "tail": ["not run: pytest is not installed"]}
     command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider"]
     if importlib.util.find_spec("xdist"):
         command += ["-n", "8"]
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
+        tests = subprocess.Popen(
+            command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
-    except subprocess.TimeoutExpired:
-        return {"status": 124, "tail": [f"cut off after {seconds:.0f} s"]}
-    return {"status": done.returncode, "tail": (done.stdout + done.stderr).splitlines()[-20:]}
+        try:
+            status = tests.wait(seconds)
+        except subprocess.TimeoutExpired:
+            status = 124
+        finally:
+            with contextlib.suppress(OSError):  # nothing is left of it
+                os.killpg(tests.pid, signal.SIGKILL)  # with its workers
+            tests.wait()
+        output.seek(0)
+        tail = output.read().splitlines()[-40:]
+    cut = [f"cut off after {seconds:.0f} s: {tail[-1] if tail else ''}"] if status == 124 else []
+    return {"status": status, "tail": [*tail, *cut] or ["no output"]}
 
 
 def _measurements(options: argparse.Namespace, ends: float) -> Iterator[Row]:
-    bandwidth = read_bandwidth(options.device)
-    yield {"what": "read bandwidth, GB/s", "value": bandwidth / 1e9}
+    """The rows, what matters most first; whatever can't be measured is a row that says why."""
+    bandwidth: list[float] = []
+    for row in _guarded(partial(_read_bandwidth, options.device, bandwidth)):
+        yield row
     config = SIZES[options.size]()
+    measured = partial(_of_precision, config, options, ends, *bandwidth)
     parts: list[tuple[str, Callable[[], Iterator[Row]]]] = [
-        (precision, partial(_of_precision, config, Precision(precision), bandwidth, options, ends))
-        for precision in ("bfloat16", "float16", "float32", "int8", "int4")
+        (precision, partial(measured, precision=Precision(precision)))
+        for precision in ("bfloat16", "int8", "int4", "float16", "float32")
     ]
     for name, compiled in (("transformers, eager", False), ("transformers, compiled", True)):
         if not (compiled and options.no_compile):
@@ -94,17 +163,36 @@ def _measurements(options: argparse.Namespace, ends: float) -> Iterator[Row]:
     for setting in ("bfloat16", "float32", "lora"):
         tuning = partial(_of_finetuning, config, setting, options.device)
         parts.append((f"fine-tuning, {setting}", tuning))
-    for name, part in parts:
+    late = ("float16", "float32")  # few use them
+    for name, part in sorted(parts, key=lambda part: part[0] in late):
         if time.monotonic() >= ends:
             yield {"precision": name, "what": "skipped", "error": "no time was left"}
             continue
-        try:
-            for row in part():
-                yield {"precision": name, **row}
-        except Exception as error:  # memory, compilers and packages fail in many ways: a row too
-            reason = (str(error).splitlines() or [""])[0]
-            failure = f"{type(error).__name__}: {reason}"
-            yield {"precision": name, "what": "failed", "error": failure}
+        for row in _guarded(part):
+            yield {"precision": name, **row}
+        _release_memory()
+
+
+def _guarded(part: Callable[[], Iterator[Row]]) -> Iterator[Row]:
+    """The rows of a measurement; memory, compilers and packages fail in many ways: a row too."""
+    try:
+        yield from part()
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        yield {"what": "failed", "error": f"{type(error).__name__}: {reason}"}
+
+
+def _read_bandwidth(device: str, found: list[float]) -> Iterator[Row]:
+    found.append(read_bandwidth(device))
+    yield {"what": "read bandwidth, GB/s", "value": found[0] / 1e9}
+
+
+def _release_memory() -> None:
+    """Graphs hold the weights and caches that they were compiled with."""
+    torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _of_finetuning(config: GPT2MLConfig, setting: str, device: str) -> Iterator[Row]:
@@ -149,10 +237,11 @@ def _of_transformers(
 
 def _of_precision(
     config: GPT2MLConfig,
-    precision: Precision,
-    bandwidth: float,
     options: argparse.Namespace,
     ends: float,
+    bandwidth: float | None = None,
+    *,
+    precision: Precision,
 ) -> Iterator[Row]:
     began = time.perf_counter()
     torch.manual_seed(0)
@@ -180,9 +269,47 @@ def _of_precision(
             _generate(generator, rows=batch, tokens=64, new=8)
             stats = _generate(generator, rows=batch, tokens=64, new=64)
             steps = stats.steps / stats.step_seconds
-            share = steps * weight_bytes / bandwidth
             row: Row = {"what": f"decode at batch {batch}, tokens/s", "value": steps * batch}
-            yield {**row, "share_of_bandwidth": share}
+            if bandwidth is not None:
+                row["share_of_bandwidth"] = steps * weight_bytes / bandwidth
+            yield row
+        if batch == 1 and time.monotonic() < ends:
+            between = _seconds_between_steps(generator)
+            yield {"what": "host time between steps, ms", "value": between * 1e3}
+
+
+def _seconds_between_steps(generator: Generator) -> float:
+    """From the end of the model's step to the start of the next on the device, in the mean: what
+    the loop around the model costs at batch 1, sampling included.
+    """
+    engine, on_gpu = generator.engine, generator.engine.on_cuda
+    decode, marks = engine.decode, []
+
+    def mark() -> Any:
+        if not on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def timed(*arguments: Any) -> Tensor:
+        began = mark()
+        logits = decode(*arguments)
+        marks.append((began, mark()))
+        return logits
+
+    engine.decode = timed  # type: ignore[method-assign]
+    try:
+        _generate(generator, rows=1, tokens=64, new=64)
+    finally:
+        engine.decode = decode  # type: ignore[method-assign]
+    if on_gpu:
+        torch.cuda.synchronize()
+    gaps = [
+        end.elapsed_time(start) / 1e3 if on_gpu else start - end
+        for (_, end), (start, _) in pairwise(marks)
+    ]
+    return statistics.fmean(gaps)
 
 
 def _generate(generator: Generator, *, rows: int, tokens: int, new: int) -> Stats:
@@ -197,54 +324,6 @@ def _generate(generator: Generator, *, rows: int, tokens: int, new: int) -> Stat
         seed=0,
     )
     return stats
-
-
-def _write(options: argparse.Namespace, tests: Row | None, rows: list[Row]) -> None:
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    result = {
-        "machine": machine.describe(),
-        "device": options.device,
-        "size": options.size,
-        "tests": tests,
-        "rows": rows,
-    }
-    options.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    options.out.with_suffix(".md").write_text(_table(options, tests, rows))
-    if importlib.util.find_spec("matplotlib"):
-        _plot(rows, options.out.with_suffix(".png"))
-
-
-def _plot(rows: list[Row], path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    bars = {
-        f"{row['precision']}, {row['what'].removesuffix(', tokens/s')}": row["value"]
-        for row in rows
-        if row["what"].startswith("decode")
-    }
-    figure = Figure(figsize=(8, 1 + 0.3 * len(bars)), layout="constrained")
-    axes = figure.add_subplot()
-    axes.barh(list(bars), list(bars.values()))
-    axes.set_xlabel("tokens/s")
-    figure.savefig(path)
-
-
-def _table(options: argparse.Namespace, tests: Row | None, rows: list[Row]) -> str:
-    about = machine.describe()
-    lines = [
-        f"{about['date']}, GPU: {about['gpu']}, {about['processor']}; Python {about['python']}, "
-        f"torch {about['torch']}; {options.size} on {options.device}, random weights.",
-        "",
-        f"Tests: {tests['tail'][-1] if tests else 'none on this device'}",
-        "",
-        "| precision | measured | value | of the bandwidth |",
-        "|---|---|---:|---:|",
-    ]
-    for row in rows:
-        value = f"{row['value']:.4g}" if "value" in row else row["error"]
-        share = f"{row['share_of_bandwidth']:.0%}" if "share_of_bandwidth" in row else ""
-        lines.append(f"| {row.get('precision', '')} | {row['what']} | {value} | {share} |")
-    return "\n".join([*lines, ""])
 
 
 if __name__ == "__main__":

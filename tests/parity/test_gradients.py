@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +25,7 @@ from tests.helpers.parity import (
     largest_error,
     make_model,
     model_of,
+    plain_logits,
     tf_weights_of,
     to_float64,
     to_torch,
@@ -111,6 +114,30 @@ def test_float32_gradients_stray_at_most_twice_as_far_as_tensorflows() -> None:
     for kind, pairs in squares.items():
         ours, theirs = np.sqrt(np.mean(pairs, axis=0))
         assert ours <= 2 * theirs + np.finfo(np.float32).eps / 2, (kind, ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_stray_at_most_twice_as_far_as_plain_pytorchs(
+    dtype: torch.dtype, device: torch.device, no_tf32: None
+) -> None:
+    """All gradients at once, each relative to its largest, on the CPU and on CUDA."""
+    _, exact = ODD.loss_and_gradients()
+    model = model_of(ODD, dtype).to(device)
+    _, ours = loss_and_gradients(model, ODD.ids)
+    state = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    tokens = to_torch(ODD.ids).to(device)
+    cross_entropy(plain_logits(state, tokens[:, :-1], heads=ODD.sizes.heads), tokens).backward()
+    plain = tf_weights_of(
+        {name: weight.grad for name, weight in state.items() if weight.grad is not None}
+    )
+    assert plain.keys() == ours.keys()
+
+    def joined(gradients: Mapping[str, Any]) -> Tensor:
+        names = [name for name in exact if not name.endswith("key_layer/bias")]  # rounding alone
+        scaled = (to_float64(gradients[name]).flatten() / abs(exact[name]).max() for name in names)
+        return torch.cat(list(scaled))
+
+    assert_within_twice(joined(ours), joined(plain), joined(exact), dtype)
 
 
 @pytest.mark.parametrize("case", [ODD, Case(ODD_SIZES[1])], ids=str)
