@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gpt2ml_torch.config import GPT2MLConfig
-from gpt2ml_torch.export.names import HEAD, LAYER, SCOPE, exported_modules
+from gpt2ml_torch.export.names import HEAD, SCOPE, exported_modules
 from gpt2ml_torch.finetuning.adapter_config import (
     MAX_CONFIG_BYTES,
     AdapterConfig,
@@ -85,14 +85,19 @@ class WeightChange:
 
 
 def places_of(adapter: Adapter, config: GPT2MLConfig) -> dict[str, Place]:
-    """The places of the model that an adapter was trained on: this one or the exported class."""
+    """The places of the model that an adapter was trained on: this one, or the exported class with
+    its output layer or without. Where no tensor's name tells, the adapter's targets do.
+    """
+    own, exported = own_places(config), exported_places(config)
+    headless = {name.removeprefix(SCOPE): place for name, place in exported.items()}
+    models = (own, exported, headless)
     names = [plain_name(name) for name in adapter.tensors]
-    if any(name.startswith(SCOPE) for name in names):
-        return exported_places(config)
-    if any(name.startswith(LAYER.split("{")[0]) for name in names):  # without the output layer
-        exported = exported_places(config)
-        return {name.removeprefix(SCOPE): place for name, place in exported.items()}
-    return own_places(config)
+    for places in models:
+        modules = tuple(f"{module}." for module in places)
+        if any(name.startswith(modules) for name in names):
+            return places
+    targeted = (places for places in models if any(map(adapter.config.targets, places)))
+    return next(targeted, own)
 
 
 def read_adapter(folder: str | os.PathLike[str]) -> Adapter:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import pytest
 import torch
 
 from gpt2ml_torch import GPT2ML, Generator, Tokenizer
-from gpt2ml_torch.__main__ import main
 
 WAYS: list[dict[str, Any]] = [
     {},
@@ -59,32 +57,6 @@ def test_an_overflow_names_the_precision(shipped_model: Path) -> None:
         generator.model.blocks[5].output_norm.weight.fill_(6e4)
     with pytest.raises(ValueError, match=r"overflowed in float16"):
         generator.generate("春眠不觉晓", max_new_tokens=4)
-
-
-def test_the_commands_say_it_in_one_line(
-    shipped_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model = GPT2ML.from_pretrained(shipped_model)
-    with torch.no_grad():
-        model.embedding_norm.bias[0] = torch.nan
-    path = tmp_path / "nan.safetensors"
-    model.save_pretrained(
-        path, tokenizer=Tokenizer.from_pretrained(shipped_model), allow_non_finite=True
-    )
-    for words in (["generate"], ["generate", "--top-k", "5"], ["generate", "--num-beams", "2"]):
-        assert main([*words, str(path), "春", "--max-new-tokens", "3", "--no-compile"]) == 2
-        captured = capsys.readouterr()
-        assert captured.out == ""
-        assert "embedding_norm.bias" in captured.err.splitlines()[-1]
-    assert main(["score", str(path), "春眠"]) == 2
-    assert "embedding_norm.bias" in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_a_text_of_one_token_has_no_perplexity_and_valid_json(
-    shipped_model: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["score", str(shipped_model), "春", "--json", "--quiet"]) == 0
-    assert json.loads(capsys.readouterr().out)["perplexity"] is None
 
 
 def test_an_assistant_that_computes_no_numbers_proposes_nothing(shipped_model: Path) -> None:
