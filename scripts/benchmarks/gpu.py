@@ -298,7 +298,7 @@ def _seconds_between_steps(generator: Generator) -> float:
         marks.append((began, mark()))
         return logits
 
-    engine.decode = timed  # type: ignore[method-assign]
+    engine.decode = timed  # type: ignore[method-assign, assignment]
     try:
         _generate(generator, rows=1, tokens=64, new=64)
     finally:

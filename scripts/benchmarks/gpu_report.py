@@ -32,7 +32,11 @@ class Report:
         self.write()
 
     def write(self) -> None:
-        result = {"machine": machine.describe(), "device": self.device, "size": self.size}
+        result: dict[str, Any] = {
+            "machine": machine.describe(),
+            "device": self.device,
+            "size": self.size,
+        }
         result |= {"state": self.state, "tests": self.tests, "rows": self.rows}
         self.out.parent.mkdir(parents=True, exist_ok=True)
         _replace(self.out.with_suffix(".json"), json.dumps(result, indent=1) + "\n")
