@@ -5,12 +5,16 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import pytest
 
-from tests.helpers.server import ServerProcess
+from tests.helpers.server import ServerProcess, serving
+
+pytest.importorskip("selenium", reason="selenium is not installed")
+from selenium.webdriver.common.keys import Keys
 
 PROMPT = "春眠不觉晓"
 
@@ -188,3 +192,86 @@ def test_an_empty_prompt_is_said_and_not_sent(page: Page) -> None:
     page.find("#write").click()
     assert page.find("#status").text == "Write or choose a prompt first."
     assert "error" in page.find("#status").get_attribute("class")
+
+
+def test_the_language_changes_everything_that_is_shown(page: Page) -> None:
+    page.write(prompt=PROMPT, n=2, max_tokens=8, seed=1)
+    page.find("#language").click()
+    assert [button.text for button in page.all("article button")] == ["复制", "接着写"] * 2
+    assert page.find("#status").text == "写完了。"
+    assert page.find("#probabilities").text.startswith("指向")
+    labels = [article.get_attribute("aria-label") for article in page.all("article")]
+    assert labels == ["第 1 篇", "第 2 篇"]
+
+
+@pytest.mark.parametrize("name", ["__proto__", "constructor", "toString", "de", ""])
+def test_a_link_with_a_language_that_is_none_shows_the_page(page: Page, name: str) -> None:
+    opened = Page(page.browser, page.browser.current_url.partition("#")[0] + f"#language={name}")
+    assert opened.find("#write").text in ("Write", "续写")
+
+
+def test_the_keyboard_alone_writes_and_cancels_and_keeps_its_place(page: Page) -> None:
+    def keys(*sent: str) -> None:
+        page.browser.switch_to.active_element.send_keys(*sent)
+
+    def focused() -> str:
+        return str(page.run("return document.activeElement.id"))
+
+    page.set("max_tokens", 512)
+    page.run("document.getElementById('write').focus()")
+    keys(Keys.ENTER)
+    page.wait(lambda: page.all("article .token"))
+    assert focused() == "cancel"
+    keys(Keys.ESCAPE)
+    page.wait(lambda: page.find("#status").text == "Cancelled.")
+    assert focused() == "write"
+    page.set("max_tokens", 8)
+    page.find("#prompt").click()
+    keys(Keys.CONTROL, Keys.ENTER)
+    page.wait(lambda: page.find("#status").text == "Done.")
+    assert focused() == "prompt"
+    for _ in range(40):
+        keys(Keys.TAB)
+        if page.run("return document.activeElement.className") == "token":
+            break
+    else:
+        raise AssertionError("no token was reached with Tab")
+    outline = "const style = getComputedStyle(document.activeElement); return style.outlineStyle"
+    assert page.run(outline) == "solid"
+    keys(Keys.ENTER)
+    assert page.find("#status").text == "The prompt now ends at the chosen token."
+
+
+def test_a_field_that_is_wrong_is_shown_and_not_sent(page: Page) -> None:
+    page.set("seed", "x7")
+    page.run("document.getElementById('settings').open = false")
+    page.find("#prompt").click()
+    page.browser.switch_to.active_element.send_keys(Keys.CONTROL, Keys.ENTER)
+    page.wait(lambda: page.run("return document.activeElement.id") == "seed")
+    assert page.run("return document.getElementById('settings').open")
+    assert not page.all("article")
+
+
+def test_what_goes_wrong_is_said_in_the_readers_language(browser: Any, shipped_model: Path) -> None:
+    name = "<img src=x onerror=\"document.title='broken'\">"
+    options = ("--api-key", "secret", "--max-rows", "1", "--max-queue", "0", "--name", name)
+    with serving(shipped_model, *options) as server:
+        page = Page(browser, f"{server.url}/#language=zh&n=1&max_tokens=8")
+
+        def outcome(**settings: object) -> str:
+            page.write(**settings)
+            assert "error" in page.find("#status").get_attribute("class")
+            return str(page.find("#status").text)
+
+        page.wait(lambda: page.find("#key").is_displayed())
+        assert outcome() == "此服务器需要 API 密钥（在“设置”里填写）。"
+        assert outcome(key="wrong") == "服务器不认识这个 API 密钥。"
+        assert outcome(key="secret", n=2) == "服务器正忙，请稍后再试。"
+        page.run("document.getElementById('key').dispatchEvent(new Event('change'))")
+        page.wait(lambda: page.find("#model").text == name)
+        page.write(n=1)
+        assert page.find("#status").text == "写完了。"
+        assert page.run("return document.title") == "GPT2_ML"
+        server.kill()
+        assert outcome() == "连接中断。"
+    page.problems()  # of refused requests, which the browser notes itself

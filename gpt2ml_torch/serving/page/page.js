@@ -14,8 +14,10 @@ const WORDS = {
     goOn: "Go on", other: "中文", writing: "Writing …", done: "Done.", cancelled: "Cancelled.",
     copied: "Copied.", linkCopied: "A link with these settings was copied.",
     empty: "Write or choose a prompt first.", lost: "The connection was lost.",
-    fromHere: "The prompt now ends at the chosen token.", sample: "Sample",
+    fromHere: "The prompt now ends at the chosen token.", sample: (number) => `Sample ${number}`,
     keyNeeded: "This server asks for an API key (under Settings).",
+    keyWrong: "The server knows no such API key.",
+    full: "The server is busy; try again in a moment.", ending: "The server is shutting down.",
     speed: (rate) => `${rate} tokens/s`,
     tokenHint: "Point at a token for its probabilities; click it, or press Enter, to go on from there.",
   },
@@ -28,8 +30,10 @@ const WORDS = {
     goOn: "接着写", other: "English", writing: "正在写……", done: "写完了。", cancelled: "已取消。",
     copied: "已复制。", linkCopied: "带有这些设置的链接已复制。",
     empty: "请先写一个提示，或选一个例子。", lost: "连接中断。",
-    fromHere: "提示已截到所选的词。", sample: "第",
+    fromHere: "提示已截到所选的词。", sample: (number) => `第 ${number} 篇`,
     keyNeeded: "此服务器需要 API 密钥（在“设置”里填写）。",
+    keyWrong: "服务器不认识这个 API 密钥。",
+    full: "服务器正忙，请稍后再试。", ending: "服务器正在关闭。",
     speed: (rate) => `每秒 ${rate} 个词`,
     tokenHint: "指向一个词可看它的概率；点击或按回车，从那里续写。",
   },
@@ -40,6 +44,8 @@ const field = (name) => element(name);
 let language = navigator.language.toLowerCase().startsWith("zh") ? "zh" : "en";
 let running = null; // the AbortController of the request under way
 let models = [];
+let said = ""; // the status, a name in WORDS or a text of the server's
+let rate = null; // tokens a second
 
 function create(tag, className, text) {
   const made = document.createElement(tag);
@@ -48,10 +54,17 @@ function create(tag, className, text) {
   return made;
 }
 
-function say(text, isError = false) {
+const word = (name) => Object.hasOwn(WORDS[language], name) ? WORDS[language][name] : name;
+
+function say(nameOrText, isError = false) {
+  said = nameOrText;
   const status = element("status");
-  status.textContent = text;
+  status.textContent = word(said);
   status.classList.toggle("error", isError);
+}
+
+function showRate() {
+  element("speed").textContent = rate === null ? "" : WORDS[language].speed(rate.toFixed(1));
 }
 
 // -- language ------------------------------------------------------------------------------------
@@ -65,6 +78,11 @@ function speak() {
   for (const node of document.querySelectorAll("[data-label]")) {
     node.setAttribute("aria-label", words[node.dataset.label]);
   }
+  for (const node of document.querySelectorAll("[data-sample]")) {
+    node.setAttribute("aria-label", words.sample(node.dataset.sample));
+  }
+  element("status").textContent = word(said);
+  showRate();
   element("language").textContent = words.other;
   element("language").lang = language === "zh" ? "en" : "zh-CN";
 }
@@ -83,7 +101,7 @@ function readLink() {
     field(name).value = values.has(name) ? values.get(name) : standard;
   }
   element("prompt").value = values.has("prompt") ? values.get("prompt") : EXAMPLES[0];
-  if (values.get("language") in WORDS) language = values.get("language");
+  if (Object.hasOwn(WORDS, values.get("language"))) language = values.get("language");
   showValues();
 }
 
@@ -95,7 +113,7 @@ function writeLink() {
   return `${location.origin}${location.pathname}#${values}`;
 }
 
-async function copy(text, said) {
+async function copy(text, name) {
   try {
     await navigator.clipboard.writeText(text);
   } catch { // no secure context: the old way
@@ -106,7 +124,7 @@ async function copy(text, said) {
     document.execCommand("copy");
     area.remove();
   }
-  say(said);
+  say(name);
 }
 
 // -- requests ------------------------------------------------------------------------------------
@@ -149,10 +167,11 @@ async function* events(response) {
 }
 
 async function failure(response) {
-  const words = WORDS[language];
+  const names = { 429: "full", 503: "ending" };
+  if (response.status in names) return names[response.status];
   if (response.status === 401) {
     showKey();
-    return words.keyNeeded;
+    return element("key").value ? "keyWrong" : "keyNeeded";
   }
   try {
     return (await response.json()).error.message;
@@ -163,13 +182,14 @@ async function failure(response) {
 
 async function write() {
   if (running) return;
-  const words = WORDS[language];
   const body = request();
-  if (!body.prompt.trim()) return say(words.empty, true);
+  if (!body.prompt.trim()) return say("empty", true);
   const cards = newCards(body);
   running = new AbortController();
   setBusy(true);
-  say(words.writing);
+  say("writing");
+  rate = null;
+  showRate();
   const speed = { began: performance.now(), tokens: 0 };
   try {
     const response = await fetch("v1/completions", {
@@ -180,47 +200,70 @@ async function write() {
       if (event.error) throw new Error(event.error.message);
       for (const choice of event.choices) show(cards[choice.index], choice, speed);
     }
-    say(words.done);
+    say("done");
   } catch (error) {
-    if (error.name === "AbortError") say(words.cancelled);
-    else say(error instanceof TypeError ? words.lost : error.message, true);
+    if (error.name === "AbortError") say("cancelled");
+    else say(error instanceof TypeError ? "lost" : error.message, true);
   } finally {
     running = null;
     setBusy(false);
-    for (const card of cards) card.article.classList.remove("writing");
+    for (const card of cards) end(card);
   }
 }
 
+const submit = () => element("form").requestSubmit(); // which checks the fields
+
 function setBusy(busy) {
-  element("write").disabled = busy;
-  element("cancel").disabled = !busy;
+  const [on, off] = busy ? ["cancel", "write"] : ["write", "cancel"];
+  const focused = document.activeElement === element(off); // a disabled button loses the focus
+  element(on).disabled = false;
+  if (focused) element(on).focus();
+  element(off).disabled = true;
 }
 
 // -- the texts -----------------------------------------------------------------------------------
 
 function newCards(body) {
-  const words = WORDS[language];
   const texts = element("texts");
   texts.replaceChildren();
-  element("probabilities").textContent = words.tokenHint;
-  return Array.from({ length: body.n }, (_, index) => {
+  element("probabilities").replaceChildren(named("div", "tokenHint"));
+  const cards = Array.from({ length: body.n }, (_, index) => {
     const article = create("article", "writing");
-    article.setAttribute("aria-label", `${words.sample} ${index + 1}`);
+    article.dataset.sample = index + 1;
+    article.setAttribute("aria-busy", "true");
     const paragraph = create("p", "body");
+    paragraph.lang = "zh-CN";
     paragraph.append(create("span", "given", body.prompt));
     const card = { article, paragraph, prompt: body.prompt };
     const row = create("div", "row");
-    const copyButton = create("button", "", words.copy);
+    const copyButton = named("button", "copy");
     copyButton.type = "button";
-    copyButton.addEventListener("click", () => copy(paragraph.textContent, WORDS[language].copied));
-    const goOn = create("button", "", words.goOn);
+    copyButton.addEventListener("click", () => copy(paragraph.textContent, "copied"));
+    const goOn = named("button", "goOn");
     goOn.type = "button";
-    goOn.addEventListener("click", () => { setPrompt(paragraph.textContent); write(); });
+    goOn.addEventListener("click", () => {
+      if (running) return;
+      setPrompt(paragraph.textContent);
+      submit();
+    });
     row.append(copyButton, goOn);
     article.append(paragraph, row);
     texts.append(article);
     return card;
   });
+  speak();
+  return cards;
+}
+
+function named(tag, name) {
+  const made = create(tag);
+  made.dataset.text = name;
+  return made;
+}
+
+function end(card) {
+  card.article.classList.remove("writing");
+  card.article.removeAttribute("aria-busy");
 }
 
 function show(card, choice, speed) {
@@ -228,21 +271,24 @@ function show(card, choice, speed) {
   speed.tokens += tokens;
   const seconds = (performance.now() - speed.began) / 1000;
   if (seconds > 0.5) {
-    element("speed").textContent = WORDS[language].speed((speed.tokens / seconds).toFixed(1));
+    rate = speed.tokens / seconds;
+    showRate();
   }
   if (choice.text) card.paragraph.append(token(card, choice));
-  if (choice.finish_reason) card.article.classList.remove("writing");
+  if (choice.finish_reason) end(card);
 }
 
 function token(card, choice) {
   const span = create("span", "token", choice.text);
+  span.setAttribute("role", "button");
+  span.setAttribute("aria-describedby", "probabilities");
   span.tabIndex = card.paragraph.querySelector(".token") ? -1 : 0; // one tab stop for each text
   const showIt = () => showProbabilities(choice);
   span.addEventListener("mouseenter", showIt);
   span.addEventListener("focus", showIt);
   span.addEventListener("click", () => endAt(card, span));
   span.addEventListener("keydown", (event) => {
-    if (event.key === "Enter") endAt(card, span);
+    if (event.key === "Enter" && !event.ctrlKey && !event.metaKey) endAt(card, span);
     const next = event.key === "ArrowRight" ? span.nextElementSibling
       : event.key === "ArrowLeft" ? span.previousElementSibling : null;
     if (next && next.classList.contains("token")) {
@@ -262,7 +308,7 @@ function endAt(card, span) {
     if (node === span) break;
   }
   setPrompt(text);
-  say(WORDS[language].fromHere);
+  say("fromHere");
 }
 
 function setPrompt(text) {
@@ -318,7 +364,8 @@ function start() {
   element("form").addEventListener("input", showValues);
   element("form").addEventListener("submit", (event) => { event.preventDefault(); write(); });
   element("cancel").addEventListener("click", () => running && running.abort());
-  element("link").addEventListener("click", () => copy(writeLink(), WORDS[language].linkCopied));
+  element("form").addEventListener("invalid", () => { element("settings").open = true; }, true);
+  element("link").addEventListener("click", () => copy(writeLink(), "linkCopied"));
   element("key").addEventListener("change", showModel);
   element("language").addEventListener("click", () => {
     language = language === "zh" ? "en" : "zh";
@@ -326,8 +373,9 @@ function start() {
   });
   addEventListener("hashchange", () => { readLink(); speak(); });
   addEventListener("keydown", (event) => {
+    if (event.isComposing) return; // these keys are the input method's
     if (event.key === "Escape" && running) running.abort();
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) write();
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) submit();
   });
   showModel();
 }
