@@ -1,4 +1,4 @@
-"""The TensorFlow reference of the tests, decoding with its cache: what the original code does."""
+"""GPT2_ML in TensorFlow, decoding with its cache: what the original code does."""
 
 from __future__ import annotations
 
@@ -8,34 +8,21 @@ from typing import Any
 
 import numpy as np
 
+from convert import mapping
 from gpt2ml_torch.config import GPT2MLConfig
+from gpt2ml_torch.modelfile.format import expected_shapes
 from scripts.benchmarks.peers import PROMPT, random_ids
 
 
 class TensorFlowReference:
     def __init__(self, config: GPT2MLConfig, precision: str, folder: Path) -> None:
+        from scripts.tf_model import TFReference  # a peer that may be absent
 
-        from tests.helpers.weights import Sizes, weight_shapes
-        from tests.tf_reference import TFReference
-
-        sizes = Sizes(
-            vocab=config.vocab_size,
-            width=config.hidden_size,
-            layers=config.num_hidden_layers,
-            heads=config.num_attention_heads,
-            mlp=config.intermediate_size,
-            positions=config.max_position_embeddings,
-        )
-        random = np.random.default_rng(0)
-        drawn = {
-            name: random.standard_normal(shape, dtype=np.float32) * np.float32(0.02)
-            for name, shape in weight_shapes(sizes).items()
-        }
-        self.reference = TFReference(drawn, heads=sizes.heads)
+        weights = random_weights(config)
+        reference = TFReference(weights, heads=config.num_attention_heads, dtype=precision)
         self.vocab_size = config.vocab_size
-        self._step: Any = (
-            self.reference.decode
-        )  # one graph a length would trace again for each token
+        # Not a tf.function, which would be traced again for each length of the cache.
+        self._step: Any = reference.decode
 
     def prefill(self, tokens: int) -> float:
         ids = random_ids(1, tokens, self.vocab_size)
@@ -51,3 +38,14 @@ class TensorFlowReference:
             best = np.argmax(logits[:, -1].numpy(), axis=-1)[:, None]
             logits, cache = self._step(best, cache=cache)
         return time.perf_counter() - started
+
+
+def random_weights(config: GPT2MLConfig) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
+    """Weights of std 0.02 under the original's names."""
+    random, shapes = np.random.default_rng(0), expected_shapes(config)
+    return {
+        name: random.standard_normal(recipe.source_shape(shapes[ours]), dtype=np.float32)
+        * np.float32(0.02)
+        for ours, recipe in mapping.recipes(config.num_hidden_layers, mapping.TENSORFLOW).items()
+        for name in recipe.sources
+    }

@@ -1,7 +1,7 @@
 """Write the files of this folder again, from live TensorFlow: `python -m tests.golden`.
 
 They hold what `tests.helpers.reference.HELD` names: the weights (as float16, which holds them
-exactly), the token ids and the results of tests/tf_reference.py. The bits of TensorFlow's sums
+exactly), the token ids and the results of scripts/tf_model.py. The bits of TensorFlow's sums
 depend on its version and on the processor's vector instructions, which stand in `made_on`.
 """
 

@@ -1,6 +1,6 @@
 """From a foreign TensorFlow checkpoint on disk to logits, through `python -m convert` and the file.
 
-Compared: GPT2ML.from_pretrained on the converted file against tests/tf_reference.py on the weights
+Compared: GPT2ML.from_pretrained on the converted file against scripts/tf_model.py on the weights
 that the checkpoint was written from. In float64 within 1e-12, in float32 by the 2x rule against
 TensorFlow's own float32 forward.
 """

@@ -1,7 +1,7 @@
 """Loss and gradients against TensorFlow's, parameter by parameter and under TensorFlow's names.
 
 Compared: the gradients of the mean cross entropy over next tokens that are not 0, from GPT2ML (no
-dropout; on the CPU or CUDA) and from tests/tf_reference.py, both in eager mode; the joined qkv is
+dropout; on the CPU or CUDA) and from scripts/tf_model.py, both in eager mode; the joined qkv is
 split back into query, key and value.
 """
 

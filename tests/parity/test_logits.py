@@ -2,7 +2,7 @@
 fail the same comparison.
 
 Compared: the logits of all positions, GPT2ML in eager PyTorch on the CPU or CUDA and
-tests/tf_reference.py in eager TensorFlow on the CPU (live, or from tests/golden), both in float64,
+scripts/tf_model.py in eager TensorFlow on the CPU (live, or from tests/golden), both in float64,
 from the same loud weights. The logits are near 5 in size and agree within 2e-14; the tolerance of
 1e-12 leaves room for other processors, and none for a constant that passed through float32 (1e-5 as
 a float32 shifts them by 1e-11). On CUDA four times as much is allowed: the products add in another
