@@ -21,8 +21,7 @@ from convert import bundle, mapping, published
 from convert.arrays import Array, mapped, storage_dtype, widened
 from convert.inputs import tf_data_files
 from convert.source import Source, Stored
-from gpt2ml_torch import foreign
-from gpt2ml_torch.modelfile import disk
+from gpt2ml_torch import disk, foreign
 from gpt2ml_torch.modelfile.checksum import crc32c
 
 _MAX_INDEX = 64 << 20  # bytes; the published ones have 26 KB

@@ -24,7 +24,7 @@ from convert.plan import Options, Plan, make_plan
 from convert.source import Joined, Source
 from convert.vocabulary import Vocabulary
 from gpt2ml_torch.config import GPT2MLConfig
-from gpt2ml_torch.modelfile.disk import resolve_target
+from gpt2ml_torch.disk import resolve_target
 from gpt2ml_torch.modelfile.format import SLOT
 from gpt2ml_torch.modelfile.writer import ModelWriter
 from gpt2ml_torch.options import OptionError

@@ -1,4 +1,4 @@
-"""Write large files fast and durably: room, write-back, synchronisation, locks."""
+"""Write files fast and durably: room, write-back, synchronisation, locks."""
 
 from __future__ import annotations
 
@@ -67,19 +67,31 @@ def sync_directory(folder: Path) -> None:
         os.close(fd)
 
 
-def lock(path: Path, busy: str | None) -> BaseFileLock:
+def write_synced(path: Path, text: str) -> None:
+    """Write a small text file that is on the disk when this returns."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def lock(path: Path, busy: str | None, *, patience: float = 0) -> BaseFileLock:
     """The lock file `path`, held until `unlock`.
 
-    Where another process, or another caller in this one, holds it, raises `OSError` with the
-    message `busy`, or waits if that is None.
+    Where another process, or another caller in this one, holds it for more than `patience`
+    seconds, raises `OSError` with the message `busy`; without a message, waits.
     """
     from filelock import FileLock, Timeout  # PyTorch brings it
 
-    held = FileLock(path, timeout=-1 if busy is None else 0, thread_local=False)
+    held = FileLock(path, timeout=-1 if busy is None else patience, thread_local=False)
     try:
         held.acquire()
     except Timeout:
         raise OSError(errno.EBUSY, busy) from None
+    except NotImplementedError:
+        raise OSError(
+            errno.ENOLCK, f"can't lock {path}: its file system has no locks; write elsewhere"
+        ) from None
     except OSError as error:
         raise OSError(error.errno, f"can't write {path}: {error.strerror}") from error
     return held

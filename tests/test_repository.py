@@ -27,7 +27,7 @@ PAGES = [
 # Who may import whom, lowest first: a module imports only from rows above its own.
 LAYERS = (
     {"options", "cache", "precision", "valid_json", "textfiles", "foreign"},
-    {"config", "devices"},
+    {"config", "devices", "disk"},
     {"kernels", "kv_cache"},
     {"input_checks"},
     {"modelfile"},
@@ -64,6 +64,15 @@ def test_imports_go_one_way() -> None:
                 # A public name stands for the highest row that the package itself imports.
                 below = rank.get(imported[1], rank["generation"])
                 assert below < rank[unit], f"{unit} imports {imported[1]}"
+
+
+def test_what_is_installed_or_run_imports_no_tests() -> None:
+    for folder in ("gpt2ml_torch", "convert", "scripts", "examples"):
+        for file in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+                assert not any(name.split(".")[0] == "tests" for name in names), file
 
 
 def _imports_at_the_top(file: Path) -> list[tuple[str, ...]]:

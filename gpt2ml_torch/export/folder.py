@@ -19,10 +19,10 @@ from typing import Literal
 
 import torch
 
+from gpt2ml_torch import disk
 from gpt2ml_torch.export import documents
 from gpt2ml_torch.export.names import MODEL_TYPE, exported_names, exported_shapes
 from gpt2ml_torch.generation.config import GenerationConfig
-from gpt2ml_torch.modelfile import disk
 from gpt2ml_torch.modelfile.format import byte_size, expected_shapes
 from gpt2ml_torch.modelfile.reader import ModelFile
 from gpt2ml_torch.modelfile.writer import SafetensorsWriter
@@ -96,7 +96,7 @@ def export_folder(
         dtype = options.dtype or file.dtype.value
         with _unfinished(target) as partial:
             for name, text in _small_files(file, dtype, options.code).items():
-                _write_text(partial / name, text)
+                disk.write_synced(partial / name, text)
             _write_weights(file, partial, dtype, options.shard_bytes)
             disk.sync_directory(partial)
             _replace(partial, target)
@@ -140,7 +140,7 @@ def _write_weights(file: ModelFile, folder: Path, dtype: str, shard_bytes: int) 
                 _write_weight(writer, name, file.tensor(name), dtype)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        _write_text(folder / "model.safetensors.index.json", documents.to_json(index))
+        disk.write_synced(folder / "model.safetensors.index.json", documents.to_json(index))
 
 
 def _write_weight(writer: SafetensorsWriter, name: str, tensor: torch.Tensor, dtype: str) -> None:
@@ -255,10 +255,3 @@ def _replace(partial: Path, target: Path) -> None:
     os.rename(partial, target)
     disk.sync_directory(target.parent)
     _remove(old)
-
-
-def _write_text(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import errno
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -24,11 +23,11 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
+from gpt2ml_torch import disk
 from gpt2ml_torch.finetuning.distributed import barrier, process_count, process_rank
 from gpt2ml_torch.finetuning.optimizers.sliced import local
 from gpt2ml_torch.finetuning.step import Stepper
 from gpt2ml_torch.finetuning.train_config import TrainConfig
-from gpt2ml_torch.modelfile import disk
 from gpt2ml_torch.options import OptionError, resumable_names
 
 _PROGRESS = "progress.json"
@@ -83,7 +82,7 @@ class CheckpointFolder:
             barrier()
             _write_tensors(partial, tensors)
             if process_rank() == 0:
-                _write_synced(partial / _PROGRESS, json.dumps(progress, ensure_ascii=False))
+                disk.write_synced(partial / _PROGRESS, json.dumps(progress, ensure_ascii=False))
                 disk.sync_directory(partial)
                 shutil.rmtree(target, ignore_errors=True)  # one that was damaged
                 partial.rename(target)
@@ -179,13 +178,6 @@ def _as_os_error(*failures: BaseException) -> OSError:
 
 def _first_line(error: BaseException) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 @dataclasses.dataclass

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from gpt2ml_torch import disk
 from gpt2ml_torch.finetuning import lora
 from gpt2ml_torch.finetuning.adapters import merge_adapter
 from gpt2ml_torch.finetuning.checks import check_files, check_prompts, check_run_folder
@@ -36,7 +37,7 @@ from gpt2ml_torch.finetuning.reporting import TensorBoard
 from gpt2ml_torch.finetuning.trainer import Sampler, Trainer, TrainResult
 from gpt2ml_torch.finetuning.upcasting import cpu_lacks_bfloat16
 from gpt2ml_torch.model import GPT2ML
-from gpt2ml_torch.modelfile import ModelFile, ModelWriter, disk
+from gpt2ml_torch.modelfile import ModelFile, ModelWriter
 from gpt2ml_torch.options import OptionError
 from gpt2ml_torch.tokenizer import Tokenizer
 

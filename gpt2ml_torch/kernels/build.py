@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from gpt2ml_torch import disk
 from gpt2ml_torch.cache import cache_root
 
 FOLDER = Path(__file__).parent / "csrc"
@@ -73,12 +74,11 @@ def _find_compiler() -> tuple[str, ...]:
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """One process at a time, where the file system can do that: the others wait."""
-    from filelock import FileLock, Timeout  # PyTorch brings it
-
-    lock = FileLock(folder / "kernels.lock", timeout=2 * TIMEOUT_SECONDS)
     try:
-        lock.acquire()
-    except (NotImplementedError, Timeout):  # two builds harm nobody: each renames a whole library
+        held = disk.lock(
+            folder / "kernels.lock", "another process compiles", patience=2 * TIMEOUT_SECONDS
+        )
+    except OSError:  # two builds harm nobody: each renames a whole library
         yield
         return
     try:
@@ -86,7 +86,7 @@ def _alone(folder: Path) -> Iterator[None]:
             shutil.rmtree(left, ignore_errors=True)
         yield
     finally:
-        lock.release()
+        disk.unlock(held)
 
 
 def _is_whole(library: Path, key: str) -> bool:

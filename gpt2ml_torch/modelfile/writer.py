@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from gpt2ml_torch import disk
 from gpt2ml_torch.config import GPT2MLConfig
-from gpt2ml_torch.modelfile import disk
 from gpt2ml_torch.modelfile.checksum import crc32c, metadata_checksum
 from gpt2ml_torch.modelfile.format import (
     CHECKSUMS,

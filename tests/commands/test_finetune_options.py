@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from gpt2ml_torch import disk
 from gpt2ml_torch.__main__ import main
 from gpt2ml_torch.commands import finetune as command
-from gpt2ml_torch.modelfile import disk
 
 # Runs that together give each option once; TEXT and JSON are data, DIR is a folder to write to.
 RUNS = {

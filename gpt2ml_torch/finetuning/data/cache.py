@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from gpt2ml_torch import disk
 from gpt2ml_torch.cache import cache_root
 from gpt2ml_torch.finetuning.data.corpus import (
     DOCUMENT,
@@ -43,7 +44,6 @@ from gpt2ml_torch.finetuning.data.encoding import (
 from gpt2ml_torch.finetuning.data.files import Source, find_sources, regular_stat, shown
 from gpt2ml_torch.finetuning.data.lines import complaint
 from gpt2ml_torch.finetuning.data.records import Fields
-from gpt2ml_torch.modelfile import disk
 
 logger = logging.getLogger(__name__)
 
@@ -261,10 +261,7 @@ class _Build:
             "end_id": self.end_id,
             **writer.totals(),
         }
-        with open(partial / META_FILE, "wb") as file:
-            file.write(json.dumps(meta, indent=1).encode())
-            file.flush()
-            os.fsync(file.fileno())
+        disk.write_synced(partial / META_FILE, json.dumps(meta, indent=1))
 
     def _pieces(self) -> Iterator[Piece]:
         total = sum(size for size, _ in self.states)
