@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 
 from gpt2ml_torch.commands.output import one_line
 from gpt2ml_torch.commands.parsing import add_options, given
 from gpt2ml_torch.export.folder import ExportOptions, export_folder
+from gpt2ml_torch.options import OptionError, option
 
 EXAMPLES = (
     "gpt2ml export out.safetensors folder",
@@ -15,26 +17,39 @@ EXAMPLES = (
 )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a .safetensors file made by the converter")
-    parser.add_argument("folder", metavar="FOLDER", help="the folder to write")
-    add_options(parser, ExportOptions)
-    parser.add_argument(
-        "--adapter",
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportArguments(ExportOptions):
+    """Which model to export, where to, and how; or which adapter instead."""
+
+    model: str = option(
+        positional=True, path=True, help="a .safetensors file made by the converter"
+    )
+    folder: str = option(positional=True, path=True, help="the folder to write")
+    adapter: str | None = option(
+        None,
+        path=True,
         metavar="FOLDER",
         help="write this LoRA adapter, trained here, for the exported class, and not the model",
     )
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The model, the folder, and how to export."""
+    add_options(parser, ExportArguments)
+
+
 def run(arguments: argparse.Namespace) -> int:
-    options = ExportOptions(**given(arguments, ExportOptions))
-    if arguments.adapter is not None:
+    """Export the model or the adapter, and say where it is."""
+    options = ExportArguments(**given(arguments, ExportArguments))
+    if options.adapter is not None:
         from gpt2ml_torch.finetuning.adapter_export import export_adapter
 
-        export_adapter(arguments.model, arguments.adapter, arguments.folder)
-        print(one_line(f"wrote {arguments.folder}"))
+        for name in given(arguments, ExportOptions):
+            raise OptionError("{" + name + "} has no meaning with {adapter}; leave it out")
+        export_adapter(options.model, options.adapter, options.folder)
+        print(one_line(f"wrote {options.folder}"))
         return 0
-    folder = export_folder(arguments.model, arguments.folder, options)
+    folder = export_folder(options.model, options.folder, options)
     size = sum(file.stat().st_size for file in folder.iterdir())
     print(one_line(f"wrote {folder}: {size:,} bytes"))
     return 0

@@ -1,4 +1,4 @@
-"""A LoRA adapter that was trained here, written for the exported class, where peft loads it.
+"""Convert a LoRA adapter trained here for the exported class, so that peft loads it there.
 
 The joined query, key and value have one adapter here and one each there: they share the first
 matrix, and each takes its rows of the second, so the change of the weights is the same.
@@ -51,7 +51,7 @@ def export_adapter(
     try:
         Path(folder).mkdir()
     except FileExistsError:
-        raise FileExistsError(errno.EEXIST, f"{folder} exists already") from None
+        raise FileExistsError(errno.EEXIST, f"{folder} exists already; give another name") from None
     path = Path(folder)
     save_file(_split(found.tensors), path / "adapter_model.safetensors", {"format": "pt"})
     text = json.dumps(settings, ensure_ascii=False, indent=2) + "\n"
