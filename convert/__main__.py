@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _EXAMPLE_PROMPT = "今天天气不错"
 
 EXAMPLES = (
-    "gpt2ml convert checkpoints/ out.safetensors",
+    "gpt2ml convert ckpt_dir out.safetensors",
     "gpt2ml convert pytorch_model.bin out.safetensors --vocab vocab.txt --dtype int8",
     "gpt2ml convert --to-tf out.safetensors folder/",
 )

@@ -74,7 +74,7 @@ def _overview() -> argparse.ArgumentParser:
         usage="gpt2ml COMMAND ...",
         description="GPT2_ML: Chinese text with a converted checkpoint.\n\ncommands:\n" + commands,
         examples=(
-            "gpt2ml convert checkpoints/ out.safetensors",
+            "gpt2ml convert ckpt_dir out.safetensors",
             "gpt2ml generate out.safetensors 今天天气不错",
         ),
     )

@@ -26,7 +26,7 @@ from gpt2ml_torch.options import check_options, option
 
 EXAMPLES = (
     "gpt2ml check out.safetensors",
-    "gpt2ml check out.safetensors --source checkpoints/ --report report.md",
+    "gpt2ml check out.safetensors --source ckpt_dir --report report.md",
 )
 _MARKS = {"pass": "ok  ", "fail": "FAIL", "info": "    "}
 

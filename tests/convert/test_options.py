@@ -40,4 +40,4 @@ def test_help_calls_the_program_as_the_user_did(capsys: pytest.CaptureFixture[st
     assert gpt2ml_torch.__main__.main(["convert", "--help"]) == 0
     assert "python -m" not in capsys.readouterr().out
     assert convert.__main__.main(["--help"]) == 0
-    assert "  python -m convert checkpoints/ out" in capsys.readouterr().out
+    assert "  python -m convert ckpt_dir out" in capsys.readouterr().out
