@@ -100,8 +100,8 @@ def visible(folder: Path, pattern: str = "*") -> list[Path]:
 
 
 def _not_there(source: Path) -> Location:
-    """What a name stands for that no file has: a prefix that the shell completed too far, or an
-    error."""
+    """The checkpoint for a name without a file, such as a prefix that the shell completed; raises
+    the error if there is none."""
     if reason := foreign.absence_of(source):
         raise FileNotFoundError(reason)
     if source.parent.is_dir():
@@ -392,7 +392,7 @@ def _choose_pytorch(folder: Path, names: list[str]) -> Location:
 
 
 def _rank(name: str) -> int:
-    """How usual a name is for a model's weights: 0 is the most usual."""
+    """How common a name is for a model's weights: 0 is the most common."""
     if shard := _SHARD.fullmatch(name):
         name = shard["name"] + shard["suffix"]
     name = name.removesuffix(".index.json")

@@ -1,4 +1,4 @@
-"""From a source's names and shapes to what a conversion is to do, or all reasons why it can't."""
+"""Plan a conversion from a source's names and shapes, or list every reason why it is impossible."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ class Options:
     keep_optimizer: bool = option(
         False,
         flags="--keep-optimizer",
-        help="keep Adafactor's statistics, for fine-tuning to go on with; 0.1 % more",
+        help="keep Adafactor's statistics, from which fine-tuning continues; 0.1 % more",
     )
     allow_non_finite: bool = option(
         False,
         flags="--allow-non-finite",
-        help="convert a model that holds NaN or infinity all the same",
+        help="convert even if a tensor holds NaN or infinity",
     )
-    overwrite: bool = option(False, flags="--force", help="overwrite what is there")
+    overwrite: bool = option(False, flags="--force", help="replace existing files")
     verify: bool = option(
         True,
         flags="--no-verify",

@@ -1,5 +1,4 @@
-"""Finding the vocabulary that belongs to a checkpoint: by the number of its lines, since nothing
-else tells them apart."""
+"""Find the vocabulary of a checkpoint by its number of lines, since nothing else identifies it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One thing that a check found out."""
+"""The result of one check."""
 
 from __future__ import annotations
 

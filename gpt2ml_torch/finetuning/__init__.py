@@ -1,4 +1,4 @@
-"""Fine-tuning, whole or in pieces, each usable alone.
+"""Fine-tuning: the whole run, and parts that can be used on their own.
 
     result = finetune(FinetuneConfig(model="in.safetensors", data=("poems.txt",),
                                      out="out.safetensors"), callback=print)
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from gpt2ml_torch.finetuning.train_config import TrainConfig
     from gpt2ml_torch.finetuning.trainer import Trainer, TrainResult
 
-# Imported when first used: the workers that tokenise need none of it.
+# Imported on first use: the worker processes that tokenise need none of it.
 _PLACES = {
     "Adafactor": "optimizers",
     "AdamW": "optimizers",
@@ -75,7 +75,7 @@ _PLACES = {
     "tokenize_files": "data.cache",
 }
 
-# Names of version 0.1.0 that changed, which are to go in the release after next.
+# Names of version 0.1.0, to be removed one release after 0.2.
 _RENAMED = {"Prediction": "MemoryEstimate", "predict": "estimate_memory"}
 
 __all__ = [

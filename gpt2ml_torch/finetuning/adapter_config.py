@@ -1,7 +1,7 @@
-"""`adapter_config.json` as peft writes it, checked, and the modules that it says have an adapter.
+"""Parse and check peft's `adapter_config.json`, and tell which modules have an adapter.
 
-peft itself is not needed. A setting that changes the result and is not understood here is an error,
-so that an adapter is never merged by half.
+peft itself is not needed. A setting that changes the result and is not supported here is an error,
+so an adapter is never merged in part.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Checkpoints of a run: their folder, which ones are kept, what each holds, and resuming from one.
+"""Checkpoints of a run: which are kept, what they hold, and how a run resumes from one.
 
-A checkpoint appears under its name only when it is complete and on the disk. It is written and read
-through `torch.distributed.checkpoint`, also by a single process, so that a run may go on with
-another number of processes than it began with.
+A checkpoint gets its name only when it is complete and on the disk. It is written and read by
+`torch.distributed.checkpoint`, even in a single process, so a run can resume with a different
+number of processes.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class CheckpointFolder:
         return target
 
     def sweep(self) -> None:
-        """Remove what killed processes left unfinished, written or deleted by half."""
+        """Remove what killed processes left: checkpoints half written or half deleted."""
         for leftover in self.path.glob(f"{_PREFIX}*{_PARTIAL}"):
             shutil.rmtree(leftover, ignore_errors=True)
 
@@ -110,14 +110,14 @@ class CheckpointFolder:
                 self._delete(step)
 
     def _delete(self, step: int) -> None:
-        """Delete under another name, since a kill may leave half of the folder."""
+        """Rename the folder, then delete it: a kill must not leave half of it under its name."""
         doomed = self.at(step).with_name(self.at(step).name + _PARTIAL)
         self.at(step).rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
 
 
 def read_progress(folder: Path) -> dict[str, Any]:
-    """What `save` was given as `progress`; raises `ValueError` for a damaged checkpoint."""
+    """The `progress` that `save` was given; raises `ValueError` for a damaged checkpoint."""
     try:
         return dict(json.loads((folder / _PROGRESS).read_text(encoding="utf-8")))
     except (ValueError, TypeError):
@@ -127,7 +127,7 @@ def read_progress(folder: Path) -> dict[str, Any]:
 
 
 def load_tensors_into(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Read a checkpoint's tensors into these ones, whose names and shapes must be in it.
+    """Read a checkpoint's tensors into `tensors`, whose names and shapes must match.
 
     Raises `ValueError` for a checkpoint that doesn't fit or is damaged.
     """
@@ -154,21 +154,21 @@ def _write_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the warning that there is a single process, which is intended."""
+    """Suppress the warning about running in a single process, which is intended."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
 
 
 def _check_room(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Raise `OSError` before tensors are written for which the disk has no room."""
+    """Raise `OSError` if the disk has no room for these tensors."""
     needed = sum(local(tensor).nbytes for tensor in tensors.values())
     if shutil.disk_usage(folder).free < needed:
         raise OSError(errno.ENOSPC, "no room")
 
 
 def _as_os_error(*failures: BaseException) -> OSError:
-    """What went wrong in one of the processes; PyTorch says in words that a disk is full."""
+    """One `OSError` for what failed in the processes; PyTorch reports a full disk in words."""
     for failure in failures:
         if isinstance(failure, OSError):
             return failure
@@ -182,7 +182,7 @@ def _first_line(error: BaseException) -> str:
 
 @dataclasses.dataclass
 class RunState:
-    """What changes from step to step, apart from weights and optimizer."""
+    """The state of a run, apart from weights and optimizer."""
 
     step: int = 0
     tokens: int = 0  # learned so far
@@ -192,7 +192,7 @@ class RunState:
 
 
 class Snapshots:
-    """Saves a run as it stands and restores it: weights, slots, random states and progress.
+    """Saves and restores a run: weights, optimizer slots, random states and progress.
 
     `data_key` names the data and the base model, so that a run is not resumed on others.
     """
@@ -272,7 +272,7 @@ class Snapshots:
                     yield f"optimizer.{name}.{slot}", value
 
     def _tensors(self, *, with_random: bool) -> dict[str, Tensor]:
-        """Everything that changes, as the tensors themselves, not copies."""
+        """Every tensor that a step changes: the tensors themselves, not copies."""
         tensors = self._weights() | dict(self._slots())
         if with_random:
             prefix = f"random.{process_rank()}"
@@ -316,6 +316,6 @@ class Snapshots:
 
 
 def _trajectory(config: TrainConfig) -> dict[str, Any]:
-    """The settings that decide the losses of a run."""
+    """The settings that determine the losses of a run."""
     free = resumable_names(type(config))
     return {name: value for name, value in config.to_dict().items() if name not in free}

@@ -1,4 +1,4 @@
-"""What can be wrong with a fine-tuning, found before anything is loaded or written."""
+"""Checks of a run before anything is loaded or written."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gpt2ml_torch.tokenizer import Tokenizer
 
 
 def check_files(config: FinetuneConfig, file: ModelFile) -> None:
-    """Look at the model and at the place of the result; raises what `finetune` would."""
+    """Check the model file and the output path; raises what `finetune` would raise."""
     check_model(config, file)
     _check_device(config)
     if file.vocab is None:
@@ -30,7 +30,7 @@ def check_files(config: FinetuneConfig, file: ModelFile) -> None:
 
 
 def check_model(config: FinetuneConfig, file: ModelFile) -> None:
-    """Raise `ValueError` for a model that can't be trained, or not with these settings."""
+    """Raise `ValueError` if the model can't be trained with these settings."""
     if file.packed is not None:
         raise OptionError(
             "{} holds {} weights, which can't be trained; take the file it was made from "
@@ -42,7 +42,7 @@ def check_model(config: FinetuneConfig, file: ModelFile) -> None:
 
 
 def check_sizes(config: FinetuneConfig, sizes: GPT2MLConfig) -> None:
-    """Raise `ValueError` for settings that this size of model or number of processes can't have."""
+    """Raise `ValueError` for settings that do not suit the model's size or the processes."""
     if config.length is not None and config.length > sizes.max_position_embeddings:
         raise OptionError(
             "{length} is {}; the model has {} positions",
@@ -61,7 +61,7 @@ def check_sizes(config: FinetuneConfig, sizes: GPT2MLConfig) -> None:
 
 
 def check_prompts(config: FinetuneConfig, tokenizer: Tokenizer) -> None:
-    """Raise `ValueError` for a prompt that can't be continued, before it would end the run."""
+    """Raise `ValueError` for a prompt that can't be continued."""
     for prompt in config.prompts:
         if not tokenizer.encode(prompt):
             raise OptionError(
@@ -70,7 +70,7 @@ def check_prompts(config: FinetuneConfig, tokenizer: Tokenizer) -> None:
 
 
 def check_run_folder(config: FinetuneConfig) -> None:
-    """Raise `FileExistsError` for an earlier run, unless it is to be resumed or replaced."""
+    """Raise `FileExistsError` if the folder holds a run that is neither resumed nor replaced."""
     folder = config.run_folder
     steps = CheckpointFolder(folder / "checkpoints").steps()
     if steps and not (config.resume or config.overwrite):

@@ -1,4 +1,4 @@
-"""From settings to the things that train: data, a model, its optimizer."""
+"""Build what a run needs from its settings: the data, the model and the optimizer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from gpt2ml_torch.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class TrainingData:
-    """Rows to train on and to validate with, and their statistics."""
+    """The rows for training and validation, and statistics about them."""
 
     train: RowDataset
     valid: RowDataset | None
@@ -43,7 +43,7 @@ def load_data(
     *,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> TrainingData:
-    """Tokenise the files (or find them tokenised) and cut them into rows."""
+    """Tokenise the files, or read them from the cache, and cut the documents into rows."""
 
     def read(files: Sequence[str]) -> Corpus:
         return tokenize_files(
@@ -80,23 +80,23 @@ def load_data(
 
 
 def load_model(config: FinetuneConfig, file: ModelFile) -> tuple[GPT2ML, Any]:
-    """The model in a file, ready to train, and the `peft.PeftModel` around it, or None."""
+    """Load a model for training, with the `peft.PeftModel` around it if it has an adapter."""
     dtype = weight_dtype(config)
     if config.lora_base == "weights":
         model = GPT2ML.from_file(file, device=config.device, dtype=dtype)
     else:
         model = _load_packed(config, file, dtype)
-    torch.manual_seed(config.seed)  # an adapter begins with random weights
+    torch.manual_seed(config.seed)  # an adapter is initialised randomly
     return model, prepare_model(model, config)
 
 
 def weight_dtype(config: TrainConfig) -> torch.dtype:
-    """The dtype that the weights are kept and trained in."""
+    """The dtype in which the weights are stored and trained."""
     return torch.bfloat16 if config.precision == "bfloat16" else torch.float32
 
 
 def _load_packed(config: FinetuneConfig, file: ModelFile, dtype: torch.dtype) -> GPT2ML:
-    """The model with its blocks' matrices packed one by one, never all of them unpacked."""
+    """Load a model and pack the matrices of its blocks one at a time, as they are read."""
     with torch.device("meta"):
         model = GPT2ML(file.config).to(dtype)
     pack_blocks(model, config.lora_base)
@@ -106,13 +106,13 @@ def _load_packed(config: FinetuneConfig, file: ModelFile, dtype: torch.dtype) ->
 
 
 def pack_blocks(model: GPT2ML, quantize: str) -> None:
-    """Pack the linear layers, "int8" or "int4"; the embedding, which makes the logits, stays."""
+    """Pack the linear layers of all blocks as "int8" or "int4"; the embeddings stay plain."""
     for block in model.blocks:
         kernels.pack_model(block, quantize)
 
 
 def prepare_model(model: GPT2ML, config: FinetuneConfig) -> Any:
-    """Adapt, freeze, upcast and compile the model; gives the `peft.PeftModel`, or None."""
+    """Add the adapter, freeze, upcast and compile, in place; gives the `peft.PeftModel` or None."""
     model.gradient_checkpointing = config.gradient_checkpointing
     if config.dropout is not None:
         for module in model.modules():
@@ -133,7 +133,7 @@ def prepare_model(model: GPT2ML, config: FinetuneConfig) -> Any:
     if config.freeze_embeddings:
         for part in (model.token_embedding, model.position_embedding, model.embedding_norm):
             part.requires_grad_(False)
-    if upcasts(config) and process_count() == 1:  # `shard` does it for several
+    if upcasts(config) and process_count() == 1:  # with several, `shard` does it
         upcast_products(model)
     pays = model.device.type == "cuda"
     if config.compile if config.compile is not None else pays:
@@ -143,14 +143,14 @@ def prepare_model(model: GPT2ML, config: FinetuneConfig) -> Any:
 
 
 def upcasts(config: FinetuneConfig) -> bool:
-    """Whether products of bfloat16 weights are computed in float32."""
+    """Whether bfloat16 weights are multiplied in float32."""
     if config.upcast is None:
         return config.precision == "bfloat16" and config.device == "cpu" and cpu_lacks_bfloat16()
     return config.upcast
 
 
 def make_optimizer(objective: Objective, config: TrainConfig) -> SlicedOptimizer:
-    """The optimizer over the trainable parameters, with each layer's share of the learning rate."""
+    """The optimizer of the trainable parameters, with the learning rate scaled for each layer."""
     layers = len(objective.model.blocks)
 
     def scale(name: str) -> float:

@@ -1,4 +1,4 @@
-"""A whole fine-tuning: the options of `TrainConfig`, and which model, which data and where to."""
+"""The options of a whole run: those of `TrainConfig`, and the model, the data and the output."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def _data(default: Any, help: str, **details: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(TrainConfig):
-    """A whole fine-tuning: which model, which data, where to, and how.
+    """The options of a fine-tuning run: the model, the data, the output, and how to train.
 
     `out` is a .safetensors file, or with `lora_rank` a folder for the adapter. The run's own files
     (checkpoints, metrics.jsonl, loss.png) go to `folder`, by default OUT with the suffix .run.
-    Raises as `TrainConfig` does; files are looked at by `finetune`.
+    Raises as `TrainConfig` does; `finetune` checks the files.
     """
 
     model: str = option(
@@ -125,10 +125,10 @@ class FinetuneConfig(TrainConfig):
 
     @property
     def record_fields(self) -> Fields:
-        """The fields of JSON data that are named, checked together."""
+        """The named fields of JSON records, checked together."""
         return Fields(self.text_field, self.prompt_field, self.completion_field)
 
     @property
     def run_folder(self) -> Path:
-        """Where checkpoints, metrics and plots of this run go."""
+        """The folder for the checkpoints, metrics and plots of this run."""
         return Path(self.folder) if self.folder else Path(self.out).with_suffix(".run")

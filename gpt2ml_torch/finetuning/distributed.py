@@ -1,6 +1,6 @@
-"""Several processes: who is who, sums over all of them, and FSDP2 over the blocks.
+"""Training in several processes: ranks, sums over the processes, and sharding with FSDP2.
 
-`torchrun` starts them; without it everything here describes a single process.
+`torchrun` starts the processes. Without it, these functions describe a single process.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from gpt2ml_torch.finetuning.objective import Objective
 
 @contextlib.contextmanager
 def processes(device: torch.device | str = "cpu") -> Iterator[None]:
-    """Join the processes that `torchrun` started, if it did, for the length of the block."""
+    """Join the process group that `torchrun` set up, if any; leave it when the block ends."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield
         return
@@ -35,17 +35,17 @@ def processes(device: torch.device | str = "cpu") -> Iterator[None]:
 
 
 def process_count() -> int:
-    """How many processes this run has."""
+    """The number of processes in this run."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def process_rank() -> int:
-    """Which of them this is, from 0."""
+    """The rank of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def barrier() -> None:
-    """Wait for the others."""
+    """Wait until every process gets here."""
     if dist.is_initialized():
         dist.barrier()
 
@@ -60,9 +60,9 @@ def total(value: float) -> float:
 
 
 def shard(objective: Objective, *, upcast: bool = False) -> None:
-    """Divide every weight among the processes by its rows, in place; nothing for a single one.
+    """Shard every weight by rows over the processes, in place; a single process is left alone.
 
-    With `upcast` weights are put together in float32, so that products are float32.
+    With `upcast`, weights are gathered in float32 and products are computed in float32.
     """
     if process_count() == 1:
         return

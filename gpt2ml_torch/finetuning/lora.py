@@ -1,4 +1,4 @@
-"""LoRA through `peft`: an adapter put on a model's linear layers, and saved.
+"""LoRA through `peft`: add an adapter to a model's linear layers, and save it.
 
 The layers may be plain or packed (`gpt2ml_torch.kernels`, int8 or int4): a packed layer is frozen
 and lets gradients through. `finetuning.adapters` merges an adapter, always into plain weights.
@@ -23,11 +23,10 @@ def add_adapter(
     targets: Sequence[str] = LORA_TARGETS,
     dropout: float = 0.0,
 ) -> Any:
-    """Freeze the model, put a float32 adapter on its linear layers, and give the `peft.PeftModel`.
+    """Freeze the model, add a float32 adapter to its linear layers, return the `peft.PeftModel`.
 
-    The model itself is changed in place and can go on being called; the PeftModel saves the
-    adapter. `alpha` is twice the rank by default. Raises `ValueError` without peft (the extra
-    `finetune`).
+    The model is changed in place and can still be called; the PeftModel saves the adapter.
+    `alpha` is twice the rank by default. Raises `ValueError` without peft (the extra `finetune`).
     """
     peft = require("peft", "LoRA")
     settings = peft.LoraConfig(

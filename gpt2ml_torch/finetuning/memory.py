@@ -1,4 +1,4 @@
-"""Memory of a training run: estimated before anything is loaded, limited, and measured.
+"""Memory of a training run: estimated before anything is loaded, checked, and measured.
 
 An estimate runs one step on fake tensors (`FakeTensorMode`), so a step of the full size takes
 seconds and no memory. Storages are counted as they come and go (PyTorch's own `MemTracker` does not
@@ -52,7 +52,7 @@ SHORTEST = 32  # tokens of the shortest batch: rows are padded to a multiple of 
 
 @dataclasses.dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes at the moment when most are in use, by kind."""
+    """Bytes by kind, at the moment of peak use."""
 
     weights: int
     gradients: int
@@ -96,7 +96,7 @@ def estimate_memory(config: FinetuneConfig, sizes: GPT2MLConfig | None = None) -
 
 
 def _estimate(config: FinetuneConfig, sizes: GPT2MLConfig) -> MemoryEstimate:
-    """By a step on fake tensors."""
+    """Estimate by one step on fake tensors."""
     with torch.device("meta"):
         model = GPT2ML(sizes).to(weight_dtype(config))
     if config.lora_base != "weights":
@@ -108,7 +108,7 @@ def _estimate(config: FinetuneConfig, sizes: GPT2MLConfig) -> MemoryEstimate:
 
 
 def _make_fake(model: GPT2ML) -> None:
-    """Replace every weight by a fake one; peft can't put an adapter on layers that are fake."""
+    """Replace every weight by a fake one, after peft added its adapter to the real layers."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             data = torch.empty(parameter.shape, dtype=parameter.dtype)
@@ -146,7 +146,7 @@ def _watch_step(objective: Objective, config: FinetuneConfig) -> _Watch:
 
 
 class _Watch(TorchDispatchMode):
-    """Counts the bytes of storages that come and go beside the weights; remembers the peak."""
+    """Counts the bytes of temporary storages beside the weights, and tracks their peak."""
 
     def __init__(self, objective: Objective, *, keep: bool) -> None:
         super().__init__()
@@ -341,7 +341,7 @@ def used_gib(device: torch.device | str = "cpu") -> float:
 
 
 def peak_gib(device: torch.device | str = "cpu") -> float:
-    """The most that was in use so far."""
+    """The peak memory in use so far."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return _status("VmHWM")

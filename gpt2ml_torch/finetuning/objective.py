@@ -1,6 +1,10 @@
-"""From rows to a loss, without ever holding all logits: at (8, 1024, 21130) they take 660 MiB.
+"""The training loss, computed in chunks so that the logits are never all in memory.
 
-B batch rows, T tokens, D width, N positions (B x T), V vocabulary.
+For a batch of 8 x 1,024 tokens and the published vocabulary they would take 660 MiB.
+
+Shapes:
+    B  batch rows       T  tokens        D  width
+    N  B * T            V  vocabulary
 """
 
 from __future__ import annotations
@@ -17,12 +21,14 @@ from gpt2ml_torch.model import GPT2ML
 
 
 class Objective(nn.Module):
-    """The summed cross entropy of a batch: `objective(rows)` is a scalar, in nats.
+    """The summed cross entropy of a batch in nats: `objective(rows)` is a scalar.
 
-    Labels of 0 are left out. Logits exist for `chunk` positions at a time and are made again in the
-    backward pass; where one chunk holds all, they are kept. The sum is in float32 (float64 for a
-    float64 model). `mixed` computes in bfloat16 with the weights as they are; `packed` keeps the
-    documents of a row apart. Source: imcaspar/gpt2-ml, train/modeling.py, lm_loss.
+    Positions with label 0 are ignored. The logits are computed for `chunk` positions at a time and
+    recomputed in the backward pass, unless a single chunk covers the batch. The sum is accumulated
+    in float32 (float64 for a float64 model). With `mixed`, activations are bfloat16 whatever the
+    dtype of the weights; with `packed`, attention does not cross the documents of a row.
+
+    Source: imcaspar/gpt2-ml, train/modeling.py, lm_loss.
     """
 
     def __init__(
@@ -35,7 +41,7 @@ class Objective(nn.Module):
         self.packed = packed
 
     def forward(self, rows: Rows) -> Tensor:
-        """Raises `ValueError` for fields that are not all (B, T)."""
+        """Return the loss; raises `ValueError` unless every field of `rows` is (B, T)."""
         shapes = {tuple(field.shape) for field in rows}
         if len(shapes) > 1 or rows.token_ids.ndim != 2:
             found = ", ".join(map(str, sorted(shapes)))
@@ -51,7 +57,7 @@ class Objective(nn.Module):
     def _precision(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
         if not self.mixed:
             return contextlib.nullcontext()
-        # With its cache, autocast keeps a bfloat16 copy of every weight until the step ends.
+        # autocast's cache would keep a bfloat16 copy of every weight until the step ends.
         return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
 
     def _summed_loss(self, h: Tensor, labels: Tensor) -> Tensor:
@@ -65,7 +71,7 @@ class Objective(nn.Module):
                     self._chunk_loss,
                     *part,
                     use_reentrant=False,
-                    preserve_rng_state=False,  # nothing random is to be repeated
+                    preserve_rng_state=False,  # the recomputed part draws nothing
                 )
             else:
                 loss = self._chunk_loss(*part)

@@ -1,4 +1,4 @@
-"""Optional packages: imported when they are needed, without their noise, or one clear error."""
+"""Import optional packages when they are needed, quietly; a missing one is one clear error."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def require(package: str, purpose: str) -> Any:
 
 @contextlib.contextmanager
 def silenced() -> Iterator[None]:
-    """Without warnings, and without log lines below errors, from any library.
+    """Suppress warnings, and log lines below errors, of all libraries.
 
     peft imports torchao, which names each of its own files that doesn't load on this machine.
     """

@@ -1,7 +1,4 @@
-"""What a run leaves to look at: metrics.jsonl, loss.png and TensorBoard's files.
-
-Each is made from the events of the training loop.
-"""
+"""The records of a run, made from its events: metrics.jsonl, loss.png and TensorBoard files."""
 
 from __future__ import annotations
 
@@ -57,7 +54,7 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The events of a metrics file; a last line that was cut off by a kill is left out."""
+    """Read the events of a metrics file; an incomplete last line is ignored."""
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
@@ -137,7 +134,7 @@ def draw_losses(metrics: Path, picture: Path) -> bool:
 
 
 def _smooth(values: list[float]) -> list[float]:
-    """Running mean, over more the longer the run is."""
+    """Running mean over a window that grows with the run."""
     keep = 1 - 1 / max(1, min(50, len(values) // 10))
     smoothed, mean = [], values[0]
     for value in values:

@@ -1,4 +1,4 @@
-"""A whole fine-tuning from files to a file, as `gpt2ml finetune` and programs call it."""
+"""A whole fine-tuning run, from files to a file; `gpt2ml finetune` calls it too."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneResult(TrainResult):
-    """`TrainResult`, and what was written: nothing after a spike or an interruption."""
+    """A `TrainResult` and the paths written; a run that stopped early writes no model."""
 
     model: Path | None
     adapter: Path | None
@@ -79,7 +79,7 @@ def finetune(
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-    """What all parts of a run know."""
+    """What the parts of a run share."""
 
     config: FinetuneConfig
     file: ModelFile
@@ -90,7 +90,7 @@ class _Job:
 
 @contextlib.contextmanager
 def _alone_in(folder: Path, *, resume: bool) -> Iterator[None]:
-    """Hold the lock of a run's folder, which is made if need be and removed if it stays empty."""
+    """Lock a run's folder; it is created if missing, and removed afterwards if it is empty."""
     if process_rank() > 0:
         yield
         return
@@ -185,7 +185,7 @@ def _trainer(job: _Job, model: GPT2ML, data: TrainingData, board: TensorBoard | 
 
 
 def _optimizer(job: _Job, objective: Objective) -> SlicedOptimizer:
-    """The optimizer, which starts from the statistics in the model's file if there are any."""
+    """Make the optimizer; it starts from the statistics in the model file if there are any."""
     config = job.config
     optimizer = make_optimizer(objective, config)
     if isinstance(optimizer, Adafactor) and not (config.lora_rank or config.fresh_optimizer):
@@ -197,7 +197,7 @@ def _optimizer(job: _Job, objective: Objective) -> SlicedOptimizer:
 
 
 def _data_key(file: ModelFile, data: TrainingData) -> str:
-    """Names the rows and the model that is tuned, the latter by what its file says of itself."""
+    """A hash of the rows and of the base model's metadata."""
     model = json.dumps([file.config.to_dict(), file.source], sort_keys=True)
     digest = hashlib.blake2b(model.encode(), digest_size=16)
     digest.update(data.train.fingerprint().encode())
@@ -205,7 +205,7 @@ def _data_key(file: ModelFile, data: TrainingData) -> str:
 
 
 def _sampler(job: _Job, model: GPT2ML) -> Sampler:
-    """Continuations of prompts by the model as it is; the same random numbers each time."""
+    """Continue the prompts with the current weights, with the same random numbers each time."""
     from gpt2ml_torch.generation import Generator
 
     def sample(prompts: Sequence[str]) -> list[str]:
@@ -227,7 +227,7 @@ def _sampler(job: _Job, model: GPT2ML) -> Sampler:
 
 
 def _save_model(job: _Job, model: GPT2ML, result: TrainResult) -> Path:
-    """Write the tuned model; sharded weights are put together one at a time, by all processes."""
+    """Write the tuned model; all processes gather sharded weights one at a time."""
     out, tensors = Path(job.config.out), model.state_dict()
     if process_rank() > 0:
         for tensor in tensors.values():
@@ -248,7 +248,7 @@ def _save_model(job: _Job, model: GPT2ML, result: TrainResult) -> Path:
 
 
 def _save_adapter(job: _Job, adapted: Any, result: TrainResult) -> tuple[Path | None, Path]:
-    """Save the adapter, and if OUT is a file, merge it into the model there; gives both places."""
+    """Save the adapter and, if `out` is a file, merge it into the model; return both paths."""
     config, out = job.config, Path(job.config.out)
     if out.suffix != ".safetensors":
         lora.save_adapter(adapted, out, base=config.model)
@@ -267,7 +267,7 @@ def _save_adapter(job: _Job, adapted: Any, result: TrainResult) -> tuple[Path | 
 
 
 def _generation(job: _Job) -> dict[str, Any]:
-    """The model's defaults for generation, which stops at the end token if one was learned."""
+    """Defaults for generation: the model's own, and a stop at the end token if it was trained."""
     if job.config.end_token is None:
         return job.file.generation
     end = job.tokenizer.token_to_id(job.config.end_token)
@@ -275,7 +275,7 @@ def _generation(job: _Job) -> dict[str, Any]:
 
 
 def _source(job: _Job, result: TrainResult) -> dict[str, Any]:
-    """Where the weights come from: the model's own source, and this run after those before it."""
+    """The origin of the weights: the model's source, with this run appended."""
     config = job.config
     run: dict[str, Any] = {
         "from": Path(config.model).name,

@@ -1,4 +1,4 @@
-"""One optimizer step: forward, backward, the update, and what can be wrong with any of them."""
+"""One optimizer step: forward, backward and update, with checks of the loss and the gradients."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from gpt2ml_torch.finetuning.objective import Objective
 from gpt2ml_torch.finetuning.optimizers import SlicedOptimizer, StepInBackward, gradient_norm
 from gpt2ml_torch.finetuning.train_config import TrainConfig
 
-_MEMORY = 0.98  # of the running mean and variance
-_WARM = 20  # steps before a spike can be told from the ordinary
-_LEAST = 1.0  # nats above the mean that are never called a spike
+_MEMORY = 0.98  # decay of the running mean and variance
+_WARM = 20  # steps before spikes are detected
+_LEAST = 1.0  # nats above the mean: less is never a spike
 
 
 @dataclasses.dataclass(frozen=True)
 class StepResult:
-    """What came of a step."""
+    """The outcome of one step."""
 
     loss: float  # nats a token, the mean over all processes
-    learned: int  # tokens it is the mean of
-    gradient_norm: float | None  # None where no gradient was made
-    trouble: str | None  # why nothing was learned, if so
+    learned: int  # number of tokens in that mean
+    gradient_norm: float | None  # None if there was no backward pass
+    trouble: str | None  # why the step was rejected, if it was
 
 
 class Stepper:
-    """Steps the trainable weights of an objective: in the backward pass, or after it.
+    """Updates the trainable weights of an objective, in the backward pass or after it.
 
-    A loss that is not finite or a spike (`watch`) is not learned from, nor is a gradient that is
-    not finite; in the backward pass, though, weights above the one with that gradient are stepped
-    already.
+    A step is rejected if its loss is not finite or is a spike (see `watch`), or if a gradient is
+    not finite. When updates happen inside the backward pass, the layers above the faulty gradient
+    have been updated by then.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Stepper:
         self._in_backward = StepInBackward(optimizer) if config.step_in_backward else None
 
     def step(self, batches: Sequence[Rows], learning_rate: float) -> StepResult:
-        """Learn from these batches together; groups may carry a `scale` of the learning rate."""
+        """Take one step over these batches; a group's `scale` multiplies the learning rate."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group.get("scale", 1.0)
         learned = int(total(sum(learned_tokens(batch) for batch in batches)))
@@ -59,7 +59,7 @@ class Stepper:
         return StepResult(loss, learned, norm, "a gradient is not finite" if broken else None)
 
     def _forward_backward(self, batches: Sequence[Rows], learned: int) -> tuple[float, str | None]:
-        """The mean loss, and what is wrong with it."""
+        """Return the mean loss, and the reason to reject it, if any."""
         self.objective.train()
         if self._in_backward:
             self._in_backward.reset()
@@ -74,7 +74,7 @@ class Stepper:
         return loss, None
 
     def _apply(self) -> float:
-        """Clip and step with the gradients that were kept; gives their norm before clipping."""
+        """Clip the accumulated gradients and step; return their norm before clipping."""
         gradients = [
             parameter.grad
             for group in self.optimizer.param_groups
@@ -91,13 +91,13 @@ class Stepper:
         return norm
 
     def close(self) -> None:
-        """Take the hooks off the weights."""
+        """Remove the hooks from the weights."""
         if self._in_backward:
             self._in_backward.remove()
 
 
 class LossWatch:
-    """Remembers the losses' mean and spread; a spike is `factor` deviations above the mean."""
+    """Tracks mean and deviation of the loss; a spike lies `factor` deviations above the mean."""
 
     def __init__(self, *, factor: float) -> None:
         self.factor = factor
@@ -106,7 +106,7 @@ class LossWatch:
         self._count = 0
 
     def trouble(self, loss: float) -> str | None:
-        """What is wrong with this loss, in words; None if nothing."""
+        """The reason to reject this loss, or None."""
         if not math.isfinite(loss):
             return f"the loss is {loss}"
         limit = self._mean + max(_LEAST, self.factor * math.sqrt(self._variance))
@@ -115,7 +115,7 @@ class LossWatch:
         return None
 
     def add(self, loss: float) -> None:
-        """Remember a good loss."""
+        """Add an accepted loss to the statistics."""
         self._count += 1
         keep = min(_MEMORY, 1 - 1 / self._count)
         difference = loss - self._mean
@@ -123,15 +123,15 @@ class LossWatch:
         self._variance = keep * (self._variance + (1 - keep) * difference**2)
 
     def state(self) -> list[float]:
-        """All it remembers, as JSON."""
+        """The statistics as JSON types."""
         return [self._mean, self._variance, self._count]
 
     def restore(self, state: list[float]) -> None:
-        """Set what `state` gave."""
+        """Restore the statistics from `state`."""
         self._mean, self._variance = state[0], state[1]
         self._count = int(state[2])
 
 
 def learned_tokens(rows: Rows) -> int:
-    """How many tokens of this process's rows are learned."""
+    """The number of targets in this process's rows."""
     return int((rows.labels != 0).sum())

@@ -1,4 +1,4 @@
-"""How to train: each option stated once, at its field, and checked before anything is loaded."""
+"""Options of training, each stated once at its field and checked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ON_SPIKE = ("stop", "skip")
 FULL_LEARNING_RATE = 1e-5
 LORA_LEARNING_RATE = 1e-4
 
-# Limits that keep sizes sensible; what a machine can hold is checked apart.
+# Limits on sizes; whether the machine has the memory is checked separately.
 MANY = 10**9
 _MOST_ROWS = 1 << 30
 _MOST_BATCHES = 1 << 16
@@ -46,9 +46,9 @@ def run_option(default: Any, help: str, **details: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How to train: everything except which model and which data.
+    """How to train: every option except the model and the data.
 
-    Lengths of time are optimizer steps. Raises `ValueError` for values out of range and for
+    Durations are in optimizer steps. Raises `ValueError` for values out of range and for
     settings that exclude each other.
     """
 
@@ -315,7 +315,7 @@ class TrainConfig:
 
     @property
     def learning_rate_used(self) -> float:
-        """The learning rate at its peak."""
+        """The peak learning rate."""
         if self.learning_rate is not None:
             return self.learning_rate
         return LORA_LEARNING_RATE if self.lora_rank else FULL_LEARNING_RATE
@@ -361,7 +361,7 @@ def parse_layers(text: str, layers: int) -> set[int]:
 
 
 def _range_of(part: str, layers: int) -> range | None:
-    """The blocks of one part of `train_layers`, None for what is none."""
+    """The blocks that one part of `train_layers` names; None if it is malformed."""
     if match := re.fullmatch(r"(last|first):(\d{1,18})", part):
         count = int(match[2])
         return range(layers - count, layers) if match[1] == "last" else range(count)

@@ -1,6 +1,6 @@
 """The training loop: steps, evaluations, samples and checkpoints in their order.
 
-It prints nothing; what happens is told as events (`finetuning.events`).
+It prints nothing; callbacks receive events (`finetuning.events`).
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ class Trainer:
         return self._end(reason)
 
     def _step(self) -> str | None:
-        """Take one optimizer step; gives the reason if the run must stop."""
+        """Take one optimizer step; return a reason if the run must stop."""
         started = time.perf_counter()
         state, config = self._state, self.config
         first = state.step * config.accumulate
@@ -200,7 +200,7 @@ class Trainer:
         return None
 
     def _after_step(self) -> None:
-        """Evaluate, sample and save, each when it is due."""
+        """Evaluate, write samples and save a checkpoint, each when it is due."""
         config, step = self.config, self._state.step
         last = step == self.total_steps
         if self.valid_batches and (step % self.eval_every == 0 or last):
@@ -248,7 +248,7 @@ class Trainer:
     def _sample(self) -> None:
         assert self.sampler is not None
         self.objective.eval()
-        # Decoding has shapes of its own, which compiled blocks would be compiled for again.
+        # Decoding has other shapes, for which compiled blocks would be compiled again.
         eagerly = torch.compiler.set_stance("force_eager")
         with torch.random.fork_rng(), torch.no_grad(), eagerly:
             texts = self.sampler(self.config.prompts)
@@ -262,16 +262,16 @@ class Trainer:
             self._emit(CheckpointSaved(step=self._state.step, path=str(path)))
 
     def restore_best(self) -> None:
-        """Take the weights with the lowest validation loss, unless the last ones have it."""
+        """Restore the weights with the lowest validation loss, unless they are the last ones."""
         best = self._state.best_step
         if self.snapshots and best and best != self._state.step:
             self.snapshots.restore_weights(best)
 
-    # -- telling ----------------------------------------------------------------------------------
+    # -- events -----------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def _recording(self, goes_on: bool) -> Iterator[None]:
-        """Write metrics.jsonl, and loss.png however the run ends."""
+        """Write metrics.jsonl during the run, and loss.png when it ends in any way."""
         if self.folder is None or process_rank() > 0:
             yield
             return
@@ -327,5 +327,5 @@ class Trainer:
 
 
 def _any_process(condition: bool) -> bool:
-    """Whether it holds in one of the processes, so that all of them do the same."""
+    """Whether the condition holds in any process, so that all of them act alike."""
     return total(float(condition)) > 0

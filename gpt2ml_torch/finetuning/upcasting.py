@@ -1,8 +1,8 @@
 """bfloat16 weights multiplied in float32, one block at a time.
 
-A CPU without bfloat16 instructions (before Intel's Sapphire Rapids and AMD's Zen 4) takes three to
-six times as long for bfloat16 products and attention as for float32. There a float32 copy
-of one block's weights, which lives as long as the block is computed, costs little beside the gain.
+On a CPU without bfloat16 instructions (before Intel's Sapphire Rapids and AMD's Zen 4), products
+and attention take three to six times as long in bfloat16 as in float32. A temporary float32 copy of
+one block's weights costs far less than that.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ def cpu_lacks_bfloat16() -> bool:
 
 
 def upcast_products(model: GPT2ML) -> None:
-    """Let the model compute in float32 whatever its weights are, which stay as they are; in place.
+    """Make the model compute in float32, in place; its weights keep their dtype.
 
-    Gradients arrive in the weights' own dtype. Decoding with a cache stays as it was. Names,
-    parameters, adapters and hooks stay, since only the methods of these modules are replaced.
+    Gradients have the dtype of the weights. Decoding with a cache does not change. Names,
+    parameters, adapters and hooks stay, since only methods of the modules are replaced.
     """
     for block in model.blocks:
         block.forward = functools.partial(_upcast_forward, block, block.forward)
@@ -46,7 +46,7 @@ def _upcast_forward(
     cache: Any = None,
     **options: Any,
 ) -> Tensor:
-    """A block's `forward` with float32 copies of its weights, which `functional_call` puts in."""
+    """Call a block's `forward` with float32 copies of its weights, through `functional_call`."""
     if cache is not None or h.dtype == torch.float32:
         return forward(h, *arguments, cache=cache, **options)
     wide = {name: parameter.float() for name, parameter in block.named_parameters()}

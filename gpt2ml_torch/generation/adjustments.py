@@ -71,7 +71,7 @@ class Adjustments:
         self._presence, self._frequency = self._presence[index], self._frequency[index]
 
     def copy(self) -> Adjustments:
-        """Adjustments that count for themselves from here."""
+        """An independent copy."""
         other = copy.copy(self)
         other._counts = self._counts.clone()
         return other

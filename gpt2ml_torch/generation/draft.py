@@ -19,7 +19,7 @@ LONGEST_MATCH = 4
 
 
 class Draft(Protocol):
-    """Proposes tokens, which the model then checks."""
+    """Proposes tokens for the model to check."""
 
     steps: int  # that a model took for the tokens proposed so far
 

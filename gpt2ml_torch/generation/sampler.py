@@ -184,7 +184,7 @@ class Sampler:
 
     @torch.inference_mode()
     def copy(self) -> Sampler:
-        """A sampler that goes its own way from here, except for repeated n-grams."""
+        """An independent copy, except for the n-grams to avoid."""
         other = Sampler.__new__(Sampler)
         other.__dict__.update(self.__dict__)
         other._rows = [self._copy_row(row) for row in range(len(self._rows))]

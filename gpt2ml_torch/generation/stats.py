@@ -1,4 +1,4 @@
-"""How fast texts were written."""
+"""Speed statistics of generation."""
 
 from __future__ import annotations
 

@@ -30,14 +30,14 @@ _POLL_SECONDS = 0.1
 # No contraction: a * b + c would otherwise round differently in differently unrolled loops.
 FLAGS = ("-std=c++20", "-O2", "-mtune=native", "-ffp-contract=off", "-fPIC")
 
-# Instruction sets that the kernels are written for, best last, by the names that Linux gives their
-# parts; those after "|" are used where there are any.
+# The instruction sets that the kernels support, best last, under Linux's names for CPU features;
+# features after "|" are optional.
 LEVELS = {
     "avx2": "avx2 fma f16c | avx_vnni",
     "avx512": "avx2 fma f16c avx512f avx512bw avx512vl avx512dq avx512_vnni | avx512_bf16",
 }
 _CHOICE = "GPT2ML_KERNELS"  # a level, or "off"
-_SCRATCH = "build-"  # folders of builds that go on
+_SCRATCH = "build-"  # prefix of the folders of running builds
 _SEAL_BYTES = hashlib.sha256().digest_size
 
 
@@ -73,7 +73,7 @@ def _find_compiler() -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """One process at a time, where the file system can do that: the others wait."""
+    """Let one process build at a time, where the file system has locks; the others wait."""
     try:
         held = disk.lock(
             folder / "kernels.lock", "another process compiles", patience=2 * TIMEOUT_SECONDS
@@ -90,9 +90,9 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _is_whole(library: Path, key: str) -> bool:
-    """Whether the file ends with the checksum of what stands before it.
+    """Whether the file ends with the checksum of its content.
 
-    The loader maps the file into memory, so that reading beyond a cut would end the process.
+    The loader maps the file into memory, and reading beyond a cut would kill the process.
     """
     try:
         data = library.read_bytes()
@@ -134,7 +134,7 @@ def cpu_features() -> frozenset[str]:
 
 
 def _key(compiler: tuple[str, ...], flags: tuple[str, ...]) -> str:
-    """Changes with everything that the compiled code depends on."""
+    """A hash of everything that the compiled code depends on."""
     asked = [*compiler, "--version"]
     try:
         version = subprocess.run(asked, capture_output=True, check=False, timeout=TIMEOUT_SECONDS)
@@ -150,7 +150,7 @@ def _key(compiler: tuple[str, ...], flags: tuple[str, ...]) -> str:
 
 
 def _compile(compiler: tuple[str, ...], flags: tuple[str, ...], library: Path, key: str) -> None:
-    """Compile beside the final name, seal and rename: nothing half-written is ever found."""
+    """Compile under another name, append the checksum and rename, so no partial file is loaded."""
     torch_folder = Path(torch.__file__).parent
     include = ("-I", str(torch_folder / "include"))
     libraries = ("-L", str(torch_folder / "lib"), "-ltorch_cpu", "-lc10")
@@ -190,8 +190,8 @@ def _run_all(commands: Iterable[tuple[str, ...]]) -> None:
 
 
 class _Compilers:
-    """Commands that run in threads, where no KeyboardInterrupt can come between a start and the
-    note of it.
+    """Runs commands in threads, where no KeyboardInterrupt can come between starting a process
+    and recording it.
     """
 
     def __init__(self) -> None:

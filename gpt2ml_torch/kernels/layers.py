@@ -26,11 +26,11 @@ def can_run_layers(blocks: Iterable[Any], *, like: Tensor, head_size: int) -> bo
 
 
 def runs_as_written(block: Any, linear: type[nn.Linear]) -> bool:
-    """Whether the kernel computes what a block does: its parts are of their very types, with linear
-    layers of the given one, and untouched.
+    """Whether the kernel computes what the block does: its parts have exactly the expected types,
+    with linear layers of the given type, and no method or hook was changed.
 
-    Asked of every block at every step, so it looks into the modules' own dictionaries: an attribute
-    of an `nn.Module` takes ten times as long.
+    This runs for every block at every step, so it reads the modules' dictionaries directly: an
+    attribute of an `nn.Module` takes ten times as long.
     """
     parts = block._modules
     attention, mlp = parts["attention"], parts["mlp"]

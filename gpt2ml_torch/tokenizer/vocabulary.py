@@ -1,4 +1,4 @@
-"""Vocabulary files: which file of a folder it is, and how its lines become tokens."""
+"""Find vocabulary files and split them into tokens."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class WordPiece:
         return ids
 
     def _split_long(self, word: str) -> list[int]:
-        """The same for words that tokens of more than `_MAX_PREFIX` characters may fit."""
+        """As `split`, for words that tokens of more than `_MAX_PREFIX` characters may match."""
         if len(word) > MAX_WORD_CHARACTERS:
             return [self._unk_id]
         ids, start, pieces = [], 0, self._starts

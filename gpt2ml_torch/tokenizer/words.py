@@ -1,8 +1,9 @@
-"""Text to words: what BERT does before it looks anything up in a vocabulary.
+"""Split text into words, as BERT does before it consults the vocabulary.
 
-It is written with `unicodedata` alone because the `tokenizers` library disagrees with the original
-on 138,283 characters (private use, newer Unicode tables, part of a CJK block) and on the final
-sigma; one table from a character to its lower-cased, accent-free form is also faster.
+This is written with `unicodedata` because the `tokenizers` library differs from the original for
+138,283 characters (private use, newer Unicode tables, part of a CJK block) and for the final sigma.
+A table from each character to its lower-cased form without accents is also faster.
+
 Source: google-research/bert, tokenization.py, BasicTokenizer, as vendored by imcaspar/gpt2-ml.
 """
 
@@ -12,8 +13,8 @@ import unicodedata
 from collections.abc import Callable
 from itertools import groupby
 
-# First and last of each block that the original sets apart as Chinese; the later extensions
-# (G and on, U+30000...) are not among them.
+# First and last character of each block that the original treats as Chinese. Later extensions (from
+# G on, U+30000 and above) are not included.
 CJK_BLOCKS = (
     (0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F),
     (0x2B740, 0x2B81F), (0x2B820, 0x2CEAF), (0xF900, 0xFAFF), (0x2F800, 0x2FA1F),
@@ -21,19 +22,19 @@ CJK_BLOCKS = (
 
 
 def is_cjk(character: str) -> bool:
-    """Whether the original treats a character as Chinese, a word by itself."""
+    """Whether the original treats the character as Chinese, that is, as a word of its own."""
     return character != "" and any(low <= ord(character) <= high for low, high in CJK_BLOCKS)
 
 
 def is_punctuation(character: str) -> bool:
-    """Whether a character is split off; all visible ASCII but letters and digits is, "$" too."""
+    """Whether the character is split off as punctuation, as all ASCII symbols are, even "$"."""
     if character.isascii():
         return character.isprintable() and not character.isalnum() and character != " "
     return unicodedata.category(character).startswith("P")
 
 
 def _clean(character: str) -> str:
-    """Drop controls and set Chinese characters apart; white space stays, for `str.split`."""
+    """Drop control characters and put spaces around Chinese ones; keep white space."""
     if character in "\t\n\r":
         return " "
     if character == "\ufffd" or unicodedata.category(character) in ("Cc", "Cf"):
@@ -46,7 +47,7 @@ def _decompose(character: str) -> str:
 
 
 def _strip_and_split(character: str) -> str:
-    """Drop accents and set punctuation apart."""
+    """Drop accents and put spaces around punctuation."""
     if unicodedata.category(character) == "Mn":
         return ""
     return f" {character} " if is_punctuation(character) else character
@@ -57,14 +58,14 @@ def _normalize_alone(character: str) -> str:
 
 
 def _holds_moving_mark(character: str) -> bool:
-    """Whether there is a mark in it that is no accent, so it stays, and that changes places with
-    its neighbours in canonical order: a dozen, for music and for Hangul tones."""
+    """Whether the character holds a combining mark that is kept and that canonical ordering may
+    move: a dozen marks of musical notation and Hangul tones."""
     marks = (c for c in _decompose(character) if unicodedata.category(c) != "Mn")
     return any(map(unicodedata.combining, marks))
 
 
 class _CharacterMap(dict[int, str]):
-    """A table for `str.translate` that works out a character's entry when it first meets it."""
+    """A table for `str.translate` whose entries are computed on first use."""
 
     def __init__(self, rule: Callable[[str], str]) -> None:
         super().__init__()
@@ -79,14 +80,14 @@ class WordSplitter:
     """Splits a text into lower-case words without accents, in time linear in its length."""
 
     def __init__(self) -> None:
-        self._moving_marks: set[str] = set()  # those met so far
+        self._moving_marks: set[str] = set()  # seen so far
         self._alone = _CharacterMap(self._form)
         self._cleaned = _CharacterMap(_clean)
         self._decomposed = _CharacterMap(_decompose)
         self._split = _CharacterMap(_strip_and_split)
 
     def words(self, text: str) -> list[str]:
-        """Return the words; each Chinese character and each punctuation mark is one of them."""
+        """Return the words; each Chinese character and punctuation mark is a word of its own."""
         if "Σ" in text:  # the only character whose lower case depends on its neighbours
             text = text.translate(self._cleaned).lower()
         spaced = text.translate(self._alone)
@@ -104,5 +105,5 @@ class WordSplitter:
         # Sorted here, since `unicodedata.normalize` sorts long runs of marks in quadratic time.
         ordered: list[str] = []
         for _, run in groupby(decomposed, lambda c: unicodedata.combining(c) > 0):
-            ordered += sorted(run, key=unicodedata.combining)  # stable; of starters, as they were
+            ordered += sorted(run, key=unicodedata.combining)  # stable: starters keep their order
         return "".join(ordered).translate(self._split)

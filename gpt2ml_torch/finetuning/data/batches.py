@@ -1,8 +1,8 @@
 """The order of the rows: endless, fixed by a seed, the same for any number of processes.
 
 There is one global sequence, the epochs' permutations one after the other. Step k of N processes
-with b rows each reads its places kNb to (k+1)Nb - 1, process r every N-th of them from r on; so a
-run is resumed by the number of its step.
+with b rows each reads places kNb to (k+1)Nb - 1, process r every N-th of them from r on. A run
+therefore resumes from the number of its step.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from gpt2ml_torch.finetuning.data.rows import RowDataset, Rows, collate
 
 
 class BatchStream:
-    """Batches of this process's rows, (B, T) each, by their number: 0, 1, 2 and so on without end.
+    """This process's batches, (B, T) each, numbered 0, 1, 2 and so on without end.
 
     `batch_size` counts the rows of one process, which is `rank` of `world_size`. A batch that
     reaches over the end of an epoch is filled from the next. `multiple_of` cuts common padding off,
@@ -45,7 +45,7 @@ class BatchStream:
         self._place = 0  # of iterating, in the global sequence
 
     def batch(self, index: int) -> Rows:
-        """This process's rows of the index-th batch from the very beginning."""
+        """This process's rows of batch number `index`."""
         return self.batch_at(index * self.batch_size * self.world_size)
 
     def batch_at(self, place: int) -> Rows:
@@ -110,8 +110,7 @@ def evaluation_batches(
 ) -> Iterator[Rows]:
     """Every row once, in order, (B, T) each; all processes get as many batches.
 
-    Where the rows do not suffice, batches end in rows of padding alone, in which nothing is
-    learned.
+    Missing rows at the end are padding without targets.
     """
     _check(batch_size, rank, world_size)
     step = batch_size * world_size

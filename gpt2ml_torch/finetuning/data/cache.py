@@ -1,7 +1,7 @@
 """Tokenize files once, into a folder named after their content.
 
-The folder is written under another name and renamed, under a lock: of several processes that start
-together one works while the others wait, and the next one removes what a killed one left.
+The folder is written under another name and renamed, under a lock. Of several processes that start
+together, one does the work and the others wait; what a killed process left is removed.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all
 
-_WORTH_A_WORKER = 4 << 20  # bytes: with less, a process starts for longer than it works
+_WORTH_A_WORKER = 4 << 20  # bytes: below this, starting a process takes longer than its work
 _HASH_BYTES = 1 << 20
 _UNLEARNED_MARK = 1  # in a document's hash, after a piece inside it that is not learned
 
@@ -94,7 +94,7 @@ def tokenize_files(
 
 
 def default_cache_dir() -> Path:
-    """Where tokenised texts are kept unless the caller names a folder."""
+    """The default folder for tokenised texts."""
     return cache_root() / "tokens"
 
 
@@ -203,7 +203,7 @@ def _open_cached(path: Path) -> Corpus | None:
 
 @dataclasses.dataclass
 class _Build:
-    """What it takes to tokenize the files into a folder."""
+    """The task of tokenizing files into a folder."""
 
     sources: Sequence[Source]
     states: Sequence[tuple[int, int]]  # size and time of change, as they were hashed
@@ -296,7 +296,7 @@ class _Build:
 
 
 class _Writer:
-    """Joins pieces to documents and writes the corpus's files as it goes."""
+    """Joins pieces into documents and writes the files of the corpus as they arrive."""
 
     def __init__(self, ids: BinaryIO, documents: BinaryIO, unlearned: BinaryIO) -> None:
         self._ids, self._documents, self._unlearned = ids, documents, unlearned

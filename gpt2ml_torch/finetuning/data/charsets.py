@@ -1,4 +1,4 @@
-"""What a file that is not UTF-8 probably is, and how to convert it."""
+"""Guess what a file is that is not UTF-8, and say how to convert it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Files opened as plain bytes, whatever they are compressed with.
+"""Open files as plain bytes, whatever their compression.
 
-A truncated file is always an error, and a small one does not unpack to terabytes.
+A truncated file is always an error, and a small file can't unpack to terabytes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tokenised documents in a memory-mapped folder, and their split into training and validation."""
+"""Tokenised documents in memory-mapped files, and their split into training and validation."""
 
 from __future__ import annotations
 
@@ -29,14 +29,12 @@ UNLEARNED = np.dtype([("start", "<u8"), ("stop", "<u8")])  # tokens, counted ove
 
 
 class Corpus(Dataset[npt.NDArray[Any]]):
-    """Documents as token ids, read from the disk as they are used: `corpus[i]` is the i-th
-    document's.
+    """Documents as token ids, memory-mapped: `corpus[i]` holds the ids of the i-th document.
 
-    `tokenize_files` makes one. The documents stand in the order of the files, an end token included
-    where one was asked for. Sending a corpus to another process sends its path alone.
+    `tokenize_files` makes a corpus. Documents are in the order of the files, each with its end
+    token if there is one. Pickling a corpus stores only its path.
 
-    Raises `OSError` where there is nothing to read and `ValueError` for a folder that is no corpus
-    or a damaged one.
+    Raises `OSError` if the folder can't be read, and `ValueError` if it is damaged or no corpus.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -45,7 +43,7 @@ class Corpus(Dataset[npt.NDArray[Any]]):
         dtype = np.dtype(self.meta["dtype"])
         self.documents = _mapped(self.path / DOCUMENTS_FILE, DOCUMENT, self.meta["documents"])
         self.ids = _mapped(self.path / IDS_FILE, dtype, self.meta["tokens"])  # (tokens,)
-        # Ranges inside documents, behind their prompts, that are read but not learned, ascending.
+        # Ranges after the prompts that are context and not targets, ascending.
         self.unlearned = _mapped(
             self.path / UNLEARNED_FILE, UNLEARNED, self.meta["unlearned_ranges"]
         )
@@ -63,30 +61,30 @@ class Corpus(Dataset[npt.NDArray[Any]]):
 
     @property
     def key(self) -> str:
-        """Names the content: files, tokenizer and options."""
+        """A hash of the content: files, tokenizer and options."""
         return str(self.meta["key"])
 
     def starts(self) -> Indices:
-        """Where in `ids` each document begins, (documents,)."""
+        """The offset of each document in `ids`, (documents,)."""
         return np.concatenate([[0], self.documents["end"][:-1]]).astype(np.int64)
 
     def lengths(self) -> Indices:
-        """Tokens of each document, (documents,)."""
+        """The number of tokens of each document, (documents,)."""
         return self.documents["end"].astype(np.int64) - self.starts()
 
     def characters(self, documents: Indices | None = None) -> int:
-        """Characters that are learned (for bits per character), white space left out."""
+        """The number of characters among the targets, without white space."""
         counts = self.documents["characters"]
         return int((counts if documents is None else counts[documents]).sum())
 
     def unlearned_within(self, start: int, stop: int) -> npt.NDArray[Any]:
-        """The ranges that overlap the tokens `start` to `stop`, as fields start and stop."""
+        """The unlearned ranges that overlap tokens `start` to `stop`."""
         first = np.searchsorted(self.unlearned["stop"], start, side="right")
         last = np.searchsorted(self.unlearned["start"], stop, side="left")
         return self.unlearned[first:last]
 
     def unlearned_before(self, tokens: Indices) -> Indices:
-        """How many of the tokens before each of these places lie in such a range, (places,)."""
+        """The number of unlearned tokens before each of these offsets, (offsets,)."""
         if not len(self.unlearned):
             return np.zeros(len(tokens), dtype=np.int64)
         starts, stops = (self.unlearned[name].astype(np.int64) for name in ("start", "stop"))
@@ -96,16 +94,16 @@ class Corpus(Dataset[npt.NDArray[Any]]):
         return np.asarray(sums[ranges] - reaching_over, dtype=np.int64)
 
     def duplicates(self) -> int:
-        """How many documents say what an earlier one says."""
+        """The number of documents that repeat an earlier one."""
         return len(self) - len(np.unique(self.documents["hash"]))
 
     def split(self, fraction: float, *, seed: int = 0) -> tuple[Indices, Indices]:
         """Numbers of the documents for training and for validation, each ascending.
 
-        A document goes by a hash of its tokens and the seed, so that equal documents never stand on
-        both sides, and one added later moves hardly any other.
+        The split depends on a hash of each document's tokens and the seed. Equal documents are
+        always on the same side, and adding a document moves hardly any other.
 
-        Raises `ValueError` for a fraction outside 0..1, and where the documents cannot be divided.
+        Raises `ValueError` for a fraction outside 0..1, and if the documents can't be divided.
         """
         if not 0 <= fraction < 1:
             raise ValueError(f"the validation fraction is {fraction}; expected 0 <= fraction < 1")
@@ -144,7 +142,7 @@ def _read_meta(path: Path) -> dict[str, Any]:
         np.dtype(meta["dtype"])
     except (ValueError, KeyError, TypeError):
         raise ValueError(
-            f"{path} is not a token cache of this version; delete the folder, and it is made again"
+            f"{path} is not a token cache of this version; delete the folder, it will be rebuilt"
         ) from None
     return meta
 

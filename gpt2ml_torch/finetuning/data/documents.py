@@ -1,4 +1,4 @@
-"""Documents out of text and JSON files, a piece at a time.
+"""Read documents from text and JSON files, a piece at a time.
 
 A document is given in pieces so that one of any length fits in memory: pieces end where the
 tokenizer separates words anyway, so the pieces have the same tokens as the whole.
@@ -70,7 +70,7 @@ class BlankRule:
 
 
 class DocumentReader:
-    """Reads the documents of files, and counts what it met.
+    """Reads the documents of files, and counts their kinds.
 
     `encode` is the tokenizer's. Text is cut into documents at blank lines, at every line, or not at
     all (`separator`). In JSON each line is a document, or each element of the only array; `fields`
@@ -235,7 +235,7 @@ def _peek(source: Source, blocks: Iterator[Numbered]) -> tuple[bool, Iterator[Nu
 
 
 def _record_pieces(record: Record) -> Iterator[Piece]:
-    """The record's parts; what follows the last learned one is of no use and left out."""
+    """The record's parts up to the last learned one; what follows is useless."""
     last = max(number for number, part in enumerate(record.parts) if part.learned and part.text)
     for number, part in enumerate(record.parts[: last + 1]):
         if part.text:
@@ -243,7 +243,7 @@ def _record_pieces(record: Record) -> Iterator[Piece]:
 
 
 def portions(text: str, *, learned: bool = True, ends: bool = True) -> Iterator[Piece]:
-    """Cut a long text where a word ends, if it has such a place."""
+    """Cut a long text at word ends, where there are any."""
     start = 0
     while len(text) - start > 2 * PIECE_CHARACTERS:
         cut = _WORD_END.search(text, start + PIECE_CHARACTERS)

@@ -1,9 +1,9 @@
-"""Pieces of text to token ids, here or in worker processes.
+"""Tokenize pieces of text, in this process or in workers.
 
-The tokenizer is Python, so threads would wait for one another. The workers are plain subprocesses
-that talk through pipes, and not `multiprocessing`'s: those import the caller's main script again,
-which needs a guard there, and forking a process that holds torch's threads is not safe. A worker
-whose parent dies reads the end of its input, and ends.
+The tokenizer is written in Python, so threads would serialise on the interpreter lock. The workers
+are plain subprocesses that communicate through pipes. `multiprocessing` would import the caller's
+main script again, which then needs a guard, and forking a process with torch's threads is unsafe. A
+worker ends when its parent dies, because its input is closed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _WORKER = Path(__file__).with_name("worker.py")
 
 
 class TextTokenizer(Protocol):
-    """What this package needs of `gpt2ml_torch.Tokenizer`."""
+    """The part of `gpt2ml_torch.Tokenizer` that tokenizing files uses."""
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -50,7 +50,7 @@ class TextTokenizer(Protocol):
 
 
 class EncodedPieces(NamedTuple):
-    """The tokens of some pieces, joined, and for each piece what is kept of it."""
+    """The tokens of several pieces, concatenated, and facts about each piece."""
 
     ids: npt.NDArray[np.unsignedinteger[Any]]  # (tokens,)
     lengths: list[int]  # tokens of each piece, an end token included
@@ -58,7 +58,7 @@ class EncodedPieces(NamedTuple):
     hashes: list[int]  # 64 bits of its tokens
     learned: list[bool]
     ends: list[bool]
-    unknown: int  # how often [UNK] came
+    unknown: int  # number of [UNK] tokens
     unknown_characters: dict[str, int]  # counted in a sample
 
 
@@ -119,7 +119,7 @@ def _unknown_characters(tokenizer: TextTokenizer, pieces: Iterable[Piece]) -> di
 
 
 def batches_of(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Group pieces so that a batch is worth sending to another process."""
+    """Group pieces into batches large enough to be worth sending to another process."""
     batch: list[Piece] = []
     size = 0
     for piece in pieces:
@@ -135,10 +135,10 @@ def batches_of(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 def encode_all(
     tokenizer: TextTokenizer, pieces: Iterable[Piece], *, end_id: int | None, workers: int
 ) -> Generator[EncodedPieces, None, None]:
-    """Tokenize all pieces, in order, with at most a few batches for each worker in memory.
+    """Tokenize all pieces in order, with at most a few batches a worker in memory.
 
-    With `workers` 0 or 1 it happens in this process. Raises `ValueError` where the tokenizer cannot
-    be sent to workers and `OSError` where they cannot be started or die.
+    With `workers` 0 or 1 this process does the work. Raises `ValueError` if the tokenizer can't be
+    pickled, and `OSError` if a worker can't be started or dies.
     """
     batches = batches_of(pieces)
     if workers <= 1:
@@ -184,15 +184,14 @@ class _Worker:
             [sys.executable, str(_WORKER)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            # One that dies says why in the parent's error; with Ctrl-C its own traceback would only
-            # stand in the way.
+            # The parent reports a worker that dies; a traceback after Ctrl-C would be noise.
             stderr=subprocess.DEVNULL,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._input, self._output = self._process.stdin, self._process.stdout
-        with contextlib.suppress(BrokenPipeError):  # `encode` says it
+        with contextlib.suppress(BrokenPipeError):  # `encode` reports it
             pickle.dump((sys.path, packed, end_id), self._input)
             self._input.flush()
 
@@ -204,7 +203,7 @@ class _Worker:
         except (BrokenPipeError, EOFError, pickle.UnpicklingError):
             raise OSError(
                 f"a tokenizing process ended with status {self._process.wait()} (out of memory?); "
-                "use workers=1, which takes no other process"
+                "use workers=1, which starts no other process"
             ) from None
         if isinstance(answer, BaseException):
             raise answer
@@ -213,6 +212,6 @@ class _Worker:
     def stop(self) -> None:
         self._process.kill()
         for pipe in (self._input, self._output):
-            with contextlib.suppress(OSError):  # what it never read
+            with contextlib.suppress(OSError):  # data that it never read
                 pipe.close()
         self._process.wait()

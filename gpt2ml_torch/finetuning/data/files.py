@@ -50,7 +50,7 @@ def find_sources(data: Sequence[str | os.PathLike[str]] | str | os.PathLike[str]
 
 
 def shown(path: str | os.PathLike[str]) -> str:
-    """The path as it appears in a message, on one line whatever characters it holds."""
+    """The path as shown in a message: on one line, whatever its characters."""
     text = os.fspath(path)
     return text if text.isprintable() and text else repr(text)
 

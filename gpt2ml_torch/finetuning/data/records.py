@@ -1,4 +1,4 @@
-"""One JSON value of a training file to the texts in it: which shapes are understood."""
+"""The texts in one JSON value of a training file, and the shapes that are understood."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True)
 class Fields:
-    """Which fields hold the texts, where the names are not recognised.
+    """The names of the fields with the texts, where they are not recognised.
 
     Raises `ValueError` for a prompt without a completion, a completion without a prompt, and for
     either beside a text.

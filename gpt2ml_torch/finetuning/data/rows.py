@@ -1,8 +1,7 @@
-"""Documents cut into rows of equal length: one a row, as the model was trained, or packed without
-waste.
+"""Documents as rows of equal length: one document a row, as in the original training, or packed.
 
-Every token but a document's first is a target exactly once: a long document is cut into windows
-that overlap, and what a window repeats is there to be read, not learned again.
+Every token except the first of a document is a target exactly once. A long document is cut into
+overlapping windows; the tokens that a window repeats serve as context and are not targets again.
 
 Shapes:
     B  batch rows       T  tokens in a row
@@ -22,7 +21,7 @@ from torch.utils.data import Dataset
 
 from gpt2ml_torch.finetuning.data.corpus import Corpus, Indices, as_indices
 
-PAD_ID = 0  # as a target: not learned, which is the original's rule
+PAD_ID = 0  # a target of 0 is ignored, as in the original
 
 
 class Rows(NamedTuple):
@@ -39,9 +38,9 @@ class Rows(NamedTuple):
 
 
 def next_token_rows(token_ids: Tensor) -> Rows:
-    """Rows that learn each token of texts, (B, T + 1) int64 padded with 0, from those before it.
+    """Make rows for next-token prediction from token ids, (B, T + 1) int64 padded with 0.
 
-    Set `labels` to 0 for what is not to be learned.
+    Set `labels` to 0 at positions that should not contribute to the loss.
     """
     inputs, labels = token_ids[..., :-1].clone(), token_ids[..., 1:].clone()
     positions = torch.arange(inputs.shape[-1], device=inputs.device).expand(inputs.shape)
@@ -49,10 +48,10 @@ def next_token_rows(token_ids: Tensor) -> Rows:
 
 
 def collate(rows: Sequence[Rows], *, multiple_of: int | None = None) -> Rows:
-    """Stack rows to a batch, (T,) each -> (B, T).
+    """Stack rows into a batch, (T,) each -> (B, T).
 
-    With `multiple_of`, columns that are padding in every row are cut off, to a multiple of that
-    length; it changes no loss, and saves the time of computing padding.
+    With `multiple_of`, columns that hold only padding are cut off, down to a multiple of that
+    length. The loss is the same, and no time is spent on padding.
     """
     batch = Rows(*(torch.stack(field) for field in zip(*rows, strict=True)))  # (B, T)
     if multiple_of is None:
@@ -65,14 +64,14 @@ def collate(rows: Sequence[Rows], *, multiple_of: int | None = None) -> Rows:
 class RowDataset(Dataset[Rows]):
     """Documents of a corpus as rows of `length` tokens: `rows[i]` is a `Rows` of shape (T,).
 
-    A document of n tokens has n - 1 targets. Where they exceed `length` it is cut into windows that
-    share `overlap` tokens (an eighth of the length by default), each target learned in the first
-    window that has it. Documents of at most `min_tokens` are left out and counted in `too_short`
-    (the original left out 64 tokens and fewer), and so are documents without a target. With `pack`,
-    rows hold several documents, of which none is cut that fits into a row; the
-    model takes their `document_ids`. What follows a prompt is learned, the prompt is not.
+    A document of n tokens has n - 1 targets. If these exceed `length`, the document is cut into
+    windows that share `overlap` tokens (by default an eighth of the length), and each target counts
+    in the first window that contains it. Documents of at most `min_tokens` tokens (64 in the
+    original training) or without a target are skipped and counted in `too_short`. With `pack`, a
+    row holds several documents, told apart by `document_ids`; documents that fit into a row are
+    never cut. Prompts are context, only what follows them is a target.
 
-    Raises `ValueError` for sizes that make no row, and where no document is left.
+    Raises `ValueError` for impossible sizes, and if no document is left.
     """
 
     def __init__(
@@ -92,7 +91,7 @@ class RowDataset(Dataset[Rows]):
         self.documents = as_indices(documents, corpus)
         lengths = corpus.lengths()[self.documents]
         prompts = corpus.documents["prompt"][self.documents].astype(np.int64)
-        # The last token of all is only a target, and the first never one.
+        # The first token is never a target, and the last is never an input.
         usable = (lengths > max(min_tokens, 1)) & (prompts < lengths)
         self.too_short = int(np.count_nonzero(~usable))
         if not usable.any():
@@ -140,7 +139,7 @@ class RowDataset(Dataset[Rows]):
         return self._windows[order]
 
     def fingerprint(self) -> str:
-        """Names the rows and their order: the corpus, its documents taken and the sizes."""
+        """A hash of what decides the rows: the corpus, the chosen documents and the sizes."""
         digest = hashlib.blake2b(digest_size=16)
         sizes = self.length, self.overlap, self.min_tokens, self.packed
         digest.update(repr((self.corpus.key, sizes)).encode())
@@ -149,11 +148,11 @@ class RowDataset(Dataset[Rows]):
 
     @property
     def num_targets(self) -> int:
-        """Tokens that are learned in one epoch."""
+        """The number of targets in one epoch."""
         return int(self._targets_of(self._windows).sum())
 
     def _targets_of(self, windows: npt.NDArray[np.int64]) -> Indices:
-        """The number of learned tokens of each window, (windows,)."""
+        """The number of targets of each window, (windows,)."""
         start, size, learned = windows.T
         before_first, before_end = (
             self.corpus.unlearned_before(start + place) for place in (learned, size)
@@ -162,11 +161,11 @@ class RowDataset(Dataset[Rows]):
 
     @property
     def fill(self) -> float:
-        """The share of all places in the rows that hold a token and not padding."""
+        """The share of positions that hold a token rather than padding."""
         return float((self._windows[:, 1] - 1).sum()) / (len(self) * self.length)
 
     def learned_characters(self) -> int:
-        """Characters of the documents' learned parts, for bits per character."""
+        """The number of characters among the targets, for bits per character."""
         lengths = self.corpus.lengths()[self.documents]
         prompts = self.corpus.documents["prompt"][self.documents].astype(np.int64)
         usable = (lengths > max(self.min_tokens, 1)) & (prompts < lengths)
@@ -195,8 +194,8 @@ def _cut(
 ) -> npt.NDArray[np.int64]:
     """First token, number of tokens and first learned token (counted in the window), (windows, 3).
 
-    With `shift_last`, the last window begins so early that it is full: more to read in place of
-    padding.
+    With `shift_last`, the last window starts early enough to be full: it has more context instead
+    of padding.
     """
     stride = row_length - overlap
     targets = lengths - 1
@@ -223,11 +222,10 @@ class _Bounds(NamedTuple):
 
 
 def _pack(sizes: Indices, row_length: int) -> _Bounds:
-    """Best fit, longest first: the usual bound on waste for bin packing, in about a microsecond a
-    window.
+    """Pack windows into rows by best-fit decreasing, in about a microsecond a window.
 
-    Rows with the same room left are kept in one list, and the lists that are not empty in the bits
-    of one number, so that the tightest fit is its lowest bit at or above the size.
+    Rows with the same room left share a list. The bits of one integer tell which lists are not
+    empty: the tightest fit is its lowest set bit at or above the size.
     """
     open_rows: list[list[int]] = [[] for _ in range(row_length + 1)]
     rooms, num_rows = 0, 0
@@ -248,7 +246,7 @@ def _pack(sizes: Indices, row_length: int) -> _Bounds:
             open_rows[room - size].append(row)
             rooms |= 1 << (room - size)
     rows = np.asarray(row_of, dtype=np.int64)
-    # Stable, so that the windows of a row stand longest first.
+    # Stable: the windows of a row stay in order, longest first.
     by_row: npt.NDArray[Any] = np.argsort(rows, kind="stable")
     bounds = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=num_rows))])
     return _Bounds(order[by_row], bounds)

@@ -51,7 +51,7 @@ class Summary:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """One line each, for what is probably not meant."""
+        """Warnings about what is probably unintended, one line each."""
         found = []
         if self.unknown_share > UNKNOWN_SHARE_LIMIT:
             some = " ".join(self.unknown_characters)
@@ -131,5 +131,5 @@ def summarize(rows: RowDataset, tokenizer: DecodingTokenizer) -> Summary:
 
 
 def _shortened(text: str) -> str:
-    """Both ends of a text that is too long to be shown; an end token stands at the end."""
+    """Both ends of a text that is too long to show; the end holds the end token."""
     return text if len(text) <= 200 else f"{text[:150]} … {text[-40:]}"

@@ -1,8 +1,7 @@
-"""The optimizers: Adafactor as the original trained with, AdamW, and the step inside the backward
-pass.
+"""Optimizers: the original's Adafactor, AdamW, and updates inside the backward pass.
 
-    optimizer = Adafactor(parameter_groups(model), lr=1e-5)
-    in_backward = StepInBackward(optimizer)     # from here on, loss.backward() is all of a step
+optimizer = Adafactor(parameter_groups(model), lr=1e-5)
+in_backward = StepInBackward(optimizer)     # from now on loss.backward() updates the weights
 """
 
 from gpt2ml_torch.finetuning.optimizers.adafactor import Adafactor

@@ -1,7 +1,7 @@
-"""The Adafactor that GPT2_ML was trained with, which is another rule than `torch.optim.Adafactor`.
+"""The Adafactor with which GPT2_ML was trained; its rule differs from `torch.optim.Adafactor`.
 
-No momentum, a fixed beta2 without bias correction, an absolute learning rate: its state is a row
-and a column of statistics for each matrix, which is why it fits where Adam does not.
+It has no momentum, a fixed beta2 without bias correction, and an absolute learning rate. Its state
+is one row and one column of statistics for each matrix, so it fits where Adam's state does not.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ Scaled = Callable[[int, slice], Tensor]  # (variable, its rows) -> their scaled 
 class Adafactor(SlicedOptimizer):
     """Adafactor without momentum; `params` as for any optimizer, best from `parameter_groups`.
 
-    A matrix has a mean square for each row, `vr`, and for each column, `vc`; any other parameter
-    one for each element, `v`; all in float32 or wider. A group with `stacked=n` holds parameters
-    that are n variables joined along their first dimension (query, key and value): each is scaled
-    and clipped by itself, so `vc` is (n, columns). The original stores kernels transposed: its
-    `adafactor_vr` is this `vc`, which changes nothing, since both have the same mean. Sharded
+    A matrix has a mean square for each row (`vr`) and each column (`vc`); any other parameter has
+    one for each element (`v`). All are float32 or wider. A group with `stacked=n` holds parameters
+    that join n variables along the first dimension (query, key and value): each variable is scaled
+    and clipped on its own, and `vc` is (n, columns). The original stores kernels transposed, so its
+    `adafactor_vr` is `vc` here; the update is the same, since both have the same mean. Sharded
     parameters (`fully_shard`) have sharded statistics.
 
     Raises `ValueError` for settings outside their range, and for a parameter whose first dimension
@@ -104,7 +104,7 @@ class Adafactor(SlicedOptimizer):
 
 
 def _zeros_by_column(stacked: int, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """Zeros of (stacked, columns of `like`), the columns dealt out to the processes it is on."""
+    """Zeros (stacked, columns of `like`), the columns sharded over the same processes."""
     size = stacked, like.shape[1]
     if not isinstance(like, DTensor):
         return torch.zeros(size, dtype=dtype, device=like.device)
@@ -114,7 +114,7 @@ def _zeros_by_column(stacked: int, like: Tensor, dtype: torch.dtype) -> Tensor:
 def _factored(
     cut: RowCut, gradient: Tensor, group: dict[str, Any], state: dict[str, Tensor]
 ) -> Scaled:
-    """Move the statistics of rows and columns on; gives the function that scales by them."""
+    """Update the row and column statistics; return the function that scales a gradient."""
     g, vr, vc = local(gradient), local(state["vr"]), state["vc"]
     rows_in_part = gradient.shape[0] / group["stacked"]
     columns = torch.zeros(vc.shape, dtype=vc.dtype, device=g.device)  # sums of squares
@@ -141,7 +141,7 @@ def _factored(
 def _elementwise(
     cut: RowCut, gradient: Tensor, group: dict[str, Any], state: dict[str, Tensor]
 ) -> Scaled:
-    """Move the statistic of each element on; gives the function that scales by it."""
+    """Update the statistic of each element; return the function that scales a gradient."""
     g, v = local(gradient), local(state["v"])
     for _, rows in cut:
         square = g[rows].to(cut.dtype).square().add_(group["eps"])
@@ -154,9 +154,9 @@ def _elementwise(
 
 
 class RowCut:
-    """The rows that this process has of a parameter, cut into slices of one joined variable each.
+    """This process's rows of a parameter, in slices that each lie within one joined variable.
 
-    Iterating gives (which variable, slice of local rows).
+    Iterating yields (number of the variable, slice of local rows).
     """
 
     def __init__(self, parameter: Tensor, stacked: int) -> None:
@@ -164,7 +164,7 @@ class RowCut:
         self._mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
         count, first = len(local(parameter)), 0
         if self._mesh is not None:
-            # Shard(0) deals rows out like `torch.chunk`.
+            # Shard(0) splits rows as `torch.chunk` does.
             each = -(-len(parameter) // self._mesh.size())
             first = min(len(parameter), self._mesh.get_local_rank() * each)
         size, step = len(parameter) // stacked, rows_at_once(parameter)
@@ -178,13 +178,13 @@ class RowCut:
         return iter(self._slices)
 
     def total(self, sums: Tensor) -> Tensor:
-        """What all processes have summed over their rows."""
+        """Sum over all processes of the sums over their rows."""
         if self._mesh is None:
             return sums
         return DTensor.from_local(sums, self._mesh, [Partial()]).full_tensor()
 
     def total_by_column(self, sums: Tensor) -> Tensor:
-        """The same of (stacked, columns), as far as the columns are this process's."""
+        """The same for (stacked, columns); return this process's columns."""
         if self._mesh is None:
             return sums
         return (

@@ -1,4 +1,4 @@
-"""AdamW, with float32 states or with torchao's 8-bit ones, for those with room for it."""
+"""AdamW with float32 states, or with torchao's 8-bit states."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from gpt2ml_torch.finetuning.optimizers.sliced import SlicedOptimizer, local, ro
 from gpt2ml_torch.finetuning.optional import require
 
 _BLOCK = 256  # elements that share a scale in torchao's 8-bit states
-_SMALLEST = 4096  # elements from which a state is kept in 8 bits
+_SMALLEST = 4096  # smaller tensors keep float32 states
 
 
 class AdamW(SlicedOptimizer):
-    """The rule of `torch.optim.AdamW`, in slices.
+    """The rule of `torch.optim.AdamW`, applied in slices.
 
-    With `eight_bit` (the extra `finetune`), tensors of 4,096 and more elements have states in
-    blocks of 256 with a dynamic map: 2 bytes a weight instead of 8. Raises `ValueError` for
-    settings outside their range, and for `eight_bit` with sharded parameters.
+    With `eight_bit` (which needs the extra `finetune`), tensors of at least 4,096 elements keep
+    their states in 8 bits, in blocks of 256 with a dynamic map: 2 bytes a weight instead of 8.
+    Raises `ValueError` for settings out of range, and for `eight_bit` with sharded parameters.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class AdamW(SlicedOptimizer):
             raise ValueError("8-bit AdamW and several processes exclude each other; use adafactor")
 
     def _new_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        like = parameter.detach()  # a slot is no parameter
+        like = parameter.detach()  # a slot must not be a Parameter
         if self.eight_bit and like.numel() >= _SMALLEST and like.numel() % _BLOCK == 0:
             mean, square = _eight_bit_zeros(like, signed=True), _eight_bit_zeros(like, signed=False)
         else:

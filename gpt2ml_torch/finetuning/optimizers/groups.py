@@ -1,4 +1,4 @@
-"""Parameter groups: which weights decay, and which are several variables of the original in one."""
+"""Parameter groups: weight decay, and parameters that join several variables of the original."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ STACKED = {"qkv": 3}  # layers that join variables: query, key and value
 def parameter_groups(
     module: nn.Module, *, weight_decay: float = 0.01, scale: Callable[[str], float] | None = None
 ) -> list[dict[str, Any]]:
-    """A module's trainable parameters, grouped as the original treats them, and by `scale(name)`.
+    """Group a module's trainable parameters as the original does, and by `scale(name)`.
 
-    Vectors (norms and biases) do not decay; query, key and value are three variables. Each group
-    carries its `scale` (1 by default), with which the training loop multiplies the learning rate.
+    Vectors (norms and biases) have no weight decay; a joined qkv counts as three variables. The
+    training loop multiplies the learning rate by each group's `scale` (1 by default).
     Source: imcaspar/gpt2-ml, train/optimization_adafactor.py.
     """
     groups: dict[tuple[float, int, float], list[nn.Parameter]] = {}

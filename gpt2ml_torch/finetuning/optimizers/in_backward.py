@@ -1,4 +1,4 @@
-"""The step inside the backward pass: each gradient is used and freed as it comes."""
+"""Updates inside the backward pass: each gradient is used and freed as soon as it is complete."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from gpt2ml_torch.finetuning.optimizers.sliced import SlicedOptimizer, whole
 
 
 class StepInBackward:
-    """Steps each parameter as soon as its gradient is complete, and frees the gradient.
+    """Updates each parameter as soon as its gradient is complete, and frees the gradient.
 
-    A weight that is used twice (the tied embedding) is stepped once, after both uses. From a
-    gradient that is not finite on nothing is stepped, and `broken` is set. `gradient_norm` is that
-    of all parameters together. Call `reset` before each backward pass.
+    A weight that is used twice (the tied embedding) is updated once, after both uses. The first
+    gradient that is not finite sets `broken` and ends the updates. `gradient_norm` covers all
+    parameters. Call `reset` before each backward pass.
     """
 
     def __init__(self, optimizer: SlicedOptimizer) -> None:
@@ -55,7 +55,7 @@ class StepInBackward:
         self.broken = False
 
     def remove(self) -> None:
-        """Take the hooks off."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
 

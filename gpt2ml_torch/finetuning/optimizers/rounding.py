@@ -1,8 +1,8 @@
-"""Stochastic rounding to bfloat16, with which small updates of a weight are not lost.
+"""Stochastic rounding to bfloat16, which preserves small updates on average.
 
-bfloat16 keeps 8 bits of a weight, so near 0.1 its neighbours are 4e-4 apart, and an update of 1e-5
-rounded to nearest changes nothing, ever. Rounded up with a probability equal to the fraction that
-is cut off, its expectation is exact.
+bfloat16 has 8 significant bits: near 0.1 neighbouring numbers are 4e-4 apart, and an update of 1e-5
+rounded to nearest is always lost. If the value is rounded up with a probability equal to the
+fraction that is cut off, its expectation is exact.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_LOW_BITS = 16  # what float32 has below bfloat16
+_LOW_BITS = 16  # bits of float32 that bfloat16 lacks
 
 
 @torch.no_grad()
@@ -19,10 +19,10 @@ def round_stochastically_(
 ) -> Tensor:
     """Write float32 `source`, rounded stochastically, to bfloat16 `target` of the same shape.
 
-    A value between two neighbours becomes the upper one (in magnitude) with the probability of its
-    distance from the lower one; a representable value, an infinity or NaN stays what it is.
-    Elements are rounded independently, and the same generator state gives the same result. Raises
-    `ValueError` for other dtypes or shapes.
+    A value between two neighbours becomes the larger one (in magnitude) with a probability equal
+    to its relative distance from the smaller one. Representable values, infinities and NaN are
+    unchanged. Elements are rounded independently; equal generator states give equal results.
+    Raises `ValueError` for other dtypes or shapes.
     """
     if target.dtype != torch.bfloat16 or source.dtype != torch.float32:
         raise ValueError(
@@ -34,7 +34,7 @@ def round_stochastically_(
     bits = source.contiguous().view(torch.int32) + _noise(source, generator)
     bits.add_(1 << (_LOW_BITS - 1)).bitwise_and_(-(1 << _LOW_BITS))
     rounded = bits.view(torch.float32)
-    if not source.sum().isfinite():  # one pass, where there is nothing to be mended
+    if not source.sum().isfinite():  # a single pass in the usual case
         rounded = torch.where(source.isfinite(), rounded, source)
     return target.copy_(rounded)
 

@@ -1,7 +1,7 @@
-"""The base of this package's optimizers: one parameter at a time, in slices of rows.
+"""The base class of the optimizers, which update one parameter at a time in slices of rows.
 
-All arithmetic is in float32 (or wider), but next to a weight of 130 MB stand temporaries of a few
-megabytes, never a float32 copy of it. bfloat16 weights are rounded stochastically, or to nearest.
+Arithmetic is in float32 or wider, yet a weight of 130 MB needs temporaries of only a few megabytes,
+never a float32 copy. bfloat16 weights are rounded stochastically, or to nearest.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ SLICE = 1 << 18  # elements in flight: 1 MB in float32, which a cache holds
 class SlicedOptimizer(torch.optim.Optimizer):
     """A `torch.optim.Optimizer` whose subclasses define the step of a single parameter.
 
-    `stochastic_rounding` concerns bfloat16 weights alone. Its random numbers come from a generator
-    of the optimizer's own, seeded with `seed`; `rounding_state` reads and sets it, and `state_dict`
-    holds it. Raises `ValueError` for a negative `lr` or `weight_decay`.
+    `stochastic_rounding` applies to bfloat16 weights only. It draws from a generator that belongs
+    to the optimizer and is seeded with `seed`; `rounding_state` gets and sets its state, which is
+    part of `state_dict`. Raises `ValueError` for a negative `lr` or `weight_decay`.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class SlicedOptimizer(torch.optim.Optimizer):
         """Step one parameter and its slots in place."""
 
     def allocate(self) -> None:
-        """Make every slot now instead of at its first step, as loading a checkpoint needs."""
+        """Create all slots now, before the first step, so that a checkpoint can be loaded."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 self._state_of(parameter, group)
@@ -103,7 +103,7 @@ class SlicedOptimizer(torch.optim.Optimizer):
 
     @property
     def rounding_state(self) -> Tensor:
-        """State of the generator behind the stochastic rounding."""
+        """The state of the generator for stochastic rounding."""
         return self._generator.get_state()
 
     @rounding_state.setter
@@ -111,11 +111,11 @@ class SlicedOptimizer(torch.optim.Optimizer):
         self._generator.set_state(state.cpu())
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimizer's state, including the stochastic rounding's."""
+        """The optimizer's state, with the state of stochastic rounding."""
         return super().state_dict() | {"rounding_state": self.rounding_state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a `state_dict`."""
+        """Restore a `state_dict`."""
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "rounding_state"})
         self.rounding_state = state_dict["rounding_state"]
         # PyTorch casts slots to the weights' dtype, which rounds slots of bfloat16 weights.
@@ -135,11 +135,11 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, fetched from the other processes where it is sharded."""
+    """The whole tensor, gathered from the other processes if it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def rows_at_once(tensor: Tensor, *, multiple_of: int = 1) -> int:
-    """How many rows of a tensor make a slice: about `SLICE` elements, at least one row."""
+    """The number of rows in a slice: about `SLICE` elements, at least one row."""
     width = max(1, tensor[:1].numel())
     return max(multiple_of, SLICE // width // multiple_of * multiple_of)
