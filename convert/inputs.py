@@ -352,18 +352,17 @@ def _pytorch_names(folder: Path) -> list[str]:
 
 def _is_more(shard: re.Match[str], other: str, folder: Path) -> bool:
     """Whether a shard rather than `other` stands for a checkpoint without an index: one of whose
-    count all are there. A single file may have been left by an older one."""
+    count all, or more, are there. A single file may have been left by an older one."""
     known = _SHARD.fullmatch(other)
-    return (
-        known is not None
-        and known["count"] != shard["count"]
-        and not _all_there(folder, known)
-        and _all_there(folder, shard)
-    )
+    if known is None or known["count"] == shard["count"]:
+        return False
+    return _there(folder, shard) > _there(folder, known)
 
 
-def _all_there(folder: Path, shard: re.Match[str]) -> bool:
-    return all((folder / name).is_file() for name in _shard_names(shard))
+def _there(folder: Path, shard: re.Match[str]) -> tuple[bool, int]:
+    """Whether all shards of a checkpoint are there, and how many."""
+    there = [(folder / name).is_file() for name in _shard_names(shard)]
+    return all(there), sum(there)
 
 
 def _shard_names(shard: re.Match[str]) -> list[str]:

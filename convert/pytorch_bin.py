@@ -24,7 +24,10 @@ from convert.unpickling import Items, Opaque, Refused, Storage, Tensor, describe
 
 _MAX_PICKLE = 8 << 20  # bytes; the published model's takes 0.1 MB
 _WINDOW = 16 << 20  # bytes mapped at a time for a checksum
-_LOCAL_HEADER = struct.Struct("<4s22xHH")
+_LOCAL_HEADER = struct.Struct("<4s2xHH4xLLLHH")
+_DESCRIPTOR = struct.Struct("<4sL")  # what may stand behind the data, its sizes left out
+_HAS_DESCRIPTOR, _IS_UTF8 = 1 << 3, 1 << 11
+_ZIP64 = 0xFFFFFFFF  # in place of a size that stands elsewhere
 _LEGACY = (0x1950A86A20F9469CFC6C, 1001)  # the first two pickles of a file before PyTorch 1.6
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net", "weights", "params")
 _MAX_WRAPPERS = 4
@@ -72,6 +75,11 @@ class PyTorchFile(Source):
             array = widened(array)
         return -array if tensor.negative else array
 
+    def verify_rest(self) -> None:
+        for name, value in self._tensors.items():
+            if isinstance(value, Tensor):
+                self._verify(value.storage.key, name)
+
     def _stored(self, value: Any) -> Stored:
         """What the source declares of a value, with the reason where it can't be read."""
         if not isinstance(value, Tensor):
@@ -95,8 +103,8 @@ class PyTorchFile(Source):
 
     def _verify(self, key: str, name: str) -> None:
         """Compare a storage with its CRC-32, once."""
-        record = self._records[key]
-        if record.crc32 is None or key in self._verified:
+        record = self._records.get(key)
+        if record is None or record.crc32 is None or key in self._verified:
             return
         if _crc32(self._path, record) != record.crc32:
             raise ValueError(
@@ -144,6 +152,8 @@ class PyTorchFile(Source):
                 self._records[name.removeprefix("data/")] = record
             else:
                 small[name] = record
+        for name in small:
+            self._content(name, small)
         if "byteorder" in small and self._content("byteorder", small) != b"little":
             raise ValueError("it was written on a big-endian machine")
         return describe(io.BytesIO(self._content("data.pkl", small)))
@@ -187,11 +197,32 @@ def _data_offset(file: IO[bytes], member: zipfile.ZipInfo, size: int) -> int:
     if member.compress_type != zipfile.ZIP_STORED:
         raise ValueError(f"its {member.filename[:80]} is compressed; PyTorch compresses nothing")
     file.seek(member.header_offset)
-    magic, name, extra = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
+    header = file.read(_LOCAL_HEADER.size)
+    magic, flags, method, crc, compressed, plain, name, extra = _LOCAL_HEADER.unpack(header)
     offset = int(member.header_offset + _LOCAL_HEADER.size + name + extra)
     if magic != b"PK\x03\x04" or offset + member.file_size > size:
         raise ValueError(f"its {member.filename[:80]} is not where the archive says")
+    title = file.read(name).decode("utf-8" if flags & _IS_UTF8 else "cp437", errors="replace")
+    padding = file.read(extra)
+    file.seek(offset + member.file_size)
+    behind = file.read(_DESCRIPTOR.size).ljust(_DESCRIPTOR.size)
+    if flags & _HAS_DESCRIPTOR and behind.startswith(b"PK\x07\x08"):
+        crc = _DESCRIPTOR.unpack(behind)[1]
+    sizes = {compressed, plain} - {_ZIP64, 0 if flags & _HAS_DESCRIPTOR else _ZIP64}
+    agrees = (
+        (title, method) == (member.orig_filename, member.compress_type)
+        and sizes <= {member.file_size}
+        and crc in (member.CRC, 0)
+        and _is_padding(padding)
+    )
+    if not agrees:
+        raise ValueError(f"its {member.filename[:80]} is described in two ways")
     return offset
+
+
+def _is_padding(extra: bytes) -> bool:
+    """Whether PyTorch's padding, if that is what this is, is as PyTorch writes it."""
+    return not extra.startswith(b"FB") or not extra[4:].strip(b"Z")
 
 
 def _crc32(path: Path, record: _Record) -> int:

@@ -45,6 +45,11 @@ class Source(ABC):
         Raises `ValueError` where it is damaged.
         """
 
+    def verify_rest(self) -> None:
+        """Verify the tensors that were not read, such as buffers, where the format has cheap
+        checksums; raises `ValueError` where one is damaged."""
+        return
+
     def step(self) -> int | None:
         """The number of training steps, if the checkpoint records it."""
         return None
@@ -75,3 +80,7 @@ class Joined(Source):
 
     def read(self, name: str) -> Array:
         return self._shards[name].read(name)
+
+    def verify_rest(self) -> None:
+        for shard in {id(shard): shard for shard in self._shards.values()}.values():
+            shard.verify_rest()

@@ -77,6 +77,7 @@ def convert(
             allow_non_finite=True,  # checked before rounding and packing
         ) as writer:
             non_finite = _copy(source, plan, writer, options, progress)
+            source.verify_rest()
             origin = _identify(source, digest())
             # Of an exported folder: it may have been trained since.
             writer.set_source({**plan.source, "imported": origin} if plan.source else origin)
