@@ -207,7 +207,7 @@ def test_the_advice_to_name_fields_works_when_followed(
 ) -> None:
     (tmp_path / "a.jsonl").write_text(lines(*[{**record, "id": n} for n in range(9)]))
     words = ["finetune", str(tuning_files / "model.safetensors"), str(tmp_path / "a.jsonl")]
-    words += ["--out", str(tmp_path / "t.safetensors"), "--dry-run", "--valid-share", "0"]
+    words += ["--out", str(tmp_path / "t.safetensors"), "--steps", "1", "--valid-share", "0"]
     words += ["--cache", str(tmp_path / "cache"), "--min-tokens", "1"]
     assert main(words) == 2
     assert advised in capsys.readouterr().err

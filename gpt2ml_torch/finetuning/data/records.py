@@ -32,6 +32,8 @@ _PAIRS = (
 )
 # An article, or a poem, with its title or without.
 _ARTICLES = ("content", "body", "article", "paragraphs")
+# What a list of all documents is called.
+_LISTS = frozenset(("data", "documents", "texts", "rows", "items", "examples"))
 _CONVERSATIONS = ("messages", "conversations", "conversation")
 _ANSWERING_ROLES = frozenset(("assistant", "gpt", "bot", "model", "chatgpt", "chatglm"))
 _READ_ROLES = frozenset(
@@ -128,8 +130,10 @@ def _recognised(value: dict[str, object]) -> Record:
 def _unknown_shape(value: dict[str, object]) -> ValueError:
     names = ", ".join(map(repr, itertools.islice(value, 5))) or "none"
     for name, inner in value.items():
-        is_data = isinstance(inner, list) and (len(inner) > 1 or len(value) == 1)
-        if is_data and re.fullmatch("[A-Za-z_]+", name):
+        if not isinstance(inner, list) or not re.fullmatch("[A-Za-z_]+", name):
+            continue
+        is_lines = all(isinstance(item, str) for item in inner)  # of one document
+        if not is_lines or len(value) == 1 or name in _LISTS:
             return ValueError(
                 f"no field text, nor prompt and completion; found {names}; if the documents are "
                 f"the elements of {name}: jq -c '.{name}[]' OLD > NEW.jsonl"
