@@ -12,7 +12,7 @@ from scripts.attacks.worker import FINDING
 
 SLICE_SECONDS = 40.0  # about; the start of a worker is part of it
 LEAST_SECONDS = 0.5  # each attack runs at least one case however little time there is
-GRACE_SECONDS = 120.0  # beyond the slice, for a worker to start and end its last case
+GRACE_SECONDS = 300.0  # beyond the slice, for a worker to start and end its last case
 
 
 def main() -> int:

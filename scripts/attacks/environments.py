@@ -59,7 +59,7 @@ class Attack:
         for name in draw.sample(list(VARIABLES), draw.randint(0, 3)):
             environment[name] = draw.choice(VARIABLES[name])
         redirection = draw.choice(REDIRECTIONS)
-        line = f"{sys.executable} {draw.choice(self._commands)} {redirection}"
+        line = f"ulimit -t 60; {sys.executable} {draw.choice(self._commands)} {redirection}"
         log = self._folder / "log"
         with log.open("wb") as out:
             done = subprocess.run(
@@ -69,7 +69,7 @@ class Attack:
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
-                timeout=25,
+                timeout=200,
                 check=False,
             )
         changed = {name: environment[name] for name in VARIABLES if name in environment}

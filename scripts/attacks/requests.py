@@ -91,7 +91,7 @@ class Attack:
         return json.loads(answer)["choices"]
 
     def _post(self, body: bytes) -> tuple[int, bytes]:
-        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=20)
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=120)
         try:
             headers = {"Content-Type": "application/json"}
             connection.request("POST", "/v1/completions", body, headers)
@@ -110,7 +110,7 @@ class Attack:
         return "\r\n".join(head).encode() + b"\r\n\r\n" + body
 
     def _send_anything(self, draw: random.Random) -> None:
-        with socket.create_connection(("127.0.0.1", self._port), timeout=20) as sock:
+        with socket.create_connection(("127.0.0.1", self._port), timeout=120) as sock:
             sock.sendall(damaged(draw, self._raw(b'{"prompt": "\\u4eca\\u5929", "max_tokens": 2}')))
             sock.shutdown(socket.SHUT_WR)
             while sock.recv(65536):
@@ -118,7 +118,7 @@ class Attack:
 
     def _go_away(self, draw: random.Random) -> None:
         body = {"prompt": "今天", "max_tokens": 2000, "stream": draw.random() < 0.5}
-        with socket.create_connection(("127.0.0.1", self._port), timeout=20) as sock:
+        with socket.create_connection(("127.0.0.1", self._port), timeout=120) as sock:
             sock.sendall(self._raw(json.dumps(body).encode()))
             if draw.random() < 0.5:
                 sock.recv(draw.choice((1, 100, 10_000)))
