@@ -49,6 +49,7 @@ LEAST_MARGIN = 1.0  # nats a token: e times as probable as shuffled or shifted
 LARGEST_GAIN = 0.05  # nats a token by which a rival may fit better, by chance
 LARGE = 10**8  # parameters, from which on time counts: there FEW_TOKENS of a sentence are read
 FEW_TOKENS = 24
+SHORTEST = 8  # tokens of a sentence, after which a loss says something
 MOST_UNKNOWN = 0.2  # of a sentence's tokens
 
 Rival = Callable[[GPT2ML], contextlib.AbstractContextManager[Any]]
@@ -74,7 +75,7 @@ def check_language(model: GPT2ML, readings: list[Reading]) -> Iterator[Finding]:
 
     `model` is in evaluation mode and is left as it was.
     """
-    yield _judge_margins(readings)
+    yield _judge_margins(model, readings)
     best = best_of(readings)
     if best is not None and best.margin >= LEAST_MARGIN:
         yield _judge_rivals(best, rival_losses(model, best.ids))
@@ -100,7 +101,7 @@ def read_sentences(model: GPT2ML, tokenizer: Tokenizer) -> list[Reading]:
         longest = FEW_TOKENS if is_large(model.config) else len(ids)
         ids = ids[: min(longest, model.config.max_position_embeddings - 1)]
         unknown = (ids == tokenizer.unk_id).float().mean().item()
-        if unknown > MOST_UNKNOWN or len(ids) < 8:
+        if unknown > MOST_UNKNOWN or len(ids) < SHORTEST:
             continue
         order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))
         known[genre] = ids[None]
@@ -109,10 +110,13 @@ def read_sentences(model: GPT2ML, tokenizer: Tokenizer) -> list[Reading]:
     return [Reading(genre, ids, *islice(losses, 3)) for genre, ids in known.items()]
 
 
-def _judge_margins(readings: list[Reading]) -> Finding:
+def _judge_margins(model: GPT2ML, readings: list[Reading]) -> Finding:
     name = "vocabulary and language"
     if not readings:
-        return Finding(name, "fail", "the vocabulary lacks the characters of plain Chinese")
+        text = f"the model has no positions for a sentence of {SHORTEST} tokens"
+        if model.config.max_position_embeddings > SHORTEST:
+            text = "the vocabulary lacks the characters of plain Chinese"
+        return Finding(name, "fail", text)
     values = {
         r.genre: {"loss": r.loss, "shuffled": r.shuffled, "shifted": r.shifted} for r in readings
     }

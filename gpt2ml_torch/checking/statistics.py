@@ -86,7 +86,7 @@ def check_tensors(file: ModelFile) -> Iterator[Finding]:
             together = _correlation(_norms(values, 1), _norms(tensor, 0))
             balance["values and outputs"].append(together)
     yield _judge_checksums(file, damaged)
-    bad = [f"{name}: {m.non_finite} numbers" for name, m in found.items() if m.non_finite]
+    bad = [f"{name}: {m.non_finite} NaN or infinite" for name, m in found.items() if m.non_finite]
     yield judge("finite numbers", bad, "no NaN and no infinity in any tensor")
     yield _judge_statistics(found, balance)
 

@@ -22,7 +22,7 @@ from gpt2ml_torch.checking.machine import free_bytes
 from gpt2ml_torch.commands.output import one_line, printable, write_json
 from gpt2ml_torch.commands.parsing import add_options, given
 from gpt2ml_torch.modelfile import ModelFile
-from gpt2ml_torch.options import check_options, option
+from gpt2ml_torch.options import OptionError, check_options, option
 
 EXAMPLES = (
     "gpt2ml check out.safetensors",
@@ -66,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     options = CheckOptions(**given(arguments, CheckOptions))
+    _check_places(options)
     findings: list[Finding] = []
     with ModelFile.open(options.model) as file:
         for finding in _findings(file, options):
@@ -86,6 +87,19 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if good else 1
 
 
+def _check_places(options: CheckOptions) -> None:
+    """Notice before the work, which takes minutes, what could not be read or written after it."""
+    if options.source is not None:
+        importlib.import_module("convert.inputs").locate(Path(options.source))
+    if options.report is None:
+        return
+    report = Path(options.report)
+    if report.exists() and Path(options.model).exists() and report.samefile(options.model):
+        raise OptionError("{report} is the model itself; name another file")
+    with report.open("a", encoding="utf-8"):
+        pass
+
+
 def _findings(file: ModelFile, options: CheckOptions) -> Iterator[Finding]:
     yield from check_model(file, device=options.device, precisions=options.precisions)
     if options.source is not None:
@@ -99,6 +113,7 @@ def compare_with_source(file: ModelFile, source: Path) -> Finding:
     with tempfile.TemporaryDirectory(prefix="gpt2ml-check-", dir=file.path.parent) as folder:
         again = Path(folder) / "again.safetensors"
         words = [str(source), str(again), "--dtype", str(file.precision), "--no-vocab"]
+        words += ["--keep-optimizer"] if file.optimizer_state() else []
         with contextlib.redirect_stdout(io.StringIO()):  # its summary is not one of our lines
             status = convert(words)
         if status:
@@ -107,9 +122,12 @@ def compare_with_source(file: ModelFile, source: Path) -> Finding:
             differing = _differing(file, fresh)
     if differing:
         shown = ", ".join(differing[:3]) + (" ..." if len(differing) > 3 else "")
-        text = f"{len(differing)} tensors are not the checkpoint's in {file.precision}: {shown}"
+        count = f"{len(differing)} tensors are" if len(differing) > 1 else "1 tensor is"
+        text = f"{count} not the checkpoint's in {file.precision}: {shown}"
         return Finding("source", "fail", text, {"differing": differing})
+    statistics = len(file.optimizer_state())
     text = f"all {len(file.tensors)} tensors are the checkpoint's in {file.precision}, bit for bit"
+    text += f", and so are {statistics} of the optimizer" if statistics else ""
     return Finding("source", "pass", text)
 
 
@@ -120,6 +138,10 @@ def _differing(file: ModelFile, fresh: ModelFile) -> list[str]:
         same_kind = (one.dtype, one.shape) == (other.dtype, other.shape)
         if not same_kind or not torch.equal(_bytes(file, name), _bytes(fresh, name)):
             names.append(name)
+    ours, theirs = file.optimizer_state(), fresh.optimizer_state()
+    both = ours.keys() & theirs.keys()
+    names += ours.keys() ^ theirs.keys()
+    names += [name for name in both if not torch.equal(ours[name], theirs[name])]
     return sorted(names)
 
 

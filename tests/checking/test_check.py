@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -182,7 +183,63 @@ def test_a_file_that_is_not_the_checkpoints_fails_against_its_source(
     path = save(tmp_path / "changed.safetensors", state, model, tokenizer)
     assert run(path, "--no-precisions", "--source", ROOT / "checkpoints" / "demo") == 1
     out = capsys.readouterr().out
-    assert "FAIL source: 1 tensors are not the checkpoint's in float32: blocks.4.mlp.up.bias" in out
+    assert "FAIL source: 1 tensor is not the checkpoint's in float32: blocks.4.mlp.up.bias" in out
+
+
+def test_the_optimizers_statistics_are_held_against_the_checkpoint_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, source = tmp_path / "kept.safetensors", ROOT / "checkpoints" / "demo"
+    assert main(["convert", str(source), str(path), "--keep-optimizer"]) == 0
+    assert run(path, "--no-precisions", "--source", source) == 0
+    assert "bit for bit, and so are 102 of the optimizer" in capsys.readouterr().out
+    with ModelFile.open(path) as file:
+        name = next(iter(file.slots))
+        start = file.slots[name].start
+    data = bytearray(path.read_bytes())
+    data[start] ^= 1
+    path.write_bytes(data)
+    assert run(path, "--no-precisions", "--source", source) == 1
+    assert f"FAIL source: 1 tensor is not the checkpoint's in float32: {name}" in (
+        capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [("--report", "No such file or directory"), ("--source", "does not exist")],
+)
+def test_a_place_that_is_not_there_is_refused_before_the_work(
+    option: str,
+    words: str,
+    shipped_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(shipped_model, option, tmp_path / "absent" / "x.md") == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert words in captured.err
+
+
+def test_a_report_never_replaces_the_model(
+    shipped_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = shipped_model.stat().st_size
+    assert run(shipped_model, "--no-precisions", "--report", shipped_model) == 2
+    assert "--report is the model itself" in capsys.readouterr().err
+    assert shipped_model.stat().st_size == before
+
+
+def test_too_few_positions_are_not_blamed_on_the_vocabulary(
+    right: tuple[GPT2ML, Tokenizer], tmp_path: Path
+) -> None:
+    config = dataclasses.replace(right[0].config, max_position_embeddings=5, num_hidden_layers=1)
+    path = tmp_path / "short.safetensors"
+    GPT2ML(config).save_pretrained(path, tokenizer=right[1])
+    with ModelFile.open(path) as file:
+        texts = [f.text for f in check_model(file, precisions=False) if f.verdict == "fail"]
+    assert texts[-1] == "the model has no positions for a sentence of 8 tokens"
 
 
 def test_a_flipped_bit_fails_by_name(shipped_model: Path, tmp_path: Path) -> None:
