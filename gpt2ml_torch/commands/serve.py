@@ -31,10 +31,23 @@ class ServeOptions(ServeConfig, LoadOptions):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The model, the address and the limits."""
     add_options(parser, ServeOptions, without=("batch_size",))
+    parser.add_argument(
+        "--adapter",
+        metavar="NAME=FOLDER",
+        action="append",
+        help="refused: a LoRA adapter is served merged, see gpt2ml merge",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve until a signal comes."""
+    if arguments.adapter:
+        folder = arguments.adapter[0].partition("=")[2] or "FOLDER"
+        raise ValueError(
+            "--adapter: the kernels add no LoRA adapter to packed weights for some rows alone; "
+            f"gpt2ml merge {arguments.model} {folder} --out merged.safetensors, and serve that by "
+            "a process of its own"
+        )
     options = ServeOptions(**given(arguments, ServeOptions))
     try:
         runner = importlib.import_module("gpt2ml_torch.serving.runner")
