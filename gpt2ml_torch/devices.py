@@ -21,7 +21,7 @@ def choose_device(name: str | torch.device, *, present: bool = True) -> torch.de
         with warnings.catch_warnings():  # of names that PyTorch no longer uses
             warnings.simplefilter("ignore")
             device = torch.device(name)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         template = "{device} is {!r}; expected auto, cpu, cuda, cuda:N or another PyTorch device"
         raise OptionError(template, name) from None
     if device.type == "cpu":

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gpt2ml_torch.kernels import packing
 from gpt2ml_torch.kernels.ops import (
+    KERNEL_DTYPES,
     load_kernels,
     pack,
     pack_rows,
@@ -89,7 +90,7 @@ class Packed(nn.Module):
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x Wᵀ + b: (..., K) -> (..., N)."""
         scale = self.weight_scale
-        if x.device.type == "cpu" and self.has_kernel:
+        if x.device.type == "cpu" and self.has_kernel and x.dtype in KERNEL_DTYPES:
             return packed_linear(x, self.weight, scale, bias, bits=self.bits, outputs=self.outputs)
         return unpacked_linear(x, self.weight, scale, bias, self.bits, self.outputs)
 

@@ -254,20 +254,3 @@ def test_a_packed_model_with_a_changed_block_does_not_run_as_one_operator(
     found, expected = steps(model, compile=False), model(torch.tensor([[104, 107, 110]]))[:, -1]
     assert not torch.allclose(found, plain, atol=1e-3)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-
-
-@needs_compiler
-def test_a_ninth_size_is_compiled_as_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.compiler.reset()
-    eager_backend(monkeypatch)
-    model = tiny_model(tiny_tokenizer(), layers=1)
-    used = Engine(model, compile=True)
-    plain = Engine(model, compile=False)
-    for rows in range(1, 11):
-        ids = torch.full((rows, 1), 120)
-        found = used.decode(ids, ids * 0, plain.new_cache(rows, 8))
-        expected = plain.decode(ids, ids * 0, plain.new_cache(rows, 8))
-        torch.testing.assert_close(found, expected)
-        assert used.compiled
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        used.decode(ids, ids * 0, plain.new_cache(rows, 8))
