@@ -19,6 +19,7 @@ from convert.plan import Options
 from convert.to_safetensors import Progress
 from gpt2ml_torch.commands.output import printable
 from gpt2ml_torch.commands.parsing import Parser, add_options, given, run_command
+from gpt2ml_torch.commands.paths import find_model
 from gpt2ml_torch.commands.program import run_program
 from gpt2ml_torch.options import OptionError, option, option_fields
 
@@ -118,7 +119,7 @@ def _convert(options: ConvertOptions, progress: Progress) -> str:
         from convert.to_tf import to_tf
 
         report = to_tf(
-            source,
+            Path(find_model(str(source))),
             out,
             overwrite=options.overwrite,
             allow_non_finite=options.allow_non_finite,

@@ -165,7 +165,7 @@ def truncated(path: Path) -> Path:
     ("damage", "target", "expected"),
     [
         (lambda path: path.with_name("nowhere"), "new", "can't read the model file"),
-        (lambda path: path.parent, "new", "is a folder; expected a .safetensors file"),
+        (lambda path: path.parent.parent, "new", "is a folder without a model file"),
         (truncated, "new", "truncated: found"),
         (lambda path: path.with_name("vocab.txt"), "new", "is text .*, not a model file"),
         (lambda path: path, "ckpt/vocab.txt", "is a file; expected the name of a folder"),

@@ -280,6 +280,9 @@ def test_a_folder_with_one_model_file_stands_for_it(
     (tmp_path / "adapter_model.safetensors").write_bytes(MAC)
     assert main([words[0], str(tmp_path), *words[1:]]) == 0, capfd.readouterr().err
     capfd.readouterr()
+    assert main(["convert", "--to-tf", str(tmp_path), str(tmp_path / "back")]) == 0
     shutil.copy(tmp_path / "m.safetensors", tmp_path / "n.safetensors")
     assert main([words[0], str(tmp_path), *words[1:]]) == 2
+    assert "m.safetensors, n.safetensors" in capfd.readouterr().err
+    assert main(["convert", "--to-tf", str(tmp_path), str(tmp_path / "again")]) == 2
     assert "m.safetensors, n.safetensors" in capfd.readouterr().err
