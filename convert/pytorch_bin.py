@@ -18,8 +18,7 @@ from typing import IO, Any
 import numpy as np
 
 from convert import mapping
-from convert.arrays import Array, mapped, storage_dtype, widened
-from convert.source import Source, Stored
+from convert.source import Array, Source, Stored, mapped, storage_dtype, widened
 from convert.unpickling import Items, Opaque, Refused, Storage, Tensor, describe
 
 _MAX_PICKLE = 8 << 20  # bytes; the published model's takes 0.1 MB

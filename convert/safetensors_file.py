@@ -17,8 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from convert import mapping
-from convert.arrays import Array, mapped, storage_dtype, widened
-from convert.source import Source, Stored
+from convert.source import Array, Source, Stored, mapped, storage_dtype, widened
 from gpt2ml_torch.modelfile.format import DTYPES
 
 _DTYPES = {code: name for name, (code, _) in DTYPES.items()}

@@ -1,14 +1,32 @@
-"""What a conversion asks of a checkpoint, whatever its file format."""
+"""A checkpoint as a source of arrays: what a conversion asks of it, whatever its file format, and
+how arrays are mapped from files, brought into row order and rounded.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import mmap
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from convert.arrays import Array
+import numpy as np
+from numpy.typing import NDArray
+
 from convert.mapping import Layout
+
+Array = NDArray[Any]
+
+_ROWS, _COLUMNS = 256, 256  # of a block that stays in the processor's caches
+_GAP = 16  # numbers
+_PIECE = 512 << 10  # bytes
+_LARGEST = {
+    "float32": float(np.finfo(np.float32).max),
+    "float16": float(np.finfo(np.float16).max),
+    "bfloat16": float.fromhex("0x1.FEp127"),
+}
+_INFINITY = {"float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80}  # bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,3 +102,130 @@ class Joined(Source):
     def verify_rest(self) -> None:
         for shard in {id(shard): shard for shard in self._shards.values()}.values():
             shard.verify_rest()
+
+
+# -- arrays ----------------------------------------------------------------------------------------
+
+
+def storage_dtype(dtype: str) -> np.dtype[Any]:
+    """The NumPy dtype that holds a dtype's numbers in files; NumPy has no bfloat16, so that one is
+    held as its bits."""
+    return np.dtype("uint16" if dtype == "bfloat16" else dtype).newbyteorder("<")
+
+
+def widened(bits: Array) -> Array:
+    """Bfloat16 numbers, given as their bits, as float32, whose upper half they are."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def mapped(path: Path, offset: int, size: int) -> memoryview:
+    """Bytes of a file without a copy; they take memory only while they are held.
+
+    Raises `ValueError` where the file has become shorter.
+    """
+    if size == 0:
+        return memoryview(b"")
+    skipped = offset % mmap.ALLOCATIONGRANULARITY
+    with path.open("rb") as file:
+        memory = mmap.mmap(
+            file.fileno(), size + skipped, access=mmap.ACCESS_READ, offset=offset - skipped
+        )
+    return memoryview(memory)[skipped:]
+
+
+def rows_in_order(tensor: Array) -> Iterator[Array]:
+    """Successive rows of a vector, a matrix or a transposed matrix, contiguous in memory.
+
+    Each piece is small enough to be still in the processor's cache when it is used, and may lie
+    where the previous one lay: use it before taking the next. (Fresh memory for each would cost a
+    quarter of the time.)
+    """
+    if tensor.ndim < 2:
+        tensor = np.ascontiguousarray(tensor)
+    if tensor.flags.c_contiguous:
+        yield from _pieces(tensor)
+        return
+    result = np.empty((_ROWS, tensor.shape[1]), tensor.dtype)
+    block = np.empty((_COLUMNS, _ROWS + _GAP), tensor.dtype)
+    for start in range(0, len(tensor), _ROWS):
+        rows = tensor[start : start + _ROWS]
+        _gather(rows, result, block)
+        yield from _pieces(result[: len(rows)])
+
+
+def _pieces(tensor: Array) -> Iterator[Array]:
+    step = max(1, _PIECE // max(tensor[:1].nbytes, 1))
+    for start in range(0, len(tensor), step):
+        yield tensor[start : start + step]
+
+
+def _gather(rows: Array, result: Array, block: Array) -> None:
+    """Copy rows that lie across memory into `result`, in order.
+
+    They pass through a small block with a gap after each line: the lines of a matrix are often a
+    multiple of a large power of two apart, so they share a few places in the cache and evict each
+    other, which costs half the speed.
+    """
+    for start in range(0, rows.shape[1], _COLUMNS):
+        across = rows[:, start : start + _COLUMNS].T
+        part = block[: across.shape[0], : across.shape[1]]
+        part[...] = across
+        result[: len(rows), start : start + _COLUMNS] = part.T
+
+
+def count_non_finite(values: Array) -> int:
+    """How many numbers are NaN or infinite."""
+    finite = np.isfinite(values)
+    return 0 if finite.all() else int(finite.size - np.count_nonzero(finite))
+
+
+def round_to(dtype: str, exact: Array) -> Array:
+    """The nearest numbers of a dtype; bfloat16, which NumPy lacks, as bits.
+
+    Raises `ValueError` where a finite number becomes infinite.
+    """
+    if exact.dtype == dtype:
+        return exact
+    with np.errstate(over="ignore", invalid="ignore"):
+        rounded = _bfloat16(exact) if dtype == "bfloat16" else exact.astype(dtype)
+    bits = rounded.view(f"u{rounded.itemsize}")
+    infinite = bits & ((1 << (8 * rounded.itemsize - 1)) - 1) == _INFINITY[dtype]
+    if infinite.any() and np.isfinite(exact[infinite]).any():
+        largest = np.abs(exact[np.isfinite(exact)]).max()
+        raise ValueError(
+            f"values like {largest:.6g}, beyond the largest of {dtype}, {_LARGEST[dtype]:.6g}"
+        )
+    return rounded
+
+
+def _bfloat16(exact: Array) -> Array:
+    """The upper half of float32's bits, rounded to nearest, ties to even."""
+    if exact.dtype == np.float64:
+        single = _to_odd_float32(exact)
+    else:
+        single = exact.astype(np.float32, copy=False)
+    bits = single.view(np.uint32)
+    nearest = bits >> 16
+    nearest &= 1
+    nearest += 0x7FFF
+    nearest += bits
+    nearest >>= 16
+    rounded = nearest.astype(np.uint16)
+    nan = np.isnan(single)
+    if nan.any():  # rounding could carry their bits into infinity's
+        rounded[nan] = bits[nan] >> 16 | 0x40
+    return rounded
+
+
+def _to_odd_float32(exact: Array) -> Array:
+    """Round float64 to float32 so that rounding again, to 16 bits, gives what one rounding would.
+
+    Inexact results get an odd last bit, which no later tie can mistake (Boldo and Melquiond, 2008,
+    "Emulation of FMA and correctly rounded sums: proved algorithms using rounding to odd").
+    """
+    nearest = exact.astype(np.float32)
+    bits = nearest.view(np.uint32)
+    away = np.abs(nearest.astype(np.float64)) > np.abs(exact)
+    inexact = nearest != exact
+    odd = (bits - away) | inexact
+    return np.where(np.isfinite(exact), odd, bits).astype(np.uint32).view(np.float32)

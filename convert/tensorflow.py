@@ -18,9 +18,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from convert import bundle, mapping, published
-from convert.arrays import Array, mapped, storage_dtype, widened
 from convert.inputs import tf_data_files
-from convert.source import Source, Stored
+from convert.source import Array, Source, Stored, mapped, storage_dtype, widened
 from gpt2ml_torch import disk, foreign
 from gpt2ml_torch.modelfile.checksum import crc32c
 

@@ -17,11 +17,18 @@ from typing import Any
 import numpy as np
 
 from convert import published
-from convert.arrays import Array, count_non_finite, round_to, rows_in_order, storage_dtype
 from convert.inputs import Location
 from convert.mapping import TENSORFLOW, Recipe
 from convert.plan import Options, Plan, make_plan
-from convert.source import Joined, Source
+from convert.source import (
+    Array,
+    Joined,
+    Source,
+    count_non_finite,
+    round_to,
+    rows_in_order,
+    storage_dtype,
+)
 from convert.vocabulary import Vocabulary
 from gpt2ml_torch.config import GPT2MLConfig
 from gpt2ml_torch.disk import resolve_target

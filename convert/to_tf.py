@@ -15,7 +15,14 @@ from pathlib import Path
 import numpy as np
 
 from convert import configs, mapping
-from convert.arrays import Array, count_non_finite, round_to, rows_in_order, storage_dtype, widened
+from convert.source import (
+    Array,
+    count_non_finite,
+    round_to,
+    rows_in_order,
+    storage_dtype,
+    widened,
+)
 from convert.tensorflow import Variable, write_checkpoint
 from gpt2ml_torch.modelfile import ModelFile
 from gpt2ml_torch.modelfile.format import SLOT

@@ -8,7 +8,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from convert.arrays import round_to, rows_in_order
+from convert.source import round_to, rows_in_order
 
 SIXTEEN_BITS = {"float16": 0x7C00, "bfloat16": 0x7F80}  # infinity's bits
 
