@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import signal
 import sys
@@ -15,6 +16,7 @@ from gpt2ml_torch.commands.output import one_line
 from gpt2ml_torch.commands.parsing import add_options, flags_of, given
 from gpt2ml_torch.commands.training_bar import TrainingBar
 from gpt2ml_torch.finetuning.config import FinetuneConfig
+from gpt2ml_torch.options import Namer, OptionError, option
 
 if TYPE_CHECKING:
     from gpt2ml_torch.finetuning.run import FinetuneResult
@@ -25,15 +27,30 @@ EXAMPLES = (
 )
 
 
+_GROUP = "the command"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CommandOptions:
+    """What concerns the command alone. Raises `ValueError` for a memory without a dry run."""
+
+    dry_run: bool = option(
+        False, flags="--dry-run", group=_GROUP, help="estimate the memory and stop"
+    )
+    memory: str | None = option(
+        None, metavar="SIZE", group=_GROUP, help="available memory, such as 22GB, for --dry-run"
+    )
+    quiet: bool = option(False, flags="--quiet", group=_GROUP, help="no progress bar")
+
+    def __post_init__(self) -> None:
+        if self.memory is not None and not self.dry_run:
+            raise OptionError("{memory} is for {dry_run=True}; add that, or leave it out")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Every field of `FinetuneConfig`, and what concerns the command alone."""
     add_options(parser, FinetuneConfig)
-    group = parser.add_argument_group("the command")
-    group.add_argument("--dry-run", action="store_true", help="estimate the memory and stop")
-    group.add_argument(
-        "--memory", metavar="SIZE", help="memory that there is, such as 22GB, for --dry-run"
-    )
-    group.add_argument("--quiet", action="store_true", help="no progress bar")
+    add_options(parser, CommandOptions)
     parser.set_defaults(namer=flags_of(parser))
 
 
@@ -42,14 +59,13 @@ def run(arguments: argparse.Namespace) -> int:
     from gpt2ml_torch.devices import choose_device  # brings torch, which help can do without
 
     # The memory on a GPU can be estimated without one.
+    options = CommandOptions(**given(arguments, CommandOptions))
     device = str(getattr(arguments, "device", "auto"))
-    arguments.device = str(choose_device(device, present=not arguments.dry_run))
+    arguments.device = str(choose_device(device, present=not options.dry_run))
     config = to_config(arguments)
-    if arguments.memory is not None and not arguments.dry_run:
-        raise ValueError("--memory is for --dry-run; add that, or leave it out")
-    if arguments.dry_run:
-        return _dry_run(config, arguments)
-    return _finetune(config, quiet=arguments.quiet)
+    if options.dry_run:
+        return _dry_run(config, options.memory, arguments.namer)
+    return _finetune(config, quiet=options.quiet)
 
 
 def to_config(arguments: argparse.Namespace) -> FinetuneConfig:
@@ -60,10 +76,10 @@ def to_config(arguments: argparse.Namespace) -> FinetuneConfig:
     return FinetuneConfig(**values)
 
 
-def _dry_run(config: FinetuneConfig, arguments: argparse.Namespace) -> int:
+def _dry_run(config: FinetuneConfig, memory: str | None, namer: Namer) -> int:
     from gpt2ml_torch.finetuning.memory import GIB, cheaper_settings, estimate_memory, parse_size
 
-    available = parse_size(arguments.memory) if arguments.memory is not None else None
+    available = parse_size(memory) if memory is not None else None
     estimate = estimate_memory(config)
     print(estimate)
     if available is None:
@@ -76,7 +92,7 @@ def _dry_run(config: FinetuneConfig, arguments: argparse.Namespace) -> int:
         print(f"that does not fit into {available / GIB:.2f} GiB, and no setting here would")
     else:
         changes, total = cheaper
-        names = ", ".join(arguments.namer(name, str(value)) for name, value in changes.items())
+        names = ", ".join(namer(name, str(value)) for name, value in changes.items())
         print(f"that does not fit; it would with {names}: {total / GIB:.2f} GiB")
     return 1
 
