@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import logging
 import statistics
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,8 @@ from gpt2ml_torch import GPT2ML, Generator, GPT2MLConfig, Tokenizer
 from gpt2ml_torch.bandwidth import read_bandwidth
 from gpt2ml_torch.generation import Stats
 from scripts.benchmarks import machine
-from scripts.benchmarks.shipped import ROOT, add_arguments, prepare
+from scripts.benchmarks.program import finish, make_parser, start
+from scripts.benchmarks.shipped import add_arguments, prepare
 from scripts.benchmarks.weights import prompt, write_random_model
 
 PRECISIONS = ("float32", "bfloat16", "int8")
@@ -43,13 +42,11 @@ logger = logging.getLogger("bench")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="scripts/bench assistant", description=__doc__)
+    parser = make_parser("assistant", __doc__, out="assistant")
     add_arguments(parser)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--guesses", type=int, nargs="+", default=[3, 5, 7])
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "assistant")
-    options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    options = start(parser)
     shipped = prepare(options)
     random = shipped.folder / "random-bfloat16.safetensors"
     if not random.exists():
@@ -66,10 +63,7 @@ def main() -> None:
         ],
         "fewer_layers": fewer_layers(shipped.model, poems),
     }
-    options.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    table = markdown(result)
-    options.out.with_suffix(".md").write_text(table)
-    print(table)
+    finish(options.out, result, markdown(result))
 
 
 def measure(

@@ -28,6 +28,7 @@ import torch
 from gpt2ml_torch import GPT2MLConfig
 from gpt2ml_torch.finetuning import estimate_memory
 from scripts.benchmarks import machine
+from scripts.benchmarks.program import finish, make_parser, start
 from scripts.benchmarks.tuning_contestant import SETTINGS, settings_of
 from scripts.benchmarks.weights import write_random_model
 
@@ -91,20 +92,14 @@ class Contestant:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="scripts/bench finetune", description=__doc__)
+    parser = make_parser("finetune", __doc__, out="finetuning")
     parser.add_argument("settings", nargs="*", choices=[*ALL, []], metavar="SETTING")
     parser.add_argument("--layers", type=int, default=48)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=2, help="counted for speed, after one more")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "finetuning")
-    options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    options = start(parser)
     result = measure(options, options.settings or list(ALL))
-    options.out.parent.mkdir(exist_ok=True)
-    options.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    table = markdown(result)
-    options.out.with_suffix(".md").write_text(table)
-    print(table)
+    finish(options.out, result, markdown(result))
 
 
 def measure(options: argparse.Namespace, settings: list[str]) -> dict[str, Any]:

@@ -8,10 +8,7 @@ and after, in nats a character. Writes RESULT.json and RESULT.md.
 
 from __future__ import annotations
 
-import argparse
-import json
 import logging
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,8 +16,8 @@ from typing import Any
 from gpt2ml_torch import GPT2ML
 from gpt2ml_torch.finetuning import Event, FinetuneConfig, RunStarted, finetune
 from scripts.benchmarks import machine
+from scripts.benchmarks.program import finish, make_parser, start
 from scripts.benchmarks.shipped import (
-    ROOT,
     Shipped,
     add_arguments,
     mean_loss,
@@ -45,21 +42,13 @@ logger = logging.getLogger("bench")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="scripts/bench genres", description=__doc__)
+    parser = make_parser("genres", __doc__, out="genres")
     add_arguments(parser)
     parser.add_argument("--epochs", type=float, default=4.0)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "genres")
-    options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    options = start(parser)
     shipped = prepare(options)
     result = measure(shipped, options.epochs)
-    options.out.parent.mkdir(exist_ok=True)
-    options.out.with_suffix(".json").write_text(
-        json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
-    table = markdown(result)
-    options.out.with_suffix(".md").write_text(table, encoding="utf-8")
-    print(table)
+    finish(options.out, result, markdown(result))
 
 
 def measure(shipped: Shipped, epochs: float) -> dict[str, Any]:

@@ -9,11 +9,8 @@ is the error of the logits. Writes RESULT.json and RESULT.md.
 
 from __future__ import annotations
 
-import argparse
-import json
 import logging
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +20,8 @@ from torch import Tensor
 
 from gpt2ml_torch import GPT2ML, GPT2MLConfig, KVCache, Tokenizer
 from scripts.benchmarks import machine
-from scripts.benchmarks.shipped import ROOT, add_arguments, prepare
+from scripts.benchmarks.program import finish, make_parser, start
+from scripts.benchmarks.shipped import add_arguments, prepare
 from scripts.benchmarks.weights import write_random_model
 
 # Weights, activations: packed for the kernels, except where `None` stands.
@@ -42,12 +40,10 @@ logger = logging.getLogger("bench")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="scripts/bench quality", description=__doc__)
+    parser = make_parser("quality", __doc__, out="quality")
     add_arguments(parser)
     parser.add_argument("--tokens", type=int, default=128, help="at the published size")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "quality")
-    options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    options = start(parser)
     shipped = prepare(options)
     random = shipped.folder / "random-float32.safetensors"
     if not random.exists():
@@ -58,11 +54,7 @@ def main() -> None:
         "tokens": options.tokens,
         "rows": measure(shipped.model, shipped.tang.held_out, random, options.tokens),
     }
-    options.out.parent.mkdir(exist_ok=True)
-    options.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    table = markdown(result)
-    options.out.with_suffix(".md").write_text(table)
-    print(table)
+    finish(options.out, result, markdown(result))
 
 
 def load(path: Path, weights: str | None, activations: str) -> GPT2ML:

@@ -9,16 +9,14 @@ rounded to nearest, which loses most of the updates. Writes RESULT.json, RESULT.
 
 from __future__ import annotations
 
-import argparse
-import json
 import logging
-import sys
 from pathlib import Path
 from typing import Any
 
 from gpt2ml_torch.finetuning import Evaluated, Event, FinetuneConfig, finetune
 from scripts.benchmarks import machine
-from scripts.benchmarks.shipped import ROOT, Shipped, add_arguments, prepare
+from scripts.benchmarks.program import finish, make_parser, start
+from scripts.benchmarks.shipped import Shipped, add_arguments, prepare
 
 WEIGHTS: dict[str, dict[str, Any]] = {
     "float32": {"precision": "float32"},
@@ -30,19 +28,13 @@ logger = logging.getLogger("bench")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="scripts/bench rounding", description=__doc__)
+    parser = make_parser("rounding", __doc__, out="rounding")
     add_arguments(parser)
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "rounding")
-    options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    options = start(parser)
     result = measure(prepare(options), options.steps)
-    options.out.parent.mkdir(exist_ok=True)
-    options.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    table = markdown(result)
-    options.out.with_suffix(".md").write_text(table)
+    finish(options.out, result, markdown(result))
     draw(result, options.out.with_suffix(".png"))
-    print(table)
 
 
 def measure(shipped: Shipped, steps: int) -> dict[str, Any]:
