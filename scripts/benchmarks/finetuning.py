@@ -28,11 +28,10 @@ import torch
 from gpt2ml_torch import GPT2MLConfig
 from gpt2ml_torch.finetuning import estimate_memory
 from scripts.benchmarks import machine
-from scripts.benchmarks.program import finish, make_parser, start
+from scripts.benchmarks.program import ROOT, finish, make_parser, start
 from scripts.benchmarks.tuning_contestant import SETTINGS, settings_of
 from scripts.benchmarks.weights import write_random_model
 
-ROOT = Path(__file__).resolve().parents[2]
 TARGETS = {"bfloat16": 4.0, "float32": 7.0, "lora": 3.6, "lora-int8": 2.6}  # GiB, at 48 layers
 PEER = "transformers"
 ALL = (*SETTINGS, PEER)

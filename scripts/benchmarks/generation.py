@@ -26,9 +26,9 @@ import torch
 
 from gpt2ml_torch.bandwidth import read_bandwidth
 from scripts.benchmarks import machine, report
+from scripts.benchmarks.program import ROOT
 from scripts.benchmarks.weights import SIZES
 
-ROOT = Path(__file__).resolve().parents[2]
 logger = logging.getLogger("bench")
 
 GROUPS: dict[str, list[tuple[str, str]]] = {

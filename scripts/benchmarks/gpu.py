@@ -40,9 +40,9 @@ from gpt2ml_torch.precision import Precision
 from scripts.benchmarks import weights
 from scripts.benchmarks.gpu_report import Report, Row
 from scripts.benchmarks.peers import PROMPT, TransformersGPT2
+from scripts.benchmarks.program import ROOT
 from scripts.benchmarks.tuning_contestant import settings_of
 
-ROOT = Path(__file__).resolve().parents[2]
 TINY = GPT2MLConfig(
     vocab_size=600,
     hidden_size=64,

@@ -28,9 +28,9 @@ import torch
 
 from gpt2ml_torch import Generator
 from scripts.benchmarks.machine import describe
+from scripts.benchmarks.program import ROOT
 from scripts.benchmarks.weights import SIZES, prompt, write_random_model
 
-ROOT = Path(__file__).resolve().parents[2]
 PROMPT_TOKENS, NEW_TOKENS = 32, 64
 
 

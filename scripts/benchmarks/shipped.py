@@ -13,10 +13,9 @@ from convert.__main__ import main as convert
 from gpt2ml_torch import GPT2ML, Tokenizer
 from gpt2ml_torch.finetuning import Objective, next_token_rows
 from scripts.benchmarks.genre_texts import Genre, tang, yuan
+from scripts.benchmarks.program import ROOT
 from scripts.demo_model.corpus import PACKAGE, fetch
 from scripts.train_demo import simplifier
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclasses.dataclass(frozen=True)
