@@ -349,13 +349,7 @@ def merge_adapter(
             f"{model_path} holds {file.packed} weights, to which nothing can be added; "
             "give the file it was made from"
         )
-    found = read_adapter(adapter)
-    try:
-        changes = weight_changes(found, places_of(found, file.config))
-    except ValueError as error:
-        raise ValueError(f"the adapter {adapter} does not fit {model_path}: {error}") from None
-    if not any(change.has_effect for each in changes.values() for change in each):
-        logger.warning("the adapter %s adds nothing: all its products are zero", adapter)
+    changes = _changes_of(adapter, file)
     with ModelWriter(
         out,
         file.config,
@@ -375,3 +369,15 @@ def merge_adapter(
                     f"{str(weight.dtype).removeprefix('torch.')}; nothing was written"
                 )
             writer.write(name, weight)
+
+
+def _changes_of(adapter: str | os.PathLike[str], file: ModelFile) -> dict[str, list[WeightChange]]:
+    """The changes that an adapter makes to this model; raises `ValueError` if it does not fit."""
+    found = read_adapter(adapter)
+    try:
+        changes = weight_changes(found, places_of(found, file.config))
+    except ValueError as error:
+        raise ValueError(f"the adapter {adapter} does not fit {file.path}: {error}") from None
+    if not any(change.has_effect for each in changes.values() for change in each):
+        logger.warning("the adapter %s adds nothing: all its products are zero", adapter)
+    return changes

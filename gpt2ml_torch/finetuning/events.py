@@ -22,8 +22,11 @@ class Event:
 
     def to_row(self) -> dict[str, Any]:
         """The event as JSON types: numbers that are not finite become None."""
-        fields = {name: _json(value) for name, value in vars(self).items() if name != "step"}
+        fields = {name: _json(value) for name, value in self._fields().items()}
         return {"kind": self.kind, "step": self.step, **fields}
+
+    def _fields(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "step"}
 
     @property
     def values(self) -> Mapping[str, Any]:
@@ -33,7 +36,7 @@ class Event:
             DeprecationWarning,
             stacklevel=2,
         )
-        return {name: value for name, value in vars(self).items() if name != "step"}
+        return self._fields()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -243,18 +243,7 @@ class ModelWriter(SafetensorsWriter):
         specs = expected_tensors(config, dtype_name(dtype), self._packed)
         if slots:
             specs.update(expected_slots(config))
-        self._custom = {
-            "format": "pt",
-            "gpt2ml_format": str(FORMAT_VERSION),
-            "config": to_json(config.to_dict(), sort_keys=True),
-            "source": to_json(source or {}, sort_keys=True),
-        }
-        if generation:
-            self._custom["generation"] = to_json(generation, sort_keys=True)
-        if vocab is not None:
-            self._custom["vocab"] = vocab
-        if self._packed is not None:
-            self._custom["quantization"] = self._packed.value
+        self._custom = _metadata(config, vocab, source, generation, self._packed)
         # Checksums of the final size, so that the header has room for them.
         unknown = _with_checksums(self._custom, dict.fromkeys(specs, 0))
         super().__init__(
@@ -310,6 +299,29 @@ def _with_checksums(custom: Mapping[str, str], checksums: Mapping[str, int]) -> 
     values = {name: f"{value:08x}" for name, value in checksums.items()}
     metadata = {**custom, CHECKSUMS: to_json(values, sort_keys=True)}
     return {**metadata, METADATA_CHECKSUM: metadata_checksum(metadata)}
+
+
+def _metadata(
+    config: GPT2MLConfig,
+    vocab: str | None,
+    source: Mapping[str, Any] | None,
+    generation: Mapping[str, Any] | None,
+    packed: Precision | None,
+) -> dict[str, str]:
+    """The metadata of a file, without checksums."""
+    result = {
+        "format": "pt",
+        "gpt2ml_format": str(FORMAT_VERSION),
+        "config": to_json(config.to_dict(), sort_keys=True),
+        "source": to_json(source or {}, sort_keys=True),
+    }
+    if generation:
+        result["generation"] = to_json(generation, sort_keys=True)
+    if vocab is not None:
+        result["vocab"] = vocab
+    if packed is not None:
+        result["quantization"] = packed.value
+    return result
 
 
 def save(
