@@ -203,7 +203,10 @@ class GPT2MLModel(GPT2MLPreTrainedModel):
         if position_ids is None:
             position_ids = _positions(inputs_embeds, attention_mask, past_key_values)
         _check_positions(position_ids, self.config.max_position_embeddings)
-        h = self.embed_norm(inputs_embeds + self.embed_positions(position_ids))  # (B, T, D)
+        positions = self.embed_positions(position_ids)  # (B, T, D)
+        # Where several processes share the layers, the later ones' embeddings return their input.
+        h = inputs_embeds + positions if positions.is_floating_point() else inputs_embeds
+        h = self.embed_norm(h)  # (B, T, D)
         for layer in self.layers:
             h = layer(h, attention_mask=mask, past_key_values=past_key_values, **kwargs)
         return BaseModelOutputWithPast(
@@ -230,6 +233,15 @@ class GPT2MLForCausalLM(GPT2MLPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        """Check the length here too: a compiled step has no check of positions."""
+        limit = self.config.max_position_embeddings
+        if input_ids.shape[1] > limit:
+            mask = kwargs.get("attention_mask")
+            padded = mask is not None and mask.ndim == 2
+            _check_length(int(mask.sum(-1).max()) if padded else input_ids.shape[1], limit)
+        return dict(super().prepare_inputs_for_generation(input_ids, **kwargs))
 
     @can_return_tuple
     def forward(
@@ -301,12 +313,15 @@ def _check_positions(position_ids: Tensor, limit: int) -> None:
         return
     if position_ids.is_cuda and torch.cuda.is_current_stream_capturing():
         return  # a graph under capture can't be asked for a value
-    last = int(position_ids.max())
-    if last >= limit:
+    _check_length(int(position_ids.max()) + 1, limit)
+
+
+def _check_length(length: int, limit: int) -> None:
+    if length > limit:
         raise ValueError(
-            f"position {last} was asked for; the model has positions 0 to {limit - 1}: shorten the "
-            "prompt or max_new_tokens, or write long texts with gpt2ml_torch's Generator, whose "
-            "window slides"
+            f"position {length - 1} was asked for; the model has positions 0 to {limit - 1}: "
+            "shorten the prompt or max_new_tokens, or write long texts with gpt2ml_torch's "
+            "Generator, whose window slides"
         )
 
 

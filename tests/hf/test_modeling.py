@@ -139,6 +139,16 @@ def test_positions_past_the_last_are_an_error_that_names_the_cure(model: Any) ->
         model.generate(_ids(1, 1020), max_new_tokens=10, min_new_tokens=10)
 
 
+def test_generation_with_a_compiled_step_raises_the_same_error(model: Any) -> None:
+    del model.model.layers[1:]
+    model.config.num_hidden_layers = 1
+    model.forward = torch.compile(model.forward, backend="eager", dynamic=True)
+    with pytest.raises(ValueError, match=r"position 1024 .* 0 to 1023: .*Generator"):
+        model.generate(_ids(1, 1022), max_new_tokens=5, min_new_tokens=5)
+    padded = (torch.arange(1030) >= 10).long()[None]
+    model.prepare_inputs_for_generation(_ids(1, 1030), attention_mask=padded)  # 1,020 tokens
+
+
 @torch.inference_mode()
 def test_graphs_are_traced_without_the_check_of_positions(model: Any) -> None:
     del model.model.layers[2:]
@@ -146,6 +156,22 @@ def test_graphs_are_traced_without_the_check_of_positions(model: Any) -> None:
     expected = model(ids, use_cache=False).logits
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(ids, use_cache=False).logits, expected)
+
+
+@torch.inference_mode()
+def test_the_layers_can_be_shared_out_to_several_processes(model: Any) -> None:
+    """As vLLM does it by the class's plan: what a process lacks returns its first argument."""
+    ids = _ids(2, 12)
+    expected = model(ids, use_cache=False).logits
+    plan = model.config.base_model_pp_plan
+    first, second = copy.deepcopy(model.model), copy.deepcopy(model)
+    assert list(plan) == [name for name, _ in first.named_children()]
+    for name in [name for name in plan if name != "layers"]:
+        setattr(second.model, name, torch.nn.Identity())
+    del first.layers[2:], second.model.layers[:2]
+    h = first(ids, use_cache=False).last_hidden_state
+    found = second(inputs_embeds=h, use_cache=False).logits
+    torch.testing.assert_close(found, expected)
 
 
 def test_fresh_weights_are_drawn_as_the_original_draws_them(exported: Path) -> None:

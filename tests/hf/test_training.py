@@ -62,8 +62,7 @@ def test_trl_trains_a_folder_without_further_options(
     peft = pytest.importorskip("peft", reason="peft (extra [hf]) is missing")
     datasets = pytest.importorskip("datasets", reason="datasets (extra [hf-programs]) is missing")
     arguments = trl.SFTConfig(
-        **_options(tmp_path, packing=kind == "packing", max_length=64),
-        model_init_kwargs={"trust_remote_code": True},
+        **_options(tmp_path, packing=kind == "packing", max_length=64), trust_remote_code=True
     )
     trainer = trl.SFTTrainer(
         model=str(exported),
