@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +49,27 @@ def export_adapter(
     settings = json.loads((Path(adapter) / "adapter_config.json").read_bytes())
     targets = [name for name in places if places[name].adaptable and found.config.targets(name)]
     settings.update(_targets(found.config, targets))
-    try:
-        Path(folder).mkdir()
-    except FileExistsError:
-        raise FileExistsError(errno.EEXIST, f"{folder} exists already; give another name") from None
     path = Path(folder)
-    save_file(_split(found.tensors), path / "adapter_model.safetensors", {"format": "pt"})
-    text = json.dumps(settings, ensure_ascii=False, indent=2) + "\n"
-    (path / "adapter_config.json").write_text(text, encoding="utf-8")
+    if os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, f"{folder} exists already; give another name")
+    if not path.absolute().parent.is_dir():
+        raise OSError(
+            errno.ENOENT, f"can't write {folder}: {path.parent} is no folder; create it first"
+        )
+    _write(path, settings, _split(found.tensors))
+
+
+def _write(folder: Path, settings: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Write under another name, which is changed when all is there."""
+    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    partial.mkdir()
+    try:
+        save_file(tensors, partial / "adapter_model.safetensors", {"format": "pt"})
+        text = json.dumps(settings, ensure_ascii=False, indent=2) + "\n"
+        (partial / "adapter_config.json").write_text(text, encoding="utf-8")
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _targets(config: Any, targets: list[str]) -> dict[str, Any]:

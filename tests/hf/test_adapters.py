@@ -109,8 +109,30 @@ def test_an_adapter_trained_here_loads_in_peft(
     adapted.save_pretrained(tmp_path / "adapter")
     command = ["export", str(shipped_model), str(tmp_path / "for-peft")]
     assert main([*command, "--adapter", str(tmp_path / "adapter")]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "for-peft"]
     theirs = peft.PeftModel.from_pretrained(model, tmp_path / "for-peft")
     with torch.inference_mode():
         expected = adapted.merge_and_unload()(IDS)
         torch.testing.assert_close(theirs(IDS).logits, expected, rtol=1e-4, atol=1e-4)
         assert (expected - ours(IDS)).abs().max() > 0.1
+
+
+def test_an_adapter_is_exported_as_it_is_or_not_at_all(
+    shipped_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapted = peft.get_peft_model(
+        GPT2ML.from_pretrained(shipped_model), peft.LoraConfig(target_modules=["qkv"])
+    )
+    adapted.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "there").mkdir()
+    for target, options, message in (
+        ("new", ["--dtype", "bfloat16"], "--dtype has no meaning with --adapter; leave it out"),
+        ("there", [], "exists already; give another name"),
+        ("no/such", [], "is no folder; create it first"),
+    ):
+        command = ["export", str(shipped_model), str(tmp_path / target), *options]
+        assert main([*command, "--adapter", str(tmp_path / "adapter")]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "there"]
