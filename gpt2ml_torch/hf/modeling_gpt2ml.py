@@ -203,10 +203,11 @@ class GPT2MLModel(GPT2MLPreTrainedModel):
         if position_ids is None:
             position_ids = _positions(inputs_embeds, attention_mask, past_key_values)
         _check_positions(position_ids, self.config.max_position_embeddings)
-        positions = self.embed_positions(position_ids)  # (B, T, D)
-        # Where several processes share the layers, the later ones' embeddings return their input.
-        h = inputs_embeds + positions if positions.is_floating_point() else inputs_embeds
-        h = self.embed_norm(h)  # (B, T, D)
+        h = inputs_embeds  # (B, T, D)
+        # A process that has the later layers only (vLLM puts identities for the others, and keeps
+        # the embeddings for the tied output) is given the layer before's output.
+        if not isinstance(next(iter(self.layers), None), nn.Identity):
+            h = self.embed_norm(h + self.embed_positions(position_ids))
         for layer in self.layers:
             h = layer(h, attention_mask=mask, past_key_values=past_key_values, **kwargs)
         return BaseModelOutputWithPast(

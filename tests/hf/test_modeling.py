@@ -158,17 +158,26 @@ def test_graphs_are_traced_without_the_check_of_positions(model: Any) -> None:
     torch.testing.assert_close(compiled(ids, use_cache=False).logits, expected)
 
 
+class _Missing(torch.nn.Identity):
+    """What vLLM puts in the place of what another process has."""
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+        return x
+
+
+@pytest.mark.parametrize("kept", [(), ("embed_tokens", "embed_positions", "embed_norm")])
 @torch.inference_mode()
-def test_the_layers_can_be_shared_out_to_several_processes(model: Any) -> None:
-    """As vLLM does it by the class's plan: what a process lacks returns its first argument."""
+def test_the_layers_can_be_shared_out_to_two_processes(model: Any, kept: tuple[str, ...]) -> None:
+    """By the class's plan; the second keeps what stands before the layers if it is tied."""
     ids = _ids(2, 12)
     expected = model(ids, use_cache=False).logits
     plan = model.config.base_model_pp_plan
     first, second = copy.deepcopy(model.model), copy.deepcopy(model)
     assert list(plan) == [name for name, _ in first.named_children()]
-    for name in [name for name in plan if name != "layers"]:
-        setattr(second.model, name, torch.nn.Identity())
-    del first.layers[2:], second.model.layers[:2]
+    for name in set(plan) - {"layers", *kept}:
+        setattr(second.model, name, _Missing())
+    for index in range(len(first.layers)):
+        (first if index >= 2 else second.model).layers[index] = _Missing()
     h = first(ids, use_cache=False).last_hidden_state
     found = second(inputs_embeds=h, use_cache=False).logits
     torch.testing.assert_close(found, expected)
