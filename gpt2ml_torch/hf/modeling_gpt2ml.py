@@ -14,6 +14,7 @@ Shapes:
     V  vocabulary
 """
 
+import functools
 import sys
 from typing import Any
 
@@ -235,14 +236,17 @@ class GPT2MLForCausalLM(GPT2MLPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # for its parameters' names
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self, input_ids: Tensor, *args: Any, attention_mask: Any = None, **kwargs: Any
+    ) -> Any:
         """Check the length here too: a compiled step has no check of positions."""
-        limit = self.config.max_position_embeddings
-        if input_ids.shape[1] > limit:
-            mask = kwargs.get("attention_mask")
-            padded = mask is not None and mask.ndim == 2
-            _check_length(int(mask.sum(-1).max()) if padded else input_ids.shape[1], limit)
-        return dict(super().prepare_inputs_for_generation(input_ids, **kwargs))
+        length, limit = input_ids.shape[1], self.config.max_position_embeddings
+        if length > limit and attention_mask is not None and attention_mask.ndim == 2:
+            length = int(attention_mask.sum(-1).max())  # without padding
+        _check_length(length, limit)
+        inputs = {"attention_mask": attention_mask, **kwargs}
+        return super().prepare_inputs_for_generation(input_ids, *args, **inputs)  # type: ignore
 
     @can_return_tuple
     def forward(

@@ -97,6 +97,16 @@ def test_streamed_pieces_are_the_text(model: Any, tokenizer: Any, expected: list
     assert len(pieces) > 10
 
 
+def test_embeddings_can_stand_for_the_prompt(
+    model: Any, tokenizer: Any, expected: list[str]
+) -> None:
+    """As the adapters that learn a prompt give it."""
+    batch = tokenizer(PROMPTS[0], return_tensors="pt")
+    embeddings = model.get_input_embeddings()(batch["input_ids"])
+    row = model.generate(inputs_embeds=embeddings, max_new_tokens=TOKENS, do_sample=False)
+    assert PROMPTS[0] + tokenizer.batch_decode(row, skip_special_tokens=True)[0] == expected[0]
+
+
 def test_sampling_is_reproducible_and_bound_to_allowed_ids(model: Any, tokenizer: Any) -> None:
     batch = tokenizer(PROMPTS[:2], return_tensors="pt", padding=True)
     options = {"do_sample": True, "top_k": 5, "max_new_tokens": 12}

@@ -161,8 +161,8 @@ def test_graphs_are_traced_without_the_check_of_positions(model: Any) -> None:
 class _Missing(torch.nn.Identity):
     """What vLLM puts in the place of what another process has."""
 
-    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
-        return x
+    def forward(self, input: Tensor, **kwargs: Any) -> Tensor:
+        return input
 
 
 @pytest.mark.parametrize("kept", [(), ("embed_tokens", "embed_positions", "embed_norm")])
