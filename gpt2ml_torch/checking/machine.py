@@ -9,16 +9,18 @@ rounding of the weights moves the logits.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
 import time
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gpt2ml_torch import kernels
 from gpt2ml_torch.bandwidth import read_bandwidth
@@ -76,14 +78,15 @@ def check_machine(
     The first precision is the closest to the file's, so that its logits in float64 are what the
     others are compared with.
     """
-    bandwidth = read_bandwidth(device)
     results = []
     logits: Tensor | None = None
+    bandwidth = 0.0
     for precision in candidates(file, device):
         if not _fits(file, precision, device):
             line = "not tried: the weights don't fit the free memory"
             yield Finding(f"precision {precision}", "info", line)
             continue
+        bandwidth = bandwidth or read_bandwidth(device)
         result, exact = measure(file, tokenizer, ids, precision, device, expected=logits)
         logits = exact if logits is None else logits
         results.append(result)
@@ -206,12 +209,34 @@ def leave_kernels(model: GPT2ML) -> None:
 
 
 def _compute_in_float64(model: GPT2ML) -> None:
-    """Widen everything except packed weights, which plain PyTorch unpacks for each product."""
+    """Widen a linear layer for the length of its product, so that the memory holds one such layer;
+    packed weights, which plain PyTorch unpacks for each product, stay; all else is widened.
+    """
     for module in model.modules():
+        if isinstance(module, nn.Linear) and not isinstance(module, kernels.PackedLinear):
+            _widen_while_used(module)
+            continue
         for parameter in module.parameters(recurse=False):
             parameter.data = parameter.data.double()
         if isinstance(module, kernels.PackedEmbedding):
             module.dtype = torch.float64
+
+
+def _widen_while_used(layer: nn.Linear) -> None:
+    narrow: list[tuple[nn.Parameter, Tensor]] = []
+
+    def widen(*_: Any) -> None:
+        for parameter in layer.parameters():
+            narrow.append((parameter, parameter.data))
+            parameter.data = parameter.data.double()
+
+    def restore(*_: Any) -> None:
+        while narrow:
+            parameter, data = narrow.pop()
+            parameter.data = data
+
+    layer.register_forward_pre_hook(widen)
+    layer.register_forward_hook(restore)
 
 
 def _tokens_per_second(model: GPT2ML, tokenizer: Tokenizer) -> float:
@@ -283,15 +308,38 @@ def free_bytes(device: torch.device) -> int | None:
     """Memory that can be had without swapping; None where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            return int(file.read().split("MemAvailable:")[1].split()[0]) * 1024
-    except (OSError, IndexError):
-        pass
-    try:
+    known = (_free_in_system(), _free_in_container(), _free_in_process())
+    return min((size for size in known if size is not None), default=None)
+
+
+def _free_in_system() -> int | None:
+    with contextlib.suppress(OSError, IndexError):
+        text = Path("/proc/meminfo").read_text(encoding="ascii")
+        return int(text.split("MemAvailable:")[1].split()[0]) * 1024
+    with contextlib.suppress(AttributeError, OSError, ValueError):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):
-        return None
+    return None
+
+
+def _free_in_container(folder: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Below the limit of a control group (version 2); pages of files make room."""
+    with contextlib.suppress(OSError, ValueError, IndexError):  # no limit is "max"
+        limit, used = (int((folder / f"memory.{name}").read_text()) for name in ("max", "current"))
+        files = (folder / "memory.stat").read_text().split("inactive_file ")[1].split()[0]
+        return max(limit - used + int(files), 0)
+    return None
+
+
+def _free_in_process() -> int | None:
+    """Below the limit of `ulimit -v`."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource  # not on Windows
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if limit != resource.RLIM_INFINITY:
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            return max(limit - pages * resource.getpagesize(), 0)
+    return None
 
 
 def _size(values: Tensor) -> float:

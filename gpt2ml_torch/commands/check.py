@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import importlib
 import io
+import os
 import platform
 import tempfile
 from collections.abc import Iterator
@@ -107,10 +108,13 @@ def _findings(file: ModelFile, options: CheckOptions) -> Iterator[Finding]:
 
 
 def compare_with_source(file: ModelFile, source: Path) -> Finding:
-    """Convert the checkpoint again into a temporary file, and compare the tensors bit for bit."""
+    """Convert the checkpoint again into a temporary file, beside the model if that folder can be
+    written, and compare the tensors bit for bit.
+    """
     # The converter is built on this package, so it is looked up when it is needed.
     convert = importlib.import_module("convert.__main__").main
-    with tempfile.TemporaryDirectory(prefix="gpt2ml-check-", dir=file.path.parent) as folder:
+    beside = file.path.parent if os.access(file.path.parent, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="gpt2ml-check-", dir=beside) as folder:
         again = Path(folder) / "again.safetensors"
         words = [str(source), str(again), "--dtype", str(file.precision), "--no-vocab"]
         words += ["--keep-optimizer"] if file.optimizer_state() else []

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -259,6 +262,48 @@ def test_a_packed_file_is_checked_too(
     path = tmp_path / "packed.safetensors"
     assert main(["quantize", str(shipped_model), "--to", precision, "--out", str(path)]) == 0
     assert failed(path) == []
+
+
+def test_a_container_and_ulimit_bound_the_free_memory(tmp_path: Path) -> None:
+    from gpt2ml_torch.checking import machine
+
+    for name, text in (
+        ("max", "3000\n"),
+        ("current", "2500\n"),
+        ("stat", "anon 2000\ninactive_file 400\nactive_file 1\n"),
+    ):
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert machine._free_in_container(tmp_path) == 900
+    (tmp_path / "memory.max").write_text("max\n")
+    assert machine._free_in_container(tmp_path) is None
+    assert machine._free_in_container(tmp_path / "absent") is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ulimit -v is read from /proc")
+def test_precisions_that_do_not_fit_the_memory_are_not_tried(shipped_model: Path) -> None:
+    code = (
+        "import resource, sys, torch; from gpt2ml_torch.__main__ import main; "
+        "torch.ones(3) + 1; size = int(open('/proc/self/statm').read().split()[0]) * 4096; "
+        "resource.setrlimit(resource.RLIMIT_AS, (size + 400 * 2**20,) * 2); "
+        "sys.exit(main(['check', sys.argv[1]]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(shipped_model)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "precision float32: not tried: the weights don't fit the free memory" in done.stdout
+
+
+def test_float64_widens_one_layer_at_a_time(right: tuple[GPT2ML, Tokenizer]) -> None:
+    from gpt2ml_torch.checking import machine
+
+    model = copy.deepcopy(right[0])
+    ids = torch.arange(5)[None]
+    with torch.inference_mode():
+        expected = copy.deepcopy(model).double()(ids)
+        machine._compute_in_float64(model)
+        assert torch.equal(model(ids), expected)
+    assert model.get_parameter("blocks.0.mlp.up.weight").dtype == torch.float32
 
 
 def test_wrong_kernels_fail_by_precision(shipped_model: Path) -> None:
