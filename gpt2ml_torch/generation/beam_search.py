@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -194,3 +194,14 @@ class BeamSearch:
             rows.append(self._engine.read_into(cache, row, text.ids[text.start :]))
         self._cache = cache
         return torch.cat(rows)
+
+
+def search_all(engine: Engine, texts: Sequence[Text]) -> Iterator[tuple[Text, str]]:
+    """Beam search for each prompt; its best texts take the places of the prompt's copies."""
+    while texts:
+        count = texts[0].config.num_return_sequences
+        found = BeamSearch(engine, texts[0].copy()).search()
+        for text, result in zip(texts[:count], found, strict=False):
+            text.become(result)
+            yield text, text.written
+        texts = texts[count:]

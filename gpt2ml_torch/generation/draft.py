@@ -14,6 +14,7 @@ from torch import Tensor
 from gpt2ml_torch.generation.engine import Engine
 from gpt2ml_torch.generation.sampler import Sampler
 from gpt2ml_torch.generation.transfers import to_device
+from gpt2ml_torch.model import GPT2ML
 
 LONGEST_MATCH = 4
 
@@ -128,3 +129,18 @@ def look_up(ids: Sequence[int], size: int) -> list[int]:
             if list(ids[start : start + length]) == ending:
                 return list(ids[start + length : start + length + size])
     return []
+
+
+def check_assistant(assistant: GPT2ML, model: GPT2ML) -> None:
+    """Raise `ValueError` for an assistant of other sizes, or on another device, than the model."""
+    for what in ("vocab_size", "max_position_embeddings"):
+        found, expected = getattr(assistant.config, what), getattr(model.config, what)
+        if found != expected:
+            raise ValueError(
+                f"the assistant's {what} is {found}, the model's {expected}; take a model of the "
+                "same vocabulary and length"
+            )
+    if assistant.device != model.device:
+        raise ValueError(
+            f"the assistant is on {assistant.device}, the model on {model.device}; move one"
+        )

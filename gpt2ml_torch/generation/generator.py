@@ -12,10 +12,10 @@ import torch
 
 from gpt2ml_torch import kernels
 from gpt2ml_torch.generation.batch import Batch
-from gpt2ml_torch.generation.beam_search import BeamSearch
+from gpt2ml_torch.generation.beam_search import search_all
 from gpt2ml_torch.generation.config import GenerationConfig
 from gpt2ml_torch.generation.constraints import Constraints
-from gpt2ml_torch.generation.draft import Draft, DraftModel, PromptLookup
+from gpt2ml_torch.generation.draft import Draft, DraftModel, PromptLookup, check_assistant
 from gpt2ml_torch.generation.engine import Engine
 from gpt2ml_torch.generation.scoring import Score, token_logprobs
 from gpt2ml_torch.generation.speculative import SpeculativeBatch
@@ -29,7 +29,6 @@ from gpt2ml_torch.precision import Precision
 from gpt2ml_torch.tokenizer import Tokenizer
 
 _logger = logging.getLogger(__name__)
-
 
 Configs = GenerationConfig | Sequence[GenerationConfig] | None
 
@@ -84,7 +83,7 @@ class Generator:
         self.engine = Engine(model, compile=compile)
         self.assistant: Engine | None = None
         if assistant is not None:
-            _check_assistant(assistant, model)
+            check_assistant(assistant, model)
             self.assistant = Engine(assistant.eval(), compile=compile)
         self.batch_size = batch_size or (32 if self.engine.on_cuda else 8)
 
@@ -372,7 +371,7 @@ class Generator:
         searched = [text for text in texts if text.config.num_beams > 1]
         if searched and logprobs:
             raise ValueError("log-probabilities of beams are not kept; see Completion.score")
-        yield from self._search_all(searched)
+        yield from search_all(self.engine, searched)
         others = [text for text in texts if text.config.num_beams == 1]
         looking_up = [text for text in others if text.config.prompt_lookup_num_tokens]
         for text in looking_up:
@@ -383,13 +382,9 @@ class Generator:
             yield from self._batch(batch, logprobs, stats).write()
 
     def _looking_up(self, text: Text, logprobs: bool, stats: Stats) -> Batch:
+        draft, size = PromptLookup(), text.config.prompt_lookup_num_tokens
         return SpeculativeBatch(
-            self.engine,
-            text,
-            draft=PromptLookup(),
-            size=text.config.prompt_lookup_num_tokens,
-            logprobs=logprobs,
-            stats=stats,
+            self.engine, text, draft=draft, size=size, logprobs=logprobs, stats=stats
         )
 
     def _batch(self, texts: list[Text], logprobs: bool, stats: Stats) -> Batch:
@@ -401,28 +396,4 @@ class Generator:
         draft: Draft = DraftModel(self.assistant, min(length, self.engine.limit))
         return SpeculativeBatch(
             self.engine, texts[0], draft=draft, size=size, logprobs=logprobs, stats=stats
-        )
-
-    def _search_all(self, texts: list[Text]) -> Iterator[tuple[Text, str]]:
-        """Beam search for each prompt; its best texts take the places of the prompt's copies."""
-        while texts:
-            count = texts[0].config.num_return_sequences
-            found = BeamSearch(self.engine, texts[0].copy()).search()
-            for text, result in zip(texts[:count], found, strict=False):
-                text.become(result)
-                yield text, text.written
-            texts = texts[count:]
-
-
-def _check_assistant(assistant: GPT2ML, model: GPT2ML) -> None:
-    for what in ("vocab_size", "max_position_embeddings"):
-        found, expected = getattr(assistant.config, what), getattr(model.config, what)
-        if found != expected:
-            raise ValueError(
-                f"the assistant's {what} is {found}, the model's {expected}; take a model of the "
-                "same vocabulary and length"
-            )
-    if assistant.device != model.device:
-        raise ValueError(
-            f"the assistant is on {assistant.device}, the model on {model.device}; move one"
         )
