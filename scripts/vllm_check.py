@@ -26,8 +26,8 @@ from typing import Any
 from convert.__main__ import main as convert
 from gpt2ml_torch import Generator, Tokenizer
 from gpt2ml_torch.export.folder import ExportOptions, export_folder
+from scripts.benchmarks import servers
 from scripts.benchmarks.machine import describe
-from scripts.benchmarks.serving import our_server
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ("春眠不觉晓，", "千山鸟飞绝，", "今天天气不错", "双十一", "科学空间", "月", "一片孤城")
@@ -80,8 +80,10 @@ def _measure(arguments: argparse.Namespace, folder: Path) -> int:
         found = _rates(arguments, url)
         rows["vLLM, bfloat16"] = found["rates"]
     for precision in ("bfloat16", "int8"):
-        with our_server(Path(arguments.full), max(arguments.batches), precision) as url:
-            rows[f"gpt2ml serve, {precision}"] = _rates(arguments, url)["rates"]
+        log, threads = folder.with_name("ours.log"), os.cpu_count() or 1
+        rows_wanted, model = max(arguments.batches), Path(arguments.full).absolute()
+        with servers.ours(model, rows_wanted, precision, log, threads=threads) as server:
+            rows[f"gpt2ml serve, {precision}"] = _rates(arguments, server.urls[0])["rates"]
     machine = describe()
     print(f"{machine['date']}, {machine['processor']}, {machine['cores']} cores")
     print(f"{found['versions']}; tokens per second, {arguments.tokens} new tokens a text\n")

@@ -1,10 +1,15 @@
 """Throughput and time to first token of completion servers, by number of clients.
 
-scripts/bench serving                                  # ours at the published size, int8
-scripts/bench serving --url http://127.0.0.1:9000/v1   # and a server that runs already, in turns
+scripts/bench serving                                     # ours at the published size, int8
+scripts/bench serving --llama-server llama-server         # and llama.cpp's (needs `gguf`)
+scripts/bench serving --vllm-python vllm-env/bin/python   # and vLLM's, with this package in its
+                                                          # environment
 
-Each client streams one request after the other: a prompt of 32 tokens, 64 new tokens. A peer
-serves a GPT-2 of the same dimensions (llama.cpp's server) or the exported model (vLLM).
+Each client streams one request after the other, a prompt of 32 random tokens and 64 new ones, for a
+fixed time; all clients begin at once. llama.cpp serves a GPT-2 of the same dimensions with random
+weights (the norms stand in other places), vLLM the exported model unquantised. The servers run
+side by side and are measured in turns. Results are written after each measurement, so that an end
+before the last one loses nothing.
 """
 
 from __future__ import annotations
@@ -14,117 +19,174 @@ import asyncio
 import contextlib
 import json
 import os
-import re
-import statistics
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from gpt2ml_torch import Generator
+from scripts.benchmarks import servers
+from scripts.benchmarks.load import NEW_TOKENS, PROMPT_TOKENS, Server, measure
 from scripts.benchmarks.machine import describe
 from scripts.benchmarks.program import ROOT
 from scripts.benchmarks.weights import SIZES, prompt, write_random_model
 
-PROMPT_TOKENS, NEW_TOKENS = 32, 64
+SECONDS = {1: 10.0, 8: 30.0, 32: 75.0}  # of a measurement, by number of clients
+
+Result = dict[str, Any]
 
 
-@contextlib.contextmanager
-def our_server(model: Path, rows: int, precision: str) -> Iterator[str]:
-    """The base URL of a server of ours."""
-    command = [sys.executable, "-m", "gpt2ml_torch", "serve", str(model), "--port", "0"]
-    options = ["--max-rows", str(rows), "--quantize", precision, "--prefix-cache-tokens", "0"]
-    process = subprocess.Popen([*command, *options], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    try:
-        assert process.stderr is not None
-        url = None
-        for line in process.stderr:
-            found = re.search(r"listening on (http://\S+)/", line)
-            if found:
-                url = found[1]
-                break
-        if url is None:
-            raise RuntimeError(f"the server ended with status {process.wait()}")
-        yield f"{url}/v1"
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
-async def measure(url: str, clients: int, requests: int) -> dict[str, float]:
-    """Tokens per second over all clients, and times to the first token."""
-    import openai
-
-    first_tokens: list[float] = []
-    tokens = 0
-    async with openai.AsyncOpenAI(base_url=url, api_key="none", timeout=3600) as client:
-        model = (await client.models.list()).data[0].id
-        numbers = iter(range(clients * requests))
-
-        async def one_client() -> None:
-            nonlocal tokens
-            for number in numbers:
-                began = time.perf_counter()
-                first = None
-                stream = await client.completions.create(
-                    model=model,
-                    prompt=prompt(PROMPT_TOKENS + number)[number:],
-                    max_tokens=NEW_TOKENS,
-                    seed=number,
-                    stream=True,
-                )
-                async for _ in stream:
-                    first = first or time.perf_counter() - began
-                tokens += NEW_TOKENS
-                first_tokens.append(first or 0.0)
-
-        began = time.perf_counter()
-        await asyncio.gather(*(one_client() for _ in range(clients)))
-        seconds = time.perf_counter() - began
-    ordered = sorted(first_tokens)
-    return {
-        "tokens_per_second": tokens / seconds,
-        "first_token_median": statistics.median(ordered),
-        "first_token_p99": ordered[min(int(len(ordered) * 0.99), len(ordered) - 1)],
-    }
-
-
-def batch_rate(model: Path, batch: int, precision: str) -> float:
-    """Tokens per second of `Generator` on as many equal texts, prompts included."""
-    generator = Generator.from_pretrained(model, quantize=precision, batch_size=batch)
+def batch_rate(generator: Generator, batch: int) -> float:
+    """Tokens per second of `Generator` on as many texts at once, prompts included."""
+    generator.batch_size = batch
     texts = [prompt(PROMPT_TOKENS + row)[row:] for row in range(batch)]
-    generator.generate(texts, max_new_tokens=4, seed=0)
     began = time.perf_counter()
-    generator.generate(texts, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, seed=0)
+    generator.generate(
+        texts, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, top_k=40, top_p=1.0, seed=0
+    )
     return batch * NEW_TOKENS / (time.perf_counter() - began)
 
 
-def table(result: dict[str, Any]) -> str:
+def start_servers(
+    arguments: argparse.Namespace, model: Path, folder: Path, stack: contextlib.ExitStack
+) -> tuple[list[Server], dict[str, str]]:
+    """The servers that started, and why others did not."""
+    rows, size = max(arguments.clients), SIZES[arguments.size]()
+    started: list[Server] = []
+    absent: dict[str, str] = {}
+
+    def start(name: str, make: Callable[[], contextlib.AbstractContextManager[Server]]) -> None:
+        print(f"starting {name}", flush=True)
+        try:
+            started.append(stack.enter_context(make()))
+        except (OSError, RuntimeError, ImportError, subprocess.SubprocessError) as error:
+            absent[name] = str(error)
+            print(f"{name}: {error}", flush=True)
+
+    def llama() -> contextlib.AbstractContextManager[Server]:
+        gguf = arguments.gguf or folder / "model.gguf"
+        if not gguf.exists():
+            servers.write_gguf(gguf, size, arguments.precision)
+        program, threads = arguments.llama_server.absolute(), torch.get_num_threads()
+        return servers.llama_cpp(program, gguf, rows, threads, folder / "llama.log")
+
+    def vllm() -> contextlib.AbstractContextManager[Server]:
+        exported = arguments.vllm_folder or folder / "exported"
+        if not exported.exists():
+            servers.export(model, exported)
+        python, dtype = arguments.vllm_python.absolute(), arguments.vllm_dtype
+        return servers.vllm(python, exported.absolute(), rows, dtype, folder / "vllm.log")
+
+    def own() -> contextlib.AbstractContextManager[Server]:
+        return servers.ours(
+            model.absolute(),
+            rows,
+            arguments.precision,
+            folder / "ours.log",
+            processes=arguments.processes,
+            threads=torch.get_num_threads(),
+        )
+
+    start("ours", own)
+    if arguments.llama_server:
+        start("llama.cpp", llama)
+    if arguments.vllm_python:
+        start("vLLM", vllm)
+    return started, absent
+
+
+def run(arguments: argparse.Namespace) -> Result:
+    ends = time.monotonic() + 60 * arguments.minutes
+    result: Result = {
+        "machine": describe(),
+        "size": arguments.size,
+        "precision": arguments.precision,
+        "vllm_dtype": arguments.vllm_dtype,
+        "rows": [],
+        "batches": {},
+        "absent": {},
+    }
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
+        folder = Path(name)
+        model = arguments.model
+        if model is None:
+            model = folder / "model.safetensors"
+            write_random_model(model, SIZES[arguments.size](), torch.bfloat16)
+        measure_batches(arguments, model, result)
+        started, result["absent"] = start_servers(arguments, model, folder, stack)
+        for clients in sorted(arguments.clients, key=lambda clients: clients != 8):
+            for server in started:
+                seconds = SECONDS.get(clients, 30.0) * arguments.scale
+                if time.monotonic() + seconds > ends:
+                    print(f"no time left for {server.name} with {clients} clients", flush=True)
+                    continue
+                try:
+                    found = asyncio.run(measure(server, clients, seconds))
+                except (OSError, RuntimeError, ValueError) as error:
+                    result["absent"][server.name] = str(error)
+                    print(f"{server.name}, {clients} clients: {error}", flush=True)
+                    continue
+                row = {"who": server.name, "clients": clients, "seconds": seconds, **found}
+                result["rows"].append(row)
+                print(row, flush=True)
+                save(result, arguments.out)
+    return result
+
+
+def measure_batches(arguments: argparse.Namespace, model: Path, result: Result) -> None:
+    generator = Generator.from_pretrained(model, quantize=arguments.precision)
+    generator.generate(prompt(PROMPT_TOKENS), max_new_tokens=4, seed=0)
+    for clients in arguments.clients:
+        result["batches"][str(clients)] = batch_rate(generator, clients)
+        print(f"Generator, batch {clients}: {result['batches'][str(clients)]:.1f}", flush=True)
+    save(result, arguments.out)
+
+
+def save(result: Result, out: Path) -> None:
+    """Write the results so far as JSON, as a table and as a plot."""
+    result["rows"].sort(key=lambda row: row["clients"])
+    out.with_suffix(".json").write_text(json.dumps(result, indent=1) + os.linesep)
+    out.with_suffix(".md").write_text(table(result))
+    if result["rows"]:
+        with contextlib.suppress(ImportError):
+            plot(result, out.with_suffix(".png"))
+
+
+def table(result: Result) -> str:
     machine = result["machine"]
     lines = [
         f"{machine['date']}, {machine['processor']}, {machine['cores']} cores; torch "
-        f"{machine['torch']}. Size {result['size']}, {result['precision']}; prompts of "
-        f"{PROMPT_TOKENS} tokens, {NEW_TOKENS} new tokens.",
+        f"{machine['torch']}. Size {result['size']}; ours and llama.cpp in {result['precision']}, "
+        f"vLLM in {result['vllm_dtype']}. Prompts of {PROMPT_TOKENS} tokens, {NEW_TOKENS} new "
+        "tokens, all clients and servers on this machine.",
         "",
-        "| server | clients | tokens/s | of Generator's batch | first token, median s | p99 s |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| clients | server | tokens/s | ours is | first token, median s | p99 s |",
+        "|---:|---|---:|---:|---:|---:|",
     ]
-    for row in result["rows"]:
-        batch = result["batches"].get(str(row["clients"]))
-        share = f"{row['tokens_per_second'] / batch:.2f}" if batch and row["who"] == "ours" else ""
-        lines.append(
-            f"| {row['who']} | {row['clients']} | {row['tokens_per_second']:.1f} | {share} | "
-            f"{row['first_token_median']:.2f} | {row['first_token_p99']:.2f} |"
-        )
+    ours = {row["clients"]: row for row in result["rows"] if row["who"].startswith("ours")}
+    for clients, rate in sorted((int(key), rate) for key, rate in result["batches"].items()):
+        own = ours.get(clients, {}).get("tokens_per_second")
+        share = f"{own / rate:.2f} ×" if own else ""
+        lines.append(f"| {clients} | `Generator`, one batch | {rate:.1f} | {share} | | |")
+        for row in result["rows"]:
+            if row["clients"] != clients:
+                continue
+            rate_here = row["tokens_per_second"]
+            other = own and not row["who"].startswith("ours") and rate_here
+            lines.append(
+                f"| {clients} | {row['who']} | {rate_here:.1f} | "
+                f"{f'{own / rate_here:.1f} ×' if other else ''} | "
+                f"{row['first_token_median']:.2f} | {row['first_token_p99']:.2f} |"
+            )
+    lines += [f"\n{who} was not measured: {why}" for who, why in result["absent"].items()]
     return "\n".join(lines) + "\n"
 
 
-def plot(result: dict[str, Any], path: Path) -> None:
+def plot(result: Result, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -133,15 +195,19 @@ def plot(result: dict[str, Any], path: Path) -> None:
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.5), constrained_layout=True)
     for who in dict.fromkeys(row["who"] for row in result["rows"]):
         rows = [row for row in result["rows"] if row["who"] == who]
-        clients = [row["clients"] for row in rows]
-        axes[0].plot(clients, [row["tokens_per_second"] for row in rows], "o-", label=who)
-        axes[1].plot(clients, [row["first_token_median"] for row in rows], "o-", label=who)
-    for axis, title in zip(
-        axes, ("tokens/s, all clients", "median s to the first token"), strict=True
-    ):
-        axis.set(xlabel="clients", title=title, ylim=(0, None))
-        axis.legend()
+        clients = [str(row["clients"]) for row in rows]
+        (line,) = axes[0].plot(clients, [row["tokens_per_second"] for row in rows], "o-", label=who)
+        color = line.get_color()
+        medians = [row["first_token_median"] for row in rows]
+        axes[1].plot(clients, medians, "o-", color=color, label=f"{who}, median")
+        p99 = [row["first_token_p99"] for row in rows]
+        axes[1].plot(clients, p99, "o:", color=color, label=f"{who}, p99")
+    axes[0].set(xlabel="clients", title="tokens/s, all clients", ylim=(0, None))
+    axes[1].set(xlabel="clients", title="seconds to the first token", yscale="log")
+    for axis in axes:
+        axis.legend(fontsize=8)
     figure.savefig(path, dpi=110)
+    pyplot.close(figure)
 
 
 def main() -> None:
@@ -149,36 +215,19 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--size", choices=SIZES, default="mega")
-    parser.add_argument("--precision", default="int8")
+    parser.add_argument("--model", type=Path, help="a model file of that size; else one is made")
+    parser.add_argument("--precision", default="int8", choices=["int8", "int4"])
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--requests", type=int, default=2, help="of each client")
-    parser.add_argument("--url", action="append", default=[], metavar="NAME=URL", help="a peer")
+    parser.add_argument("--processes", type=int, default=1, help="of our server")
+    parser.add_argument("--llama-server", type=Path, help="llama.cpp's program of this name")
+    parser.add_argument("--gguf", type=Path, help="what it serves; else one is made")
+    parser.add_argument("--vllm-python", type=Path, help="the Python of vLLM's environment")
+    parser.add_argument("--vllm-folder", type=Path, help="the exported model; else one is made")
+    parser.add_argument("--vllm-dtype", default="float32")
+    parser.add_argument("--minutes", type=float, default=9.5, help="begin no measurement after")
+    parser.add_argument("--scale", type=float, default=1.0, help="of each measurement's seconds")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "serving")
-    arguments = parser.parse_args()
-    result: dict[str, Any] = {
-        "machine": describe(),
-        "size": arguments.size,
-        "precision": arguments.precision,
-        "rows": [],
-        "batches": {},
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        model = Path(folder) / "model.safetensors"
-        write_random_model(model, SIZES[arguments.size](), torch.bfloat16)
-        rows = max(arguments.clients)
-        with our_server(model, rows, arguments.precision) as url:
-            peers = {"ours": url} | dict(peer.split("=", 1) for peer in arguments.url)
-            for clients in arguments.clients:
-                for who, where in peers.items():
-                    found = asyncio.run(measure(where, clients, arguments.requests))
-                    result["rows"].append({"who": who, "clients": clients, **found})
-                    print(who, clients, found, flush=True)
-        for clients in arguments.clients:
-            result["batches"][str(clients)] = batch_rate(model, clients, arguments.precision)
-    arguments.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + os.linesep)
-    arguments.out.with_suffix(".md").write_text(table(result))
-    plot(result, arguments.out.with_suffix(".png"))
-    print(table(result))
+    print(table(run(parser.parse_args())))
 
 
 if __name__ == "__main__":
