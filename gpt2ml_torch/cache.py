@@ -1,4 +1,4 @@
-"""Where the project keeps what can be made again: compiled code and tokenised texts."""
+"""The folder for what can be made again: compiled code and tokenised texts."""
 
 from __future__ import annotations
 

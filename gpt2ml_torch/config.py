@@ -1,4 +1,4 @@
-"""The sizes of a GPT2_ML, validated once, so that no other module has to.
+"""The sizes of a GPT2_ML, validated once for all other modules.
 
 Field names are Hugging Face's, because that is what users know; the two JSON dialects that
 circulate with the original checkpoints are the converter's business.

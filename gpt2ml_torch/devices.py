@@ -1,4 +1,4 @@
-"""The device that a name means, tried out before anything is loaded."""
+"""Choose a device by name, and try it before anything is loaded."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def choose_device(name: str | torch.device, *, present: bool = True) -> torch.de
 
 
 def _try_out(device: torch.device) -> None:
-    """Put a number there and get it back."""
+    """Compute 1 + 1 on the device."""
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         template = "{device} is {!r}; PyTorch sees {} GPUs here, use cpu or another number"
         raise OptionError(template, str(device), torch.cuda.device_count())

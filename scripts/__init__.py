@@ -1,1 +1,1 @@
-"""The repository's own chores: set-up, demo, tests, lint, benchmarks, training the demo."""
+"""Tools of the repository: set-up, demo, tests, lint, benchmarks, and training the demo."""

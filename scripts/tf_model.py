@@ -1,8 +1,7 @@
-"""GPT2_ML in plain TensorFlow ops: the model that tests hold everything else against, and that the
-benchmarks time.
+"""GPT2_ML in plain TensorFlow ops: the reference of the tests, and a contestant of the benchmarks.
 
-Written apart from gpt2ml_torch, op by op after the original (imcaspar/gpt2-ml, train/modeling.py
-and train/utils.py), so that a misunderstanding would have to be made twice to go unseen.
+It is written independently of gpt2ml_torch, op by op after the original (imcaspar/gpt2-ml,
+train/modeling.py and train/utils.py), so a misunderstanding shows unless it was made twice.
 
 Shapes: B batch, T new tokens, P tokens in the cache, D width, H heads, K head size, V vocabulary.
 """

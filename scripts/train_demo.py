@@ -215,7 +215,7 @@ def make_trainer(recipe: Recipe, data: Data, folder: Path) -> Trainer:
 
 
 def log_event(event: Event) -> None:
-    """A line now and then."""
+    """Log a line now and then."""
     if isinstance(event, StepTaken) and event.step % 50 == 0:
         rate = event.tokens_per_second
         logger.info("step %d loss %.4f %.0f tokens/s", event.step, event.loss, rate)
@@ -282,7 +282,7 @@ def measure(model: GPT2ML, data: Data, step: int) -> demo_card.Figures:
 
 
 def ngram_loss(train: Articles, held_out: Articles, *, order: int) -> float:
-    """What `mean_loss` is, of an n-gram model of the training text."""
+    """The same mean loss for an n-gram model of the training text."""
     sequences = [article.numpy() for ids in train.values() for article in ids]
     ngrams = KneserNey(sequences, order=order, vocabulary_size=DEMO.model.vocab_size)
     scored = [

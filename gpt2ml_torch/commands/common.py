@@ -1,4 +1,4 @@
-"""What several commands share: finding and loading a model, reading texts, log lines on stderr."""
+"""Shared by several commands: find and load a model, read texts, log to standard error."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadOptions:
-    """Which model to load, and how. Raises `ValueError` for values that make no sense."""
+    """The model to load, and how. Raises `ValueError` for values out of range."""
 
     model: str = option(positional=True, path=True, help="a model file, or a folder with one")
     vocab: str | None = option(

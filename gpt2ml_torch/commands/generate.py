@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _warn_of_unknown(generator: Generator, prompts: list[str]) -> None:
-    """Say which prompts the vocabulary has nothing of: the text can't go on from them."""
+    """Warn of prompts that are all [UNK], from which no text can continue."""
     for prompt in prompts:
         ids = generator.tokenizer.encode(prompt)
         if ids and generator.tokenizer.unknown_share(ids) == 1:

@@ -1,4 +1,4 @@
-"""How a program of this project ends: errors as one line, and the exit statuses of Unix."""
+"""How programs of this project end: errors in one line, and the exit statuses of Unix."""
 
 from __future__ import annotations
 

@@ -55,12 +55,12 @@ class TrainingBar:
         self._bar.update(done - self._bar.n)
 
     def data(self, summary: object) -> None:
-        """Say what the data are, below the bars that came before."""
+        """Print the summary of the data below earlier bars."""
         self.close()
         print(printable(str(summary)), file=sys.stderr)
 
     def close(self) -> None:
-        """Leave the bar as it stands."""
+        """Close the bar, leaving its last state visible."""
         if self._bar is not None:
             self._bar.close()
             self._bar, self._what = None, ""

@@ -1,4 +1,4 @@
-"""Constraints: what a text may hold and where it ends, apart from how its tokens are drawn.
+"""Constraints on a text: allowed tokens and where it ends. The sampler draws the tokens.
 
 Shapes:
     V  vocabulary

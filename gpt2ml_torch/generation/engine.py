@@ -1,4 +1,4 @@
-"""Engine: the two steps that decoding is made of, as plain functions, compiled if wanted.
+"""Engine: the two steps of decoding as plain functions, compiled if wanted.
 
 A step is one graph, whose blocks, where all are equal, are calls of one nested region that is
 compiled once (see `regions.py`). Sizes are padded up to a few, each with a graph of its own: CUDA
@@ -106,7 +106,7 @@ def decode_and_choose(
 
 
 class Engine:
-    """A model's two steps, eager or compiled, and caches of the sizes that they like.
+    """A model's two steps, eager or compiled, and caches of suitable sizes.
 
     Compiling happens at the first call of a size, except for a model that runs on the kernels,
     which has nothing to compile; where it can't, steps run eagerly, and the log says why, once.

@@ -1,4 +1,4 @@
-"""Notice logits that are not finite, and say why."""
+"""Detect logits that are not finite, and report why."""
 
 from __future__ import annotations
 

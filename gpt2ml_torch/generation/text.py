@@ -1,4 +1,4 @@
-"""One text being written: its ids, its characters as they become certain, and where it ends."""
+"""The state of one text in generation: its ids, the characters that are certain, and its end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The operators of the namespace `gpt2ml`: schemas, shapes, and what runs where there is no kernel.
+"""The operators of the namespace `gpt2ml`: schemas, shapes, and fallbacks without kernels.
 
 The C++ kernels register themselves for the CPU when `load_kernels` finds or builds them. Elsewhere
 PyTorch's own operators do the same, without rounding a packed layer's inputs.

@@ -1,4 +1,4 @@
-"""The header of a safetensors file: parsed from a stranger's file, or built for our own.
+"""The header of a safetensors file: parse and check one, or build one.
 
 Every size is checked against the file's real length before anything is allocated, and the tensors
 must fill the file without gap or overlap.

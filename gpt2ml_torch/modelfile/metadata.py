@@ -1,4 +1,4 @@
-"""The metadata of a stranger's model file, checked before they are believed."""
+"""Parse and check the metadata of a model file, which may come from a stranger."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gpt2ml_torch.precision import FLOATING, INTEGER, Precision
 
 
 def check_custom(custom: Any, entries: Mapping[str, Any]) -> dict[str, str]:
-    """The metadata's strings, once known to be ours and of a version that this code reads."""
+    """The metadata as strings, checked to be a model file of a version that this code reads."""
     if custom is None:
         custom = {}
     if not isinstance(custom, dict) or not all(isinstance(value, str) for value in custom.values()):

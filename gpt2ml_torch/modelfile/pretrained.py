@@ -1,4 +1,4 @@
-"""From a model file to a model, and back: the only loader.
+"""Load a model from a model file and save it: the only loader.
 
 `GPT2ML` inherits `from_file`, `from_pretrained` and `save_pretrained` from here, so that model.py
 holds nothing but the model.

@@ -1,4 +1,4 @@
-"""Writing a model file tensor by tensor, each with its checksum; renamed when it is complete.
+"""Write a model file tensor by tensor, each with its checksum; rename it when complete.
 
 The safetensors library serialises a whole state dict at once, which for a model that just fits in
 memory is one copy too many. Here the header comes first, each tensor goes to its place as it is
@@ -61,8 +61,8 @@ class SafetensorsWriter:
 
     A context manager. The file is built as `NAME.partial` beside its place. Leaving the `with`
     block normally checks that every tensor was written and renames it; leaving it by an exception
-    removes it. What a killed process left is written over by the next one; two live processes
-    writing the same file is an error. `checksums` holds each written tensor's CRC-32C.
+    removes it. The next writer overwrites what a killed process left; two processes writing the
+    same file at once is an error. `checksums` holds each written tensor's CRC-32C.
 
     Raises `OSError` where the file can't be written (`FileExistsError` if it exists and `overwrite`
     is false), and `ValueError` for a tensor that was not declared so, and for NaN and infinity

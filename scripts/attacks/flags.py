@@ -1,4 +1,4 @@
-"""Any flags with any values: a result, or one line and status 2."""
+"""Arbitrary flags with arbitrary values: a result, or one line of error and status 2."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SIGKILL at random moments: what stood under the name is whole, old or new."""
+"""SIGKILL at random moments: the file under the name is complete, old or new."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Metadata with any JSON in any place: refused in a line, or a model that works."""
+"""Metadata with arbitrary JSON in any place: one line of error, or a working model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Damaged .bin files: nothing in them is executed, and a zip's checksums let no wrong weight by."""
+"""Damaged .bin files: nothing in them is executed, and checksums catch every wrong weight."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A server under hostile requests: errors of the promised shape, and the others unharmed."""
+"""Hostile requests to a server: errors have the promised shape, and other clients are unharmed."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""How much sooner a text comes with a cheaper model's guesses (speculative decoding).
+"""Speed-up of speculative decoding with a cheaper draft model.
 
     scripts/bench assistant                         # about ten minutes on two cores
 
-Tokens a step depend on how well the assistant guesses, which only a trained model shows: the
-shipped one, on held-out poems. Seconds a step depend on the size: the published one, with random
-weights. Their quotient is what a trained model of that size should reach. Writes RESULT.json and
-RESULT.md.
+Tokens a step depend on the quality of the drafts, so they are measured with a trained model: the
+shipped one, on held-out poems. Seconds a step depend on the size, so they are measured at the
+published size with random weights. Their quotient is the speed to expect of a trained model. Writes
+RESULT.json and RESULT.md.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def measure(
     precision: str,
     options: argparse.Namespace,
 ) -> list[dict[str, Any]]:
-    """One precision with each number of guesses; 0 is plain decoding."""
+    """Measure one precision with each number of drafted tokens; 0 is plain decoding."""
     small, large = (
         Generator.from_pretrained(path, quantize=precision, assistant=ASSISTANT)
         for path in (shipped, random)

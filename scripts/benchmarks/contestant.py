@@ -43,7 +43,7 @@ CONTESTANTS: dict[str, Maker] = {
 def main() -> None:
     name, precision, size, device, folder = sys.argv[1:]
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints is no answer
+    os.dup2(2, 1)  # keep what libraries print out of the answers
 
     def answer(**values: Any) -> None:
         print(json.dumps(values), file=answers, flush=True)

@@ -61,7 +61,7 @@ GROUPS: dict[str, list[tuple[str, str]]] = {
 PREFILL = (128, 512, 1000)
 BATCHES = (1, 8, 32)
 PATIENCE = 45  # seconds; a request that takes longer in the first turn is not repeated
-# Who would take many minutes and tell nothing more: a few tokens at batch 1, or smaller batches.
+# Slow contestants get a few tokens at batch 1, or smaller batches: more would add nothing.
 SLOW = ("no cache, as bert4keras", "TensorFlow, with cache")
 LARGEST = {
     "ours, no kernels": 8,
@@ -240,7 +240,7 @@ def _kept(
 
 
 def merged(rows: list[dict[str, Any]], measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What was measured, in place of the same of before; in the order of `GROUPS`."""
+    """The earlier rows, replaced by those measured again; in the order of `GROUPS`."""
     order = [(group, *contestant) for group in GROUPS for contestant in GROUPS[group]]
 
     def contestant(row: dict[str, Any]) -> tuple[str, str, str]:
@@ -265,7 +265,7 @@ def write(
     rows: list[dict[str, Any]],
     bandwidths: list[float],
 ) -> str:
-    """Write the files of all that was measured so far; returns the table."""
+    """Write the results so far; returns the table."""
     result = {
         "machine": hardware,
         "size": options.size,

@@ -1,4 +1,4 @@
-"""What tuning on another genre gives and takes: the shipped Tang model on Yuan drama.
+"""Gains and losses of tuning on another genre: the shipped Tang model on Yuan drama.
 
     scripts/bench genres                            # about half an hour on two cores
 
@@ -25,8 +25,8 @@ from scripts.benchmarks.shipped import (
     unknown_share,
 )
 
-# Rates: the library's gentle default, made for a model of a thousand times the size, and rates that
-# teach one of two million parameters something. They were not searched for.
+# Learning rates: the library's default, meant for a model a thousand times larger, and rates at
+# which two million parameters learn. They were not tuned.
 METHODS: dict[str, dict[str, Any]] = {
     "full, default rate 1e-5": {},
     "full, rate 3e-4": {"learning_rate": 3e-4},

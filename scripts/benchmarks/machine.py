@@ -1,4 +1,4 @@
-"""What the machine is: the head of every table."""
+"""A description of the machine, for the head of every table."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _processor() -> str:
 
 
 def seconds_of(work: Callable[[], object]) -> float:
-    """How long it takes, once."""
+    """Seconds that one call takes."""
     started = time.perf_counter()
     work()
     return time.perf_counter() - started

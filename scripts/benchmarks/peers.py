@@ -1,4 +1,4 @@
-"""The other ways to decode a model of these dimensions, each measured through its own fast path.
+"""Other programs that decode a model of these dimensions, each through its own fast path.
 
 No other library runs GPT2_ML's block, so the peers run GPT-2 with the same layers, widths and
 vocabulary: the same matrices and the same cache, with the norms in other places. Every class

@@ -1,9 +1,9 @@
-"""What a precision costs in quality.
+"""Loss of quality by precision.
 
     scripts/bench quality                           # about five minutes on two cores
 
-Perplexity is the shipped model's on the held-out poems, computed as a text is continued: over
-a cache, with the kernels where weights are packed. At the published size, with random weights, it
+Perplexity is measured with the shipped model on held-out poems, in the way texts are generated:
+over a cache, with the kernels if weights are packed. At the published size, with random weights, it
 is the error of the logits. Writes RESULT.json and RESULT.md.
 """
 

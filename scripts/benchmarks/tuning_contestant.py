@@ -1,7 +1,7 @@
 """One setting of fine-tuning in a process of its own: a step for each line on stdin, JSON answers.
 
 `python -m scripts.benchmarks.tuning_contestant SETTING MODEL LAYERS TOKENS`; without arguments it
-only imports torch and says what memory that takes.
+only imports torch and reports the memory that this takes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def settings_of(setting: str, *, model: str = "", length: int = 1024) -> Any:
 
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints is no answer
+    os.dup2(2, 1)  # keep what libraries print out of the answers
 
     def answer(**values: Any) -> None:
         print(json.dumps(values), file=answers, flush=True)

@@ -1,4 +1,4 @@
-"""Models of the published sizes with random weights, made on the fly for whoever is measured."""
+"""Models of the published sizes with random weights, made when a contestant needs them."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What `scripts/train_demo.py` trains on, writes and says: corpus, checkpoint, card, n-grams."""
+"""Parts of `scripts/train_demo.py`: the corpus, the checkpoint, the model card, the n-grams."""

@@ -1,4 +1,4 @@
-"""What becomes of a training run: a checkpoint as the original code leaves it, and its model card.
+"""Export a training run: a checkpoint in the original's form, and its model card.
 
 The files are written by TensorFlow, under the published names, with the optimizer's slots.
 """
