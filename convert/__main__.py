@@ -17,7 +17,7 @@ from convert import to_safetensors
 from convert.inputs import expanded, locate
 from convert.plan import Options
 from convert.to_safetensors import Progress
-from gpt2ml_torch.commands.output import printable
+from gpt2ml_torch.commands.output import escaped
 from gpt2ml_torch.commands.parsing import Parser, add_options, given, run_command
 from gpt2ml_torch.commands.paths import find_model
 from gpt2ml_torch.commands.program import run_program
@@ -95,7 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
                 text = f"while converting {options.source}: {error.strerror}"
                 raise OSError(error.errno, text) from error
             raise
-    print(printable(summary))
+    print(summary)
     return 0
 
 
@@ -153,7 +153,7 @@ def _summary(report: to_safetensors.Report, out: Path, dtype: str) -> str:
         "next:",
         f"  python -m gpt2ml_torch generate {shlex.quote(str(out))} {_EXAMPLE_PROMPT}",
     ]
-    return "\n".join(lines)
+    return "\n".join(map(escaped, lines))  # names of files and sources are anyone's
 
 
 def _summary_of_tf(report: to_tf.Report) -> str:
@@ -165,7 +165,7 @@ def _summary_of_tf(report: to_tf.Report) -> str:
         f"  written     {report.size:,} bytes in {report.seconds:.1f} s, each tensor checksummed",
         "next: give this folder to the original code, or to python -m convert",
     ]
-    return "\n".join(lines)
+    return "\n".join(map(escaped, lines))  # names of files and sources are anyone's
 
 
 @contextlib.contextmanager

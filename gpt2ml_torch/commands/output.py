@@ -17,7 +17,12 @@ def one_line(text: str) -> str:
 
     For errors and names, which may come from files of strangers.
     """
-    return "".join(map(_escaped, " ".join(text.split())))
+    return escaped(" ".join(text.split()))
+
+
+def escaped(text: str) -> str:
+    """`text` with its spaces, and an escape for each character that could steer a terminal."""
+    return "".join(map(_escaped, text))
 
 
 def printable(text: str) -> str:

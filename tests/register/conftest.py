@@ -10,6 +10,7 @@ import pytest
 from convert.__main__ import main as convert
 from gpt2ml_torch.__main__ import main
 from tests.helpers.tiny import tiny_model, tiny_tokenizer
+from tests.kernels.test_build import compiler as compiler
 
 
 class Ran(NamedTuple):
