@@ -27,7 +27,6 @@ from gpt2ml_torch.serving.scheduler import Handle, QueueFull, Scheduler
 _logger = logging.getLogger(__name__)
 
 PAGE = Path(__file__).parent / "page"
-MAX_CONNECTIONS = 1024  # more get 503
 _PAGE_HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -62,6 +61,7 @@ class Server:
         api_keys: tuple[str, ...] = (),
         hosts: tuple[str, ...] = (),
         log_prompts: bool = False,
+        max_connections: int = 1024,
     ) -> None:
         self.scheduler = scheduler
         self.name = name
@@ -72,6 +72,7 @@ class Server:
         self.count_connections: Callable[[], int] = lambda: self.active
         self._created = int(time.time())
         self._log_prompts = log_prompts
+        self._max_connections = max_connections
         self._generator = scheduler.generator
         self.application = self._counted(
             Starlette(
@@ -99,9 +100,9 @@ class Server:
                 await send(message)
 
             self.active += 1
-            busy = self.count_connections() > MAX_CONNECTIONS
+            busy = self.count_connections() > self._max_connections
             try:
-                await (_too_many if busy else application)(scope, receive, note)
+                await (self._too_many if busy else application)(scope, receive, note)
             finally:
                 self.active -= 1
                 path = scope.get("path", "")
@@ -109,6 +110,15 @@ class Server:
                 self.metrics.requests.labels(known, str(status)).inc()
 
         return count
+
+    async def _too_many(self, scope: Any, receive: Any, send: Any) -> None:
+        error = APIError(
+            503,
+            f"more than {self._max_connections} connections are open",
+            code="too_many_connections",
+            headers={"Retry-After": "5", "Connection": "close"},
+        )
+        await error_response(error)(scope, receive, send)
 
     def _routes(self) -> list[Route]:
         return [
@@ -269,13 +279,3 @@ async def _http_error(_: Request, error: Exception) -> Response:
 async def _internal_error(_: Request, error: Exception) -> Response:
     _logger.error("a request failed", exc_info=error)
     return error_response(APIError(500, "the server failed; its log says why"))
-
-
-async def _too_many(scope: Any, receive: Any, send: Any) -> None:
-    error = APIError(
-        503,
-        f"more than {MAX_CONNECTIONS} connections are open",
-        code="too_many_connections",
-        headers={"Retry-After": "5", "Connection": "close"},
-    )
-    await error_response(error)(scope, receive, send)

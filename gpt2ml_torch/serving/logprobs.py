@@ -23,7 +23,7 @@ def token_infos(logits: Tensor, ids: Sequence[int], top: int) -> list[TokenInfo]
     chosen = logprobs.gather(-1, torch.tensor(ids, device=logits.device)[:, None])[:, 0].tolist()
     best: list[tuple[tuple[int, float], ...]] = [()] * len(ids)
     if top:
-        values, places = logprobs.topk(top)
+        values, places = logprobs.topk(min(top, logprobs.shape[-1]))
         best = [
             tuple(zip(row_ids, row_values, strict=True))
             for row_ids, row_values in zip(places.tolist(), values.tolist(), strict=True)

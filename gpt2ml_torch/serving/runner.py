@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import logging
 import socket
@@ -27,19 +28,27 @@ _logger = logging.getLogger(__name__)
 HEADER_SECONDS = 10.0  # from a connection, or its next request's first byte, to the end of headers
 SEND_SECONDS = 60.0  # a client that takes nothing of what was sent for so long is gone
 END_SECONDS = 2.0  # for the last words to clients whose texts were cut short
+MAX_CONNECTIONS = 1024  # more get 503, and many more are closed unheard
+BACKLOG = 128  # connections accepted in one go, before any of them is counted
+SPARE_FILES = 2 * BACKLOG + 64
 IDLE_SECONDS = 30  # that a connection may wait for its next request
 
 
 class TimedProtocol(H11Protocol):
-    """Closes connections that do not send their headers, or do not read, in time."""
+    """Closes connections that do not send their headers, or do not read, in time, and those beyond
+    `max_connections` and as many as come in one go.
+    """
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
+    def __init__(self, *arguments: Any, max_connections: int, **options: Any) -> None:
         super().__init__(*arguments, **options)
+        self._max_connections = max_connections
         self._header_timer: asyncio.TimerHandle | None = None
         self._send_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        if len(self.connections) > self._max_connections + BACKLOG:
+            transport.abort()
         self._start_timer()
 
     def data_received(self, data: bytes) -> None:
@@ -145,6 +154,25 @@ class DrainingServer(uvicorn.Server):
         self.should_exit = True
 
 
+def allow_connections() -> int:
+    """How many connections the process may hold, after asking for enough open files.
+
+    A process that is out of files can't even refuse a connection: asyncio would fill the log.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows
+        return MAX_CONNECTIONS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_CONNECTIONS + SPARE_FILES
+    if 0 <= soft < wanted:
+        raised = wanted if hard < 0 else min(wanted, hard)
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
+            soft = raised
+    return MAX_CONNECTIONS if soft < 0 else min(MAX_CONNECTIONS, max(soft - SPARE_FILES, soft // 4))
+
+
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket; raises `OSError` in words where the address can't be had."""
     try:
@@ -154,7 +182,7 @@ def listen(host: str, port: int) -> socket.socket:
         made.bind((host, port))
     except OSError as error:
         raise OSError(error.errno, f"can't listen on {host}:{port}: {error.strerror}") from None
-    made.listen(128)
+    made.listen(BACKLOG)
     return made
 
 
@@ -175,6 +203,7 @@ def serve(
         max_queue=config.max_queue,
         prefix_tokens=config.prefix_cache_tokens,
     )
+    max_connections = allow_connections()
     limits = Limits(
         max_tokens=config.max_tokens,
         max_samples=config.max_samples,
@@ -187,11 +216,13 @@ def serve(
         api_keys=api_keys,
         hosts=(config.host, *config.allowed_host),
         log_prompts=config.log_prompts,
+        max_connections=max_connections,
     )
     with scheduler, contextlib.suppress(KeyboardInterrupt):
         uvicorn_config = uvicorn.Config(
             server.application,
-            http=TimedProtocol,
+            http=functools.partial(TimedProtocol, max_connections=max_connections),  # type: ignore[arg-type]
+            backlog=BACKLOG,
             ws="none",
             lifespan="off",
             log_level=log_level,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import threading
 import time
 from pathlib import Path
+from urllib.error import URLError
 from urllib.parse import urlsplit
 
 import pytest
@@ -78,9 +80,28 @@ def test_a_client_that_stops_reading_holds_neither_rows_nor_memory_nor_others(
         assert not any("Traceback" in line for line in server.log)
 
 
-def test_connections_without_a_request_are_closed(shipped_model: Path) -> None:
-    constants = {"runner.HEADER_SECONDS": 0.5, "runner.IDLE_SECONDS": 1, "guard.BODY_SECONDS": 0.5}
-    with serving(shipped_model, constants=constants) as server:
+def test_connections_without_a_request_are_closed_and_too_many_refused(
+    shipped_model: Path,
+) -> None:
+    constants = {
+        "runner.HEADER_SECONDS": 3,
+        "runner.IDLE_SECONDS": 1,
+        "guard.BODY_SECONDS": 0.5,
+        "runner.MAX_CONNECTIONS": 20,
+    }
+    with serving(shipped_model, constants=constants) as server, contextlib.ExitStack() as idle:
+        assert complete(server, max_tokens=1)
+        for _ in range(24):
+            idle.enter_context(connect(server))
+        status, answer, headers = ask(server, "/health")
+        assert (status, answer["error"]["code"]) == (503, "too_many_connections")
+        assert int(headers["retry-after"]) >= 1
+        for _ in range(160):  # one burst more than get an answer
+            idle.enter_context(connect(server))
+        with pytest.raises((ConnectionError, URLError)):
+            ask(server, "/health")
+        idle.close()
+        time.sleep(0.2)
         get = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
         for sent, answered in (
             (b"", b""),
