@@ -44,6 +44,7 @@ def main() -> int:
     )
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
     parser.add_argument("--pipeline-parallel-size", type=int, default=1)
+    parser.add_argument("--eager", action="store_true", help="don't let vLLM compile the model")
     parser.add_argument("--full", metavar="MODEL", help="measure this model instead of checking")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32], help="with --full")
     parser.add_argument("--tokens", type=int, default=64, help="with --full")
@@ -127,6 +128,7 @@ def _server(arguments: argparse.Namespace, folder: Path, dtype: str) -> Iterator
         *("--tensor-parallel-size", str(arguments.tensor_parallel_size)),
         *("--pipeline-parallel-size", str(arguments.pipeline_parallel_size)),
         *(["--trust-remote-code"] if arguments.code else []),
+        *(["--enforce-eager"] if arguments.eager else []),
     ]
     # Elsewhere, so that Python finds the installed package and not this folder.
     log = folder.with_name("server.log")
