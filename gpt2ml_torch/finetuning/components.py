@@ -24,6 +24,7 @@ from gpt2ml_torch.finetuning.train_config import TrainConfig
 from gpt2ml_torch.finetuning.upcasting import cpu_lacks_bfloat16, upcast_products
 from gpt2ml_torch.model import GPT2ML
 from gpt2ml_torch.modelfile import ModelFile
+from gpt2ml_torch.modelfile.pretrained import pack_from
 from gpt2ml_torch.tokenizer import Tokenizer
 
 
@@ -100,8 +101,7 @@ def _load_packed(config: FinetuneConfig, file: ModelFile, dtype: torch.dtype) ->
     with torch.device("meta"):
         model = GPT2ML(file.config).to(dtype)
     pack_blocks(model, config.lora_base)
-    for name, first, rows in file.rows():
-        kernels.fill_rows(model, name, rows, first, dtype)
+    pack_from(file, model, dtype)
     return model.to(config.device)
 
 

@@ -103,8 +103,7 @@ class Pretrained(nn.Module):
                 file.packed is None and dtype in (None, file.dtype.dtype)
             )
         else:
-            for name, first, rows in file.rows():
-                kernels.fill_rows(model, name, rows, first, dtype or file.dtype.dtype)
+            pack_from(file, model, dtype or file.dtype.dtype)
             model.to(device)
         file.check_unchanged()
         return model.eval()
@@ -139,6 +138,17 @@ class Pretrained(nn.Module):
             overwrite=overwrite,
             allow_non_finite=allow_non_finite,
         )
+
+
+def pack_from(file: ModelFile, model: nn.Module, dtype: torch.dtype) -> None:
+    """Fill a model whose layers were packed on `meta`, piece by piece, never all of it unpacked.
+
+    `dtype` is for the tensors that stay plain. Raises `ValueError` for a file that is damaged or
+    changes meanwhile.
+    """
+    for name, first, rows in file.rows():
+        kernels.fill_rows(model, name, rows, first, dtype)
+    file.check_unchanged()
 
 
 def fastest(
