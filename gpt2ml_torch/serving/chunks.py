@@ -8,6 +8,7 @@ ALONE = 256  # tokens read at once while nothing else runs, so that a cancellati
 SMALLEST = 4
 SHARE = 1.2  # of a step's time that may pass before it: a text's next token takes 2.2 usual steps
 _NEW = 0.3  # weight of the newest measurement
+_RISE = 1.25  # times its usual time that a step counts as at most
 
 
 class CostCurve:
@@ -73,7 +74,9 @@ class Pace:
         self._reads.note(tokens, seconds)
 
     def note_step(self, running: int, seconds: float) -> None:
-        self._steps.note(running, seconds)
+        # One step that something else on the machine held up must not make the next pause long.
+        usual = self._steps.seconds(running)
+        self._steps.note(running, seconds if usual is None else min(seconds, _RISE * usual))
 
 
 def _follow(old: float, new: float) -> float:

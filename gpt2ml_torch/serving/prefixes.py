@@ -25,6 +25,9 @@ def common_length(first: Sequence[int], second: Sequence[int]) -> int:
     return next(place for place in range(longest) if first[place] != second[place])
 
 
+COPIED_AT_ONCE = 128  # tokens
+
+
 class Prefix(NamedTuple):
     """A window that was read: copies of its keys and values, (layers, T, H, K), and the logits
     after it, (1, V).
@@ -33,6 +36,30 @@ class Prefix(NamedTuple):
     keys: Tensor
     values: Tensor
     logits: Tensor
+
+
+class PrefixCopy:
+    """A window on its way into the cache. It is copied as it is read, part by part, so that texts
+    beside never wait for the whole of it.
+    """
+
+    def __init__(self, ids: tuple[int, ...]) -> None:
+        self.ids = ids
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+        self._copied = 0
+
+    @torch.inference_mode()
+    def follow(self, cache: KVCache, row: int, read: int) -> None:
+        """Copy what a row holds of the window by now, `read` tokens."""
+        if self.keys is None or self.values is None:
+            layers, _, _, heads, size = cache.keys.shape
+            self.keys = cache.keys.new_empty(layers, len(self.ids), heads, size)
+            self.values = torch.empty_like(self.keys)
+        part = slice(self._copied, read)
+        self.keys[:, part] = cache.keys[:, row, part]
+        self.values[:, part] = cache.values[:, row, part]
+        self._copied = read
 
 
 class PrefixCache:
@@ -64,23 +91,30 @@ class PrefixCache:
         cache.keys[:, row, :length] = entry.keys[:, :length]
         cache.values[:, row, :length] = entry.values[:, :length]
 
-    @torch.inference_mode()
-    def add(self, ids: Sequence[int], cache: KVCache, row: int, logits: Tensor) -> None:
-        """Keep the keys and values of a window that was read into a row, and the logits after it.
-
-        A window that is the beginning of one that is held is not kept.
+    def begin(self, ids: Sequence[int], known: int) -> PrefixCopy | None:
+        """Room for the keys and values of a window, the first `known` tokens of which are in a row
+        already, or None where it is not kept: because it doesn't fit, is the beginning of one that
+        is held, or is known for the most part, which would have to be copied at once.
         """
-        key = tuple(ids)
-        length, held = self.match(key)
-        if not 0 < len(key) <= self.max_tokens or length == len(key):
-            return
+        length, _ = self.match(ids)
+        if not 0 < len(ids) <= self.max_tokens or length == len(ids):
+            return None
+        if known > COPIED_AT_ONCE and 2 * known > len(ids):
+            return None
+        while self.tokens + len(ids) > self.max_tokens:
+            self._forget(next(iter(self._entries)))
+        return PrefixCopy(tuple(ids))
+
+    @torch.inference_mode()
+    def add(self, copy: PrefixCopy, logits: Tensor) -> None:
+        """Keep a window that was read to its end, and the logits after it, (1, V)."""
+        length, held = self.match(copy.ids)
         if held is not None and length == len(held):  # a beginning of this one
             self._forget(held)
-        while self.tokens + len(key) > self.max_tokens:
-            self._forget(next(iter(self._entries)))
-        keys, values = cache.keys[:, row, : len(key)], cache.values[:, row, : len(key)]
-        self._entries[key] = Prefix(keys.clone(), values.clone(), logits.clone())
-        self.tokens += len(key)
+        assert copy.keys is not None
+        assert copy.values is not None
+        self._entries[copy.ids] = Prefix(copy.keys, copy.values, logits.clone())
+        self.tokens += len(copy.ids)
 
     def clear(self) -> None:
         self._entries.clear()

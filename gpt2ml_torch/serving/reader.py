@@ -37,9 +37,11 @@ class PromptReader:
         """
         window = request.window
         logits: Tensor | None = None
-        if not request.read and not request.prompt_logprobs:
-            logits = self._share(request, window, beside)
-            request.handle.cached_tokens = max(request.handle.cached_tokens, request.read)
+        if not request.read:
+            if not request.prompt_logprobs:
+                logits = self._share(request, window, beside)
+                request.handle.cached_tokens = max(request.handle.cached_tokens, request.read)
+            request.copy = self._prefixes.begin(window, request.read)
         if request.read < len(window):
             end = request.read + (size if self._rows.chunked else len(window))
             part = window[request.read : end]
@@ -47,10 +49,14 @@ class PromptReader:
             logits = self._read_part(request, part)
             self._pace.note_read(len(part), time.perf_counter() - began)
             request.read += len(part)
+        if request.copy is not None:
+            request.copy.follow(self._rows.cache, request.row, request.read)
         if request.read < len(window):
             return None
         assert logits is not None
-        self._prefixes.add(window, self._rows.cache, request.row, logits)
+        if request.copy is not None:
+            self._prefixes.add(request.copy, logits)
+            request.copy = None
         request.after = len(window), logits
         return logits
 

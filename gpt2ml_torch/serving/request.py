@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gpt2ml_torch.generation.text import Text
 from gpt2ml_torch.serving.handle import Handle
+from gpt2ml_torch.serving.prefixes import PrefixCopy
 
 
 @dataclasses.dataclass(eq=False)
@@ -21,6 +22,7 @@ class Request:
     only_read: bool
     row: int = 0  # of the cache, while its window is being read
     read: int = 0  # tokens of its window that the row holds by then
+    copy: PrefixCopy | None = None  # of its window, for the prefix cache
     after: tuple[int, Tensor] | None = None  # how long the window was, and the logits after it
     cancelled: bool = False
 

@@ -46,3 +46,14 @@ def test_a_chunk_and_what_was_read_before_it_take_no_more_than_their_share(
 def test_alone_a_prompt_is_read_in_large_parts() -> None:
     assert Pace(1024).tokens(running=0, spent=0.0) == ALONE
     assert Pace(64).tokens(running=0, spent=0.0) == 64
+
+
+def test_a_step_that_was_held_up_makes_the_next_pause_hardly_longer() -> None:
+    pace = Pace(1024)
+    for size in (8, 16, 32, 64):
+        pace.note_read(size, 1.0 * size)
+    for _ in range(10):
+        pace.note_step(7, 30.0)
+    before = pace.tokens(running=7, spent=0.0)
+    pace.note_step(7, 300.0)
+    assert pace.tokens(running=7, spent=0.0) <= before + SMALLEST

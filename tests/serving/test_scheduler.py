@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import threading
 import time
@@ -15,7 +16,10 @@ import torch
 from torch import Tensor
 
 from gpt2ml_torch import Generator
+from gpt2ml_torch.kv_cache import KVCache
 from gpt2ml_torch.serving import QueueFull, Scheduler
+from gpt2ml_torch.serving.chunks import ALONE
+from gpt2ml_torch.serving.prefixes import PrefixCopy
 
 PROMPTS = (
     "春眠不觉晓",
@@ -169,6 +173,32 @@ def test_a_prompt_that_is_known_to_its_end_is_not_read_at_all(
         handles = [scheduler.submit(PROMPTS[1], sample=row, **options) for row in (1, 2, 3)]
         assert [handle.result(60) for handle in handles] == texts[1:]
         assert {handle.cached_tokens for handle in handles} == {len(handles[0].prompt_ids)}
+
+
+def test_a_prompt_is_copied_for_later_part_by_part(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied: list[int] = []
+    follow = PrefixCopy.follow
+
+    def noted(copy: PrefixCopy, cache: KVCache, row: int, read: int) -> None:
+        copied.append(read)
+        follow(copy, cache, row, read)
+
+    monkeypatch.setattr(PrefixCopy, "follow", noted)
+    long = "春江潮水连海平，海上明月共潮生。" * 40
+    with Scheduler(generator, max_rows=2) as scheduler:
+        beside = scheduler.submit(PROMPTS[0], max_new_tokens=1000)
+        next(iter(beside))
+        first = scheduler.submit(long, seed=1, max_new_tokens=4)
+        text = first.result(60)
+        again = scheduler.submit(long, seed=1, max_new_tokens=4)
+        assert again.result(60) == text
+        assert again.cached_tokens == len(again.prompt_ids)
+        beside.cancel()
+    steps = [later - before for before, later in itertools.pairwise([0, *copied[1:]])]
+    assert sum(steps) == len(first.prompt_ids)
+    assert max(steps) <= ALONE
 
 
 def test_the_prefix_cache_is_bounded(generator: Generator) -> None:
