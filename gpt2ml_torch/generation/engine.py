@@ -215,7 +215,8 @@ class Engine:
 
     def warm_up(self, *, rows: int = 1, tokens: int | None = None) -> None:
         """Compile all sizes for texts of up to so many tokens (all that the model sees, if None)
-        in batches of so many rows, so that nothing is compiled while text is written.
+        in batches of so many rows, so that nothing is compiled while text is written. On CUDA the
+        steps that choose tokens are left out, since they differ by the rules of sampling.
         """
         if not self.compiled:
             return
