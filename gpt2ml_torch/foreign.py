@@ -21,6 +21,7 @@ _PARTIAL = (
 _SPLIT = re.compile(r"\.(?:7z|zip|rar|tar|gz|tgz|bz2|xz)\.\d{2,4}|\.part\d+\.rar|\.[zr]\d\d", re.I)
 _SHARD = re.compile(r"\.data-\d+-of-\d+$")
 
+_CHECKPOINTS = (".index", ".bin", ".pt", ".pth", ".ckpt")
 _MOST = 200  # files of a folder that are looked at
 _FETCH = "fetch it again"
 _CONVERT = "`gpt2ml convert` makes a model file of it"
@@ -112,9 +113,12 @@ def fault_of(path: Path, *, wanted: str = "checkpoint", text: bool = False) -> s
 
 def failed_download(path: Path, *, wanted: str) -> str | None:
     """What a file of any text is in place of the one wanted, where its download failed."""
-    if fault := _unfinished_fault(path):
+    if path.suffix.lower() != ".tmp" and (fault := _unfinished_fault(path)):
         return fault
-    found = _failed_download(path, _head(path))
+    head = _head(path)
+    if head.lstrip().startswith((b"<!--", b"<?")):  # as a text may begin
+        return None
+    found = _failed_download(path, head)
     return f"{path} is {found.what}, not a {wanted}: {found.cure}" if found else None
 
 
@@ -145,7 +149,8 @@ def absence_of(path: Path) -> str | None:
 
 def unfinished(path: Path) -> Path | None:
     """A file beside `path`, whether that is there or not, that says that its download goes on."""
-    names = (path.with_name(path.name + suffix) for suffix in _PARTIAL if suffix != ".partial")
+    suffixes = (suffix for suffix in _PARTIAL if suffix not in (".partial", ".tmp"))
+    names = (path.with_name(path.name + suffix) for suffix in suffixes)
     return next((name for name in names if name.is_file()), None)
 
 
@@ -165,10 +170,11 @@ def in_place_of_model(path: Path) -> str | None:
 
 
 def in_place_of_models(folder: Path) -> str | None:
-    """The same of a folder without a model file."""
+    """The same of a folder without a model file; None too where a checkpoint may be in it."""
     try:
-        paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-        faults = (fault_of(path, wanted="model file", text=True) for path in paths[:_MOST])
+        paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))[:_MOST]
+        weights = [path for path in paths if path.suffix in _CHECKPOINTS]
+        faults = (fault_of(path, wanted="model file", text=True) for path in weights or paths)
         return next((fault for fault in faults if fault), None)
     except (OSError, ValueError):
         return None

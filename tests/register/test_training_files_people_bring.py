@@ -180,6 +180,17 @@ def test_what_is_no_training_file_is_called_what_it_is(
         read(tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.md", "<!-- 春 -->"), ("a.txt", "<?php 春"), ("a.tmp", "MZ世代，BZh")]
+)
+def test_text_that_begins_like_something_else_is_text(
+    name: str, content: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    (tmp_path / f"{name}.tmp").write_text("of an editor")
+    assert read(tmp_path / name) == f"{content}/"
+
+
 def test_one_empty_text_among_thousands_is_counted(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(lines(*[{"text": "春眠"}] * 3000, {"text": ""}))
     corpus = tokenize_files(tmp_path / "a.jsonl", tiny_tokenizer(), cache_dir=tmp_path / "c")

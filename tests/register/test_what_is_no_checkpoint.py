@@ -109,6 +109,15 @@ def test_a_checkpoint_given_to_another_command_is_sent_to_convert(
         assert_converts(given, capfd)
 
 
+def test_what_lies_beside_a_checkpoint_does_not_hide_it(tmp_path: Path, capfd: Capture) -> None:
+    write_tensorflow(tmp_path, WEIGHTS)
+    (tmp_path / "graph.pbtxt").write_text('node { op: "Const" }')
+    (tmp_path / "a-paper.pdf").write_bytes(b"%PDF-1.5")
+    assert main(["info", str(tmp_path)]) == 2
+    assert f"gpt2ml convert {tmp_path} out.safetensors" in capfd.readouterr().err
+    assert_converts(tmp_path, capfd)
+
+
 def test_the_cure_for_an_archive_works(tmp_path: Path, capfd: Capture) -> None:
     (tmp_path / "a").mkdir()
     write_tensorflow(tmp_path / "a", WEIGHTS)
