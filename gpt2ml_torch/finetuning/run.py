@@ -124,6 +124,8 @@ def _finetune(
     check_memory(config, sizes, length=min(summary.row_length, max(1, summary.longest - 1)))
     if on_data is not None:
         on_data(summary)
+    for name in job.file.tensors:  # the result of damaged weights would have sound checksums
+        job.file.verify_tensor(name)
     model, adapted = load_model(config, job.file)
     board = TensorBoard(config.run_folder / "tensorboard") if config.tensorboard else None
     trainer = _trainer(job, model, data, board)

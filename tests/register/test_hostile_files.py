@@ -120,3 +120,29 @@ def test_a_model_file_that_changes_while_it_is_read_is_one_line_or_the_old_one(
         else:
             with pytest.raises(ValueError, match=r"became shorter|was changed"):
                 GPT2ML.from_file(file)
+
+
+@pytest.mark.parametrize("tensor", ["token_embedding.weight", "blocks.1.attention.qkv.bias"])
+def test_no_command_writes_weights_on_from_a_file_with_a_flipped_bit(
+    tensor: str, tuning_files: Path, tmp_path: Path, run: Run
+) -> None:
+    path, out = tmp_path / "m.safetensors", tmp_path / "out.safetensors"
+    data = bytearray((tuning_files / "model.safetensors").read_bytes())
+    with ModelFile.open(tuning_files / "model.safetensors") as file:
+        data[(file.tensors[tensor].start + file.tensors[tensor].end) // 2] ^= 0x10
+    path.write_bytes(data)
+    text, cache = tuning_files / "text.txt", tuning_files / "cache"
+    for words in (
+        ("info", path, "--verify"),
+        ("quantize", path, "--out", out),
+        ("export", path, out),
+        ("convert", "--to-tf", path, out),
+        ("finetune", path, text, "--out", out, "--cache", cache, "--quiet", "--steps", "1"),
+    ):
+        ran = run(*words)
+        assert ran.status == 2
+        assert f"tensor '{tensor}' is damaged" in ran.err
+        assert not out.exists()
+    checked = run("check", path, "--no-precisions")
+    assert checked.status == 1
+    assert tensor in checked.out
