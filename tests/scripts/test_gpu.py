@@ -10,10 +10,11 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
-from scripts.benchmarks import gpu
+from scripts.benchmarks import gpu, gpu_report
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -99,6 +100,28 @@ def test_what_fails_is_a_row_and_the_others_are_measured(
     (failed,) = (row for row in rows if row["what"] != "measured")
     assert failed["precision"] == "transformers, eager"
     assert "transformers" in failed["error"]
+
+
+@pytest.mark.parametrize("with_matplotlib", [True, False])
+def test_the_plot_needs_no_matplotlib(
+    with_matplotlib: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if with_matplotlib:
+        pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    else:
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    report = gpu_report.Report(tmp_path / "gpu", "cpu", "tiny")
+    report.write()
+    report.add({"precision": "int8 <", "what": "decode at batch 1, tokens/s", "value": 12.5})
+    report.write()
+    if with_matplotlib:
+        assert (tmp_path / "gpu.png").read_bytes().startswith(b"\x89PNG")
+    else:
+        root = ElementTree.parse(tmp_path / "gpu.svg").getroot()
+        assert [text.text for text in root if text.tag.endswith("text")] == [
+            "int8 <, decode at batch 1",
+            "12.5 tokens/s",
+        ]
 
 
 @pytest.mark.parametrize("name", ["meta", "nonsense", "cuda:99"])
