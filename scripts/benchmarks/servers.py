@@ -49,7 +49,7 @@ def llama_cpp(program: Path, gguf: Path, rows: int, threads: int, log: Path) -> 
     """llama.cpp's own server with a slot for each client."""
     port = _free_port()
     command = [str(program), "-m", str(gguf), "--port", str(port), "-t", str(threads)]
-    options = ["-np", str(rows), "-c", str(rows * SLOT_TOKENS), "--no-mmap", "--no-warmup"]
+    options = ["-np", str(rows), "-c", str(rows * SLOT_TOKENS)]
     with _running([*command, *options], port, log):
         yield Server("llama.cpp", (f"http://127.0.0.1:{port}/v1",), {"ignore_eos": True})
 
