@@ -1,6 +1,6 @@
 """Many clients for minutes, some of which go away: every text right, and nothing that grows.
 
-    python -m scripts.attacks.soak --clients 64 --seconds 300 [--model out.safetensors]
+    python -m scripts.soak --clients 64 --seconds 300 [--model out.safetensors]
 
 The server runs in a process of its own. Each request is written alone first; then the clients ask
 for them at random, as streams and whole, and leave about a third of them in the middle. Every text
