@@ -124,13 +124,15 @@ class Engine:
 
     def refresh(self) -> None:
         """Look at the model's layers again: if they have changed, compiled steps are dropped."""
-        found = outline(self.model)
+        on_kernels = self.model.runs_on_kernels
+        wanted = self._compile_wanted and not on_kernels
+        # Where nothing is compiled, the rest of what may have changed needs no look at each call.
+        found = outline(self.model) if wanted else on_kernels
         if found == self._outline:
             return
         self._outline = found
         self._steps: dict[tuple[object, ...], Callable[..., Any]] = {}
-        self.on_kernels = self.model.runs_on_kernels
-        wanted = self._compile_wanted and not self.on_kernels
+        self.on_kernels = on_kernels
         self.compiled = wanted and self._can_compile()
         share_code = self.compiled and are_equal(self.model.blocks)
         self._plan = Plan(self.on_kernels, share_code)

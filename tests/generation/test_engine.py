@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from gpt2ml_torch import GPT2ML, kernels
+from gpt2ml_torch.generation import engine
 from gpt2ml_torch.generation.engine import Engine, decode
 from tests.helpers.tiny import tiny_model, tiny_tokenizer
 
@@ -50,13 +51,25 @@ def test_a_text_read_in_chunks_has_the_logits_of_one_read(kind: str, sizes: list
 
 
 def test_refresh_drops_compiled_steps_when_a_constant_has_changed() -> None:
-    engine = new_engine("eager")
+    engine = Engine(tiny_model(tiny_tokenizer()))
     engine._steps["a step"] = mock.sentinel.step  # type: ignore[index]
     engine.refresh()
     assert engine._steps
     engine.model.blocks[1].mlp_norm.eps *= 2
     engine.refresh()
     assert not engine._steps
+
+
+def test_refresh_does_not_look_through_a_model_that_runs_on_the_kernels() -> None:
+    """It is asked at every call, and 48 layers take 4 ms to look through."""
+    used = new_engine("kernels")
+    with mock.patch.object(engine, "outline") as looks:
+        used.refresh()
+        assert used.on_kernels
+        looks.assert_not_called()
+        used.model.blocks[1].mlp_norm.eps *= 2  # which the kernels have as a constant
+        used.refresh()
+    assert not used.on_kernels
 
 
 @pytest.mark.parametrize("replay", [True, False], ids=["decode", "prefill"])
