@@ -25,6 +25,7 @@ from gpt2ml_torch.finetuning.data import encoding as encoding_module
 from gpt2ml_torch.finetuning.data.cache import default_cache_dir, tokenize_files
 from gpt2ml_torch.finetuning.data.corpus import Corpus
 from gpt2ml_torch.finetuning.data.documents import Piece
+from gpt2ml_torch.finetuning.data.records import Fields
 from gpt2ml_torch.tokenizer import Tokenizer
 from tests.helpers.finetuning_data import (
     NumberTokenizer,
@@ -110,6 +111,18 @@ def test_another_content_tokenizer_or_option_makes_another_cache(
     keys.append(key())
     assert len(set(keys)) == len(keys)
     assert key([file, file]) == keys[-1]  # a file named twice is read once
+
+
+def test_other_fields_of_the_same_file_make_another_cache(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", [{"a": "春眠", "b": "不觉", "c": "花"}])
+    chosen = [Fields(text="a"), Fields(text="b"), Fields(prompt="a", completion="b")]
+    chosen += [Fields(prompt="c", completion="b"), Fields(prompt="a", completion="c")]
+    found = [
+        tokenize_files(file, small_tokenizer(), fields=fields, cache_dir=tmp_path / "cache")
+        for fields in chosen
+    ]
+    texts = [small_tokenizer().decode(corpus[0].tolist()) for corpus in found]
+    assert texts == ["春眠", "不觉", "春眠不觉", "花不觉", "春眠花"]
 
 
 def test_the_end_token_closes_each_document_once(tmp_path: Path) -> None:

@@ -52,6 +52,26 @@ def test_text_is_divided_at_blank_lines_at_each_line_or_not_at_all(tmp_path: Pat
     assert split["file"] == ["春眠不觉晓\n处处闻啼鸟\n夜来风雨声\n花落知多少"]
 
 
+def test_a_document_comes_in_pieces_before_all_of_it_was_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents_module, "PIECE_CHARACTERS", 8)
+    monkeypatch.setattr(lines_module, "BLOCK_BYTES", 64)
+    file = tmp_path / "long.txt"
+    file.write_text("春眠不觉晓\n" * 200, encoding="utf-8")
+    (source,) = find_sources(file)
+    read = 0
+
+    def count(size: int) -> None:
+        nonlocal read
+        read += size
+
+    pieces = DocumentReader(small_tokenizer().encode).read(source, progress=count)
+    assert next(pieces).text == "春眠不觉晓\n" * 2
+    assert read < 200
+    assert [piece.ends for piece in pieces].count(True) == 1
+
+
 def test_windows_line_ends_and_a_byte_order_mark_change_nothing(tmp_path: Path) -> None:
     tokenizer = small_tokenizer()
     plain, windows = tmp_path / "plain.txt", tmp_path / "windows.txt"

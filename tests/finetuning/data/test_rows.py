@@ -298,6 +298,7 @@ def test_the_summary_says_what_there_is_and_shows_an_example(tmp_path: Path) -> 
     assert (summary.example, summary.example_learned) == ("春眠不觉晓", "不觉晓")
     assert "14.3% of the tokens are [UNK] (among them x): perhaps the wrong" in summary.warnings[0]
     assert "1 of 4 documents are too short: left out" in str(summary)
+    assert "warning: 1 documents repeat another one" in str(summary)
     assert "learned of it: 不觉晓" in str(summary)
 
 
