@@ -21,6 +21,7 @@ PAGES = sorted([*ROOT.glob("README*.md"), *(ROOT / "docs").rglob("*.md")])
 FOREIGN = {
     "vllm": {
         *("--trust-remote-code", "--tensor-parallel-size", "--data-parallel-size"),
+        "--pipeline-parallel-size",
         *("--data-parallel-size-local", "--data-parallel-address"),
     },
     "lm_eval": {"--tasks", "--include"},

@@ -19,6 +19,8 @@ from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "春眠不觉晓"
 
@@ -37,6 +39,8 @@ class ServerProcess:
         environment: dict[str, str] | None = None,
         constants: dict[str, float] | None = None,
     ) -> None:
+        for name in ("starlette", "uvicorn", "prometheus_client"):
+            pytest.importorskip(name, reason="the extra `serve` is not installed")
         module = ["-m", "gpt2ml_torch"] if constants is None else ["-c", _start_with(constants)]
         port = [] if "--port" in options else ["--port", "0"]
         self.process = subprocess.Popen(

@@ -20,8 +20,6 @@ def generator(shipped_model: Path) -> Generator:
 @pytest.fixture(scope="session")
 def server(shipped_model: Path) -> Iterator[ServerProcess]:
     """A server that many tests share."""
-    for module in ("starlette", "uvicorn", "prometheus_client"):
-        pytest.importorskip(module, reason="the extra `serve` is not installed")
     with serving(
         shipped_model, "--name", "demo", "--max-rows", "4", "--max-queue", "200"
     ) as started:
