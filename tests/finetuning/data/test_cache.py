@@ -113,6 +113,14 @@ def test_another_content_tokenizer_or_option_makes_another_cache(
     assert key([file, file]) == keys[-1]  # a file named twice is read once
 
 
+def test_another_python_with_other_character_tables_makes_another_cache(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = tokenize_files(file, small_tokenizer(), cache_dir=tmp_path / "cache").key
+    monkeypatch.setattr("unicodedata.unidata_version", "99.0.0")
+    assert tokenize_files(file, small_tokenizer(), cache_dir=tmp_path / "cache").key != before
+
+
 def test_other_fields_of_the_same_file_make_another_cache(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", [{"a": "春眠", "b": "不觉", "c": "花"}])
     chosen = [Fields(text="a"), Fields(text="b"), Fields(prompt="a", completion="b")]
