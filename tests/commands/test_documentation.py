@@ -25,6 +25,7 @@ FOREIGN = {
         *("--data-parallel-size-local", "--data-parallel-address"),
     },
     "lm_eval": {"--tasks", "--include"},
+    "scripts/vllm-check": {"--eager"},
 }
 
 
