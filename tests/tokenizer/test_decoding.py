@@ -73,6 +73,7 @@ def reference_text(ids: list[int], keep: bool = False) -> str:
 @settings(max_examples=1000, deadline=None)
 @given(IDS | TIGHT, st.booleans())
 @example(ids_of("1 . 2 . 30 . 1"), False)
+@example(ids_of("3. 1"), False)  # a number and its point in one token
 @example(ids_of("##\u3000z ' ve ' s a"), False)
 def test_text_of_any_ids(ids: list[int], keep: bool):
     assert TOKENIZER.decode(ids, skip_special_tokens=not keep) == reference_text(ids, keep)
