@@ -60,7 +60,10 @@ def run_layers(
     blocks: Iterable[Any], h: Tensor, positions: Tensor, keys: Tensor, values: Tensor
 ) -> Tensor:
     """All blocks over their key-value cache, as `packed_layers` says: (B, T, D) -> (B, T, D)."""
-    weights, scales, biases, norms = list[Tensor](), list[Tensor](), list[Tensor](), list[Tensor]()
+    weights: list[Tensor] = []
+    scales: list[Tensor] = []
+    biases: list[Tensor] = []
+    norms: list[Tensor] = []
     bits = 0
     # At every step for some hundred tensors: as in `runs_as_written`, not by attributes.
     for block in blocks:
