@@ -26,7 +26,7 @@ PAGES = [
 
 # Who may import whom, lowest first: a module imports only from rows above its own.
 LAYERS = (
-    {"options", "cache", "precision", "valid_json", "textfiles", "foreign"},
+    {"options", "cache", "precision", "valid_json", "textfiles", "foreign", "openmp"},
     {"config", "devices", "disk"},
     {"kernels", "kv_cache"},
     {"input_checks"},

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from gpt2ml_torch.generation import GenerationConfig, Generator
 from gpt2ml_torch.generation.text import Text
+from gpt2ml_torch.openmp import release_threads
 from gpt2ml_torch.serving.chunks import SMALLEST, Pace
 from gpt2ml_torch.serving.handle import Handle, Piece, TokenInfo
 from gpt2ml_torch.serving.prefixes import PrefixCache
@@ -36,7 +37,7 @@ _logger = logging.getLogger(__name__)
 MAX_ROWS = 8
 MAX_QUEUE = 64
 PREFIX_TOKENS = 1024
-HOLD_SECONDS = 2.0  # that a text whose prompt is read waits for others that came with it
+HOLD_SECONDS = 4.0  # that a text whose prompt is read waits for others that came with it
 
 
 class QueueFull(RuntimeError):
@@ -77,8 +78,9 @@ class Scheduler:
         self._thread: threading.Thread | None = None
 
     def start(self) -> Scheduler:
-        """Start the thread that reads and writes."""
+        """Start the thread that reads and writes; call it from the one that loaded the model."""
         if self._thread is None:
+            release_threads()
             self._thread = threading.Thread(target=self._loop, name="gpt2ml-scheduler", daemon=True)
             self._thread.start()
         return self
@@ -112,8 +114,9 @@ class Scheduler:
     @property
     def running(self) -> int:
         """Texts under way that hold a row; a text whose last piece was given no longer counts."""
-        writing = sum(not request.text.finished for request in self._running.requests)
-        return writing + (self._reading is not None)
+        with self._wake:
+            writing = sum(not request.text.finished for request in self._running.requests)
+            return writing + (self._reading is not None)
 
     @property
     def queued(self) -> int:
@@ -306,11 +309,12 @@ class Scheduler:
 
     def _begin_writing(self, request: Request, logits: Tensor) -> None:
         request.prompt_logprobs = False  # they are there; the window may be read again later
-        if request.only_read:
-            request.handle.put(Piece("", finish_reason="length"))
-        else:
-            self._running.add(request, logits)
-        self._reading = None
+        with self._wake:
+            if request.only_read:
+                request.handle.put(Piece("", finish_reason="length"))
+            else:
+                self._running.add(request, logits)
+            self._reading = None
 
     # -- running texts ----------------------------------------------------------------------------
 
