@@ -27,6 +27,11 @@ from tests.helpers.server import (
 )
 
 
+def count_files(folder: Path) -> int | None:
+    """How many files a process has open, by its folder in /proc; None without one."""
+    return len(list(folder.iterdir())) if folder.exists() else None
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_goes_away_frees_its_row(server: ServerProcess, stream: bool) -> None:
     with connect(server) as sock:
@@ -75,8 +80,8 @@ def test_a_client_that_stops_reading_holds_neither_rows_nor_memory_nor_others(
             while "stopped reading" not in "".join(server.log):
                 assert time.monotonic() < end
                 time.sleep(0.05)
-            if before is not None:
-                assert len(list(files.iterdir())) == before
+            after = count_files(files)
+            assert before is None or (after is not None and after <= before)
         assert not any("Traceback" in line for line in server.log)
 
 
