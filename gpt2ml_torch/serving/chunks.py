@@ -6,7 +6,7 @@ import itertools
 
 ALONE = 256  # tokens read at once while nothing else runs, so that a cancellation need not wait
 SMALLEST = 4
-SHARE = 1.2  # of a step's time that may pass before it: a text's next token takes 2.2 usual steps
+SHARE = 1.0  # of a step's time that may pass before it: a text's next token takes 2 usual steps
 _NEW = 0.3  # weight of the newest measurement
 _RISE = 1.25  # times its usual time that a step counts as at most
 
