@@ -39,6 +39,10 @@ PROMPT = "今天"
 NEW_TOKENS = 16  # written to measure the speed
 FREE_DIVERGENCE = 0.01  # nats a token that a precision may cost and still be recommended
 TIMES = 2.0  # how much farther than plain PyTorch the result may stray
+# The same in float32, where nothing but the order of sums differs: the kernels add thousands of
+# products in a few chains, BLAS in blocks. At the published size that is a factor of four; what is
+# wrong errs by a factor of thousands.
+TIMES_FLOAT32 = 16.0
 CANDIDATES = (Precision.FLOAT32, Precision.BFLOAT16, Precision.INT8, Precision.INT4)
 _SPARE_BYTES = 1 << 30  # for activations, the cache and the compiler
 
@@ -62,7 +66,8 @@ class Measured:
 
     @property
     def allowed(self) -> float:
-        allowed = TIMES * self.plain_error + self.rounding
+        times = TIMES_FLOAT32 if self.precision is Precision.FLOAT32 else TIMES
+        allowed = times * self.plain_error + self.rounding
         return max(allowed, self.moved) if self.precision.is_integer else allowed
 
     @property
