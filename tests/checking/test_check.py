@@ -301,7 +301,7 @@ def test_float64_widens_one_layer_at_a_time(right: tuple[GPT2ML, Tokenizer]) -> 
     ids = torch.arange(5)[None]
     with torch.inference_mode():
         expected = copy.deepcopy(model).double()(ids)
-        machine._compute_in_float64(model)
+        machine._compute_in(torch.float64, model)
         assert torch.equal(model(ids), expected)
     assert model.get_parameter("blocks.0.mlp.up.weight").dtype == torch.float32
 
