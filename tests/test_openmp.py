@@ -21,13 +21,13 @@ torch.exp(a)
 before, first = count(), torch.exp(a)
 release_threads()
 after, again = count(), torch.exp(a)
-print(before, after, count(), bool((first == again).all()))
+print(before, after, count(), torch.get_num_threads(), bool((first == again).all()))
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="no /proc to count threads in")
 def test_idle_threads_end_and_the_next_computation_starts_them_again() -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "3"}
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
     words = subprocess.run(
         [sys.executable, "-c", PROGRAM],
         env=environment,
@@ -35,7 +35,9 @@ def test_idle_threads_end_and_the_next_computation_starts_them_again() -> None:
         text=True,
         check=True,
     ).stdout.split()
-    before, after, again = map(int, words[:3])
-    assert after == before - 2
+    before, after, again, threads = map(int, words[:4])
+    assert after == before - (threads - 1)
     assert again == before
-    assert words[3] == "True"
+    assert words[4] == "True"
+    if threads == 1:
+        pytest.skip("one processor: there are no threads to end")
