@@ -1,4 +1,4 @@
-"""The options of a whole run: those of `TrainConfig`, and the model, the data and the output."""
+"""The options of a whole run: how to train, and the model, the data and the output."""
 
 from __future__ import annotations
 
