@@ -125,7 +125,8 @@ class PyTorchFile(Source):
                 f"{self._path} is no plain state dict, or hostile: {error}; nothing was run; where "
                 "it was made, torch.save(model.state_dict(), FILE) writes what is wanted"
             ) from None
-        except (ValueError, zipfile.BadZipFile, NotImplementedError, struct.error) as error:
+        # A RuntimeError is zipfile's for encryption and for compression that it does not know.
+        except (ValueError, zipfile.BadZipFile, RuntimeError, struct.error) as error:
             raise ValueError(
                 f"{self._path} is damaged or truncated: {error}; fetch it again"
             ) from None

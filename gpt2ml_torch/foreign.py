@@ -246,7 +246,7 @@ def _zip(path: Path) -> _Kind | None:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except (zipfile.BadZipFile, ValueError, NotImplementedError):
+    except (zipfile.BadZipFile, ValueError, RuntimeError):
         # Cut off or damaged; the reader of PyTorch's files says so of its own.
         is_archive = path.suffix.lower() in (".zip", ".npz", ".keras")
         return _Kind("a zip archive that is cut off or damaged", _FETCH) if is_archive else None
