@@ -88,7 +88,7 @@ def lock(path: Path, busy: str | None, *, patience: float = 0) -> BaseFileLock:
         held.acquire()
     except Timeout:
         raise OSError(errno.EBUSY, busy) from None
-    except NotImplementedError:
+    except RuntimeError:  # filelock's, where flock is not there
         raise OSError(
             errno.ENOLCK, f"can't lock {path}: its file system has no locks; write elsewhere"
         ) from None
@@ -129,6 +129,16 @@ def check_room(path: Path, size: int) -> None:
         )
 
 
+def check_parent(path: Path) -> None:
+    """Raise `OSError` unless there is a folder for a file or folder of this name."""
+    parent = path.parent
+    if not parent.is_dir():
+        what = "is not a folder" if parent.exists() else "does not exist"
+        raise OSError(
+            errno.ENOENT, f"can't write {path}: the folder {parent} {what}; create it first"
+        )
+
+
 def resolve_target(path: str | os.PathLike[str], *, overwrite: bool) -> Path:
     """The real place of a file to be written (a symbolic link stays one).
 
@@ -136,12 +146,7 @@ def resolve_target(path: str | os.PathLike[str], *, overwrite: bool) -> Path:
     false.
     """
     path = Path(os.path.realpath(path))
-    parent = path.parent
-    if not parent.is_dir():
-        what = "is not a folder" if parent.exists() else "does not exist"
-        raise OSError(
-            errno.ENOENT, f"can't write {path}: the folder {parent} {what}; create it first"
-        )
+    check_parent(path)
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:

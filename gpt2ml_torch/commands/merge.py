@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import errno
-from pathlib import Path
 
 from gpt2ml_torch.commands.output import one_line
 from gpt2ml_torch.commands.parsing import add_options, given
+from gpt2ml_torch.disk import resolve_target
 from gpt2ml_torch.options import option
 
 EXAMPLES = (
@@ -37,10 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Merge and say where the result is."""
     options = MergeOptions(**given(arguments, MergeOptions))
-    if Path(options.out).exists() and not options.overwrite:
-        raise FileExistsError(
-            errno.EEXIST, f"{options.out} exists already; give another name, or --force"
-        )
+    resolve_target(options.out, overwrite=options.overwrite)  # before the imports, which take long
     from gpt2ml_torch.finetuning.adapters import merge_adapter
 
     merge_adapter(options.model, options.adapter, options.out, overwrite=options.overwrite)

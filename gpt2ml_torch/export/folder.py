@@ -179,12 +179,7 @@ def _plan_shards(
 def _resolve_folder(path: str | os.PathLike[str], *, overwrite: bool) -> Path:
     """The real place of the folder to be written."""
     target = Path(os.path.realpath(path))
-    parent = target.parent
-    if not parent.is_dir():
-        what = "is not a folder" if parent.exists() else "does not exist"
-        raise OSError(
-            errno.ENOENT, f"can't write {target}: the folder {parent} {what}; create it first"
-        )
+    disk.check_parent(target)
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, f"can't write {target}: it is not a folder")
     if target.exists() and any(target.iterdir()):
