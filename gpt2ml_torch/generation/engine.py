@@ -48,6 +48,7 @@ class Plan(NamedTuple):
 
     on_kernels: bool
     share_code: bool  # blocks are equal, and compiled
+    cache_is_empty: bool = False
 
 
 def prefill(
@@ -64,20 +65,6 @@ def prefill(
     positions = places[:1] + torch.arange(token_ids.shape[1], device=token_ids.device)[None]
     cache = KVCache.of(keys, values)
     h = model.hidden_states(token_ids, positions=positions, cache=cache, **plan._asdict())
-    return model.logits(h.index_select(1, places[1:])[:, 0])
-
-
-def prefill_from_start(
-    model: GPT2ML,
-    plan: Plan,
-    token_ids: Tensor,
-    places: Tensor,
-    keys: Tensor,
-    values: Tensor,
-) -> Tensor:
-    """As `prefill` where the cache is empty: plain causal attention, which needs no mask."""
-    cache = KVCache.of(keys, values)
-    h = model.hidden_states(token_ids, cache=cache, cache_is_empty=True, **plan._asdict())
     return model.logits(h.index_select(1, places[1:])[:, 0])
 
 
@@ -241,8 +228,8 @@ class Engine:
         ids = to_device([[*token_ids, *[0] * padding]], device)
         places = to_device([start, len(token_ids) - 1], device)
         # On the CPU attention reads the whole cache either way, in the order of sums that it has.
-        function = prefill_from_start if self.on_cuda and start == 0 else prefill
-        logits: Tensor = self._run("prefill", function, ids, places, cache=cache)
+        plan = self._plan._replace(cache_is_empty=self.on_cuda and start == 0)
+        logits: Tensor = self._run(prefill, ids, places, cache=cache, plan=plan)
         return logits
 
     @torch.inference_mode()
@@ -251,7 +238,7 @@ class Engine:
         # Copies, because tensors made outside inference mode would be recompiled for.
         if self.compiled:
             token_ids, positions = token_ids.clone(), positions.clone()
-        logits: Tensor = self._run("decode", decode, token_ids, positions, cache=cache)
+        logits: Tensor = self._run(decode, token_ids, positions, cache=cache)
         return logits
 
     @torch.inference_mode()
@@ -269,25 +256,28 @@ class Engine:
         """
         arguments = token_ids.clone(), positions.clone(), state, logprobs
         key = (*state.rules, logprobs)
-        found: Chosen = self._run("decode", decode_and_choose, *arguments, cache=cache, key=key)
+        found: Chosen = self._run(decode_and_choose, *arguments, cache=cache, key=key)
         # The next replay of a CUDA graph writes over what the last one gave.
         return found.map(torch.clone)
 
     def _run(
         self,
-        name: str,
         function: Callable[..., Any],
         ids: Tensor,
         *others: Any,
         cache: KVCache,
+        plan: Plan | None = None,
         key: tuple[object, ...] = (),
     ) -> Any:
-        arguments = (self.model, self._plan, ids, *others, cache.keys, cache.values)
+        plan = self._plan if plan is None else plan
+        arguments = (self.model, plan, ids, *others, cache.keys, cache.values)
         if not self.compiled:
             return function(*arguments)
-        key = (function, *ids.shape, cache.length, *key)  # calls of the same key share a graph
+        # Calls of the same key share a graph.
+        key = (function, plan, *ids.shape, cache.length, *key)
         if key in self._steps:
             return self._steps[key](*arguments)
+        name = "prefill" if function is prefill else "decode"
         step = self._compile(function, replay=name == "decode")
         _logger.info(
             "compiling %s (%d x %d tokens), once for each machine; kept in %s",
