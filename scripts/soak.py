@@ -16,7 +16,6 @@ import http.client
 import json
 import random
 import re
-import subprocess
 import sys
 import tempfile
 import threading
@@ -24,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from scripts.attacks.tools import CHECKPOINT, ROOT, convert
+from scripts.attacks.tools import CHECKPOINT, ServedModel, convert
 
 LEAVING = 0.35  # share of the requests whose client goes away
 ANSWER_SECONDS = 300.0
@@ -79,21 +78,11 @@ def requests(draw: random.Random, count: int) -> list[dict[str, Any]]:
     return made
 
 
-class Served:
+class Served(ServedModel):
     """The server's process, and what it uses."""
 
     def __init__(self, model: Path, *options: str) -> None:
-        command = [sys.executable, "-m", "gpt2ml_torch", "serve", str(model), "--port", "0"]
-        self.process = subprocess.Popen(
-            [*command, *options], cwd=ROOT, stderr=subprocess.PIPE, text=True
-        )
-        assert self.process.stderr is not None
-        self.log: list[str] = []
-        for line in self.process.stderr:
-            if found := re.search(r"listening on http://[^:]+:(\d+)/", line):
-                self.port = int(found[1])
-                break
-        threading.Thread(target=self.log.extend, args=(self.process.stderr,), daemon=True).start()
+        super().__init__(model, *options)
         self._began = time.monotonic()
 
     def usage(self) -> Usage:

@@ -13,12 +13,10 @@ import json
 import os
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -118,9 +116,7 @@ def _expected(model: Path) -> dict[str, object]:
 
 @contextlib.contextmanager
 def _server(arguments: argparse.Namespace, folder: Path, dtype: str) -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = servers.free_port()
     command = [
         *(arguments.vllm, "-m", "vllm.entrypoints.openai.api_server"),
         *("--model", str(folder), "--served-model-name", "gpt2ml", "--dtype", dtype),
@@ -140,49 +136,14 @@ def _server(arguments: argparse.Namespace, folder: Path, dtype: str) -> Iterator
         shares = [cores[index::workers] or cores for index in range(workers)]
         bind = "|".join(",".join(map(str, share)) for share in shares)
         environment["VLLM_CPU_OMP_THREADS_BIND"] = bind
-    with log.open("w") as output:
-        server = subprocess.Popen(
-            command,
-            cwd=folder.parent,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-        )
-    try:
-        url = f"http://127.0.0.1:{port}"
-        _wait(server, url, log)
-        yield f"{url}/v1"
-    finally:
-        _stop(server)
-
-
-def _stop(server: subprocess.Popen[bytes]) -> None:
-    """End a server and its workers, which don't listen while they compile."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(server.pid, signal.SIGTERM)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        server.wait(30)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(server.pid, signal.SIGKILL)
-    server.wait()
-
-
-def _wait(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
     began = time.monotonic()
-    while time.monotonic() - began < STARTUP:
-        if server.poll() is not None:
-            break
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5):
-            print(f"server ready after {time.monotonic() - began:.0f} s")
-            return
-        time.sleep(2)
-    lines = log.read_text(errors="replace").splitlines()
-    errors = [line for line in lines if "ERROR" in line and "Error:" in line]
-    cause = "\n".join((errors or lines)[-5:])
-    print(f"the server did not start after {time.monotonic() - began:.0f} s:\n{cause}")
-    sys.exit(1)
+    with servers.running(command, port, log, environment, seconds=STARTUP):
+        print(f"server ready after {time.monotonic() - began:.0f} s")
+        yield f"http://127.0.0.1:{port}/v1"
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except RuntimeError as error:  # of a server that does not start
+        sys.exit(f"scripts/vllm-check: {error}")

@@ -5,15 +5,11 @@ from __future__ import annotations
 import http.client
 import json
 import random
-import re
 import socket
-import subprocess
-import sys
-import threading
 from pathlib import Path
 from typing import Any
 
-from scripts.attacks.tools import ROOT, any_json, damaged, write_model
+from scripts.attacks.tools import ServedModel, any_json, damaged, write_model
 
 FIELDS = (
     *(
@@ -42,28 +38,11 @@ FIELDS = (
 
 class Attack:
     def __init__(self, folder: Path) -> None:
-        command = [
-            sys.executable,
-            "-m",
-            "gpt2ml_torch",
-            "serve",
-            str(write_model(folder / "m.safetensors")),
-        ]
-        self._process = subprocess.Popen(
-            [*command, "--port", "0", "--name", "m"], cwd=ROOT, stderr=subprocess.PIPE, text=True
-        )
-        assert self._process.stderr is not None
-        self._log: list[str] = []
-        for line in self._process.stderr:
-            if found := re.search(r"listening on http://[^:]+:(\d+)/", line):
-                self._port = int(found[1])
-                break
-        threading.Thread(target=self._log.extend, args=(self._process.stderr,), daemon=True).start()
+        self._served = ServedModel(write_model(folder / "m.safetensors"), "--name", "m")
         self._expected = self._known()
 
     def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
+        self._served.close()
 
     def __call__(self, draw: random.Random) -> None:
         kind = draw.randrange(4)
@@ -81,7 +60,7 @@ class Attack:
             assert status in (200, 400, 404), f"{body}: {status} {answer!r}"
             if status != 200:
                 assert set(json.loads(answer)["error"]) == {"message", "type", "param", "code"}
-        assert self._process.poll() is None, "the server ended"
+        assert self._served.process.poll() is None, "the server ended"
         assert self._known() == self._expected, "another text is written now"
 
     def _known(self) -> Any:
@@ -91,7 +70,7 @@ class Attack:
         return json.loads(answer)["choices"]
 
     def _post(self, body: bytes) -> tuple[int, bytes]:
-        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=120)
+        connection = http.client.HTTPConnection("127.0.0.1", self._served.port, timeout=120)
         try:
             headers = {"Content-Type": "application/json"}
             connection.request("POST", "/v1/completions", body, headers)
@@ -110,7 +89,7 @@ class Attack:
         return "\r\n".join(head).encode() + b"\r\n\r\n" + body
 
     def _send_anything(self, draw: random.Random) -> None:
-        with socket.create_connection(("127.0.0.1", self._port), timeout=120) as sock:
+        with socket.create_connection(("127.0.0.1", self._served.port), timeout=120) as sock:
             sock.sendall(damaged(draw, self._raw(b'{"prompt": "\\u4eca\\u5929", "max_tokens": 2}')))
             sock.shutdown(socket.SHUT_WR)
             while sock.recv(65536):
@@ -118,7 +97,7 @@ class Attack:
 
     def _go_away(self, draw: random.Random) -> None:
         body = {"prompt": "今天", "max_tokens": 2000, "stream": draw.random() < 0.5}
-        with socket.create_connection(("127.0.0.1", self._port), timeout=120) as sock:
+        with socket.create_connection(("127.0.0.1", self._served.port), timeout=120) as sock:
             sock.sendall(self._raw(json.dumps(body).encode()))
             if draw.random() < 0.5:
                 sock.recv(draw.choice((1, 100, 10_000)))

@@ -5,6 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import random
+import re
+import subprocess
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +42,27 @@ def write_model(path: Path) -> Path:
     torch.manual_seed(0)
     GPT2ML(CONFIG).save_pretrained(path, tokenizer=Tokenizer(TOKENS), source={"name": "attack"})
     return path
+
+
+class ServedModel:
+    """A `gpt2ml serve` in a process of its own, from when it listens on; `log` grows meanwhile."""
+
+    def __init__(self, model: Path, *options: str) -> None:
+        command = [sys.executable, "-m", "gpt2ml_torch", "serve", str(model), "--port", "0"]
+        self.process = subprocess.Popen(
+            [*command, *options], cwd=ROOT, stderr=subprocess.PIPE, text=True
+        )
+        assert self.process.stderr is not None
+        self.log: list[str] = []
+        for line in self.process.stderr:
+            if found := re.search(r"listening on http://[^:]+:(\d+)/", line):
+                self.port = int(found[1])
+                break
+        threading.Thread(target=self.log.extend, args=(self.process.stderr,), daemon=True).start()
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
 
 
 def convert(source: Path, out: Path) -> None:

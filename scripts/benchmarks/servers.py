@@ -36,9 +36,9 @@ def ours(
     urls = []
     with contextlib.ExitStack() as stack:
         for number in range(processes):
-            port, own_log = _free_port(), log.with_suffix(f".{number}.log")
+            port, own_log = free_port(), log.with_suffix(f".{number}.log")
             full = [*command, *options, "--port", str(port)]
-            stack.enter_context(_running(full, port, own_log, environment))
+            stack.enter_context(running(full, port, own_log, environment))
             urls.append(f"http://127.0.0.1:{port}/v1")
         name = "ours" if processes == 1 else f"ours, {processes} processes"
         yield Server(name, tuple(urls), {"min_tokens": NEW_TOKENS})
@@ -47,17 +47,17 @@ def ours(
 @contextlib.contextmanager
 def llama_cpp(program: Path, gguf: Path, rows: int, threads: int, log: Path) -> Iterator[Server]:
     """llama.cpp's own server with a slot for each client."""
-    port = _free_port()
+    port = free_port()
     command = [str(program), "-m", str(gguf), "--port", str(port), "-t", str(threads)]
     options = ["-np", str(rows), "-c", str(rows * SLOT_TOKENS)]
-    with _running([*command, *options], port, log):
+    with running([*command, *options], port, log):
         yield Server("llama.cpp", (f"http://127.0.0.1:{port}/v1",), {"ignore_eos": True})
 
 
 @contextlib.contextmanager
 def vllm(python: Path, folder: Path, rows: int, dtype: str, log: Path) -> Iterator[Server]:
     """vLLM with the exported folder; this package is in its environment, for the plugin."""
-    port = _free_port()
+    port = free_port()
     command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     options = ["--host", "127.0.0.1", "--port", str(port), "--dtype", dtype]
     options += ["--served-model-name", "model", "--max-num-seqs", str(rows)]
@@ -68,7 +68,7 @@ def vllm(python: Path, folder: Path, rows: int, dtype: str, log: Path) -> Iterat
         "HF_HUB_OFFLINE": "1",
     }
     environment.pop("PYTHONPATH", None)
-    with _running([*command, *options], port, log, environment):
+    with running([*command, *options], port, log, environment):
         extra = {"ignore_eos": True, "model": "model"}
         yield Server("vLLM", (f"http://127.0.0.1:{port}/v1",), extra)
 
@@ -87,8 +87,13 @@ def export(model: Path, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _running(
-    command: Sequence[str], port: int, log: Path, environment: dict[str, str] | None = None
+def running(
+    command: Sequence[str],
+    port: int,
+    log: Path,
+    environment: dict[str, str] | None = None,
+    *,
+    seconds: float = READY_SECONDS,
 ) -> Iterator[None]:
     """The process, from when it answers `/health` on; raises `RuntimeError` where it doesn't."""
     with open(log, "wb") as output:
@@ -102,10 +107,11 @@ def _running(
             start_new_session=True,  # a group of its own, with the workers
         )
     try:
-        _wait_until_ready(process, port, log)
+        _wait_until_ready(process, port, log, seconds)
         yield
     finally:
-        process.terminate()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)  # workers that compile don't listen to theirs
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(20)
         with contextlib.suppress(ProcessLookupError):
@@ -113,8 +119,10 @@ def _running(
         process.wait()
 
 
-def _wait_until_ready(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
-    end = time.monotonic() + READY_SECONDS
+def _wait_until_ready(
+    process: subprocess.Popen[bytes], port: int, log: Path, seconds: float
+) -> None:
+    end = time.monotonic() + seconds
     while time.monotonic() < end:
         if process.poll() is not None:
             break
@@ -122,11 +130,12 @@ def _wait_until_ready(process: subprocess.Popen[bytes], port: int, log: Path) ->
             urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
             return
         time.sleep(0.5)
-    last = log.read_text(errors="replace").strip().splitlines()[-1:]
-    raise RuntimeError(f"the server did not start: {''.join(last)[-300:]}")
+    lines = log.read_text(errors="replace").strip().splitlines()
+    errors = [line for line in lines if "ERROR" in line and "Error:" in line]
+    raise RuntimeError(f"the server did not start: {''.join((errors or lines)[-1:])[-300:]}")
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
