@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from convert import to_safetensors
 from convert.inputs import expanded, locate
 from convert.plan import Options
-from convert.to_safetensors import Progress
+from convert.tensors import Progress
 from gpt2ml_torch.commands.output import escaped
 from gpt2ml_torch.commands.parsing import Parser, add_options, given, run_command
 from gpt2ml_torch.commands.paths import find_model

@@ -79,6 +79,10 @@ class Options:
         return "float32" if self.packed else self.dtype
 
 
+class OptimizerError(OptionError):
+    """The optimizer's statistics are to be kept, and the source hasn't got them all."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
     """Which tensors are made of what, and what goes with them."""
@@ -204,19 +208,19 @@ def _plan_slots(
 ) -> dict[str, Recipe]:
     """The recipes of Adafactor's statistics.
 
-    Raises `ValueError` where any is missing, for half of them would continue no training.
+    Raises `OptimizerError` where any is missing, for half of them would continue no training.
     """
     shapes = slot_shapes(config)
     slots = mapping.slot_recipes(recipes, shapes)
     if not any(name in inventory.tensors for r in slots.values() for name in r.sources):
         other = " of Adafactor, only another's state" if SLOTS in inventory.dropped else ""
-        raise OptionError(
+        raise OptimizerError(
             "{} holds no optimizer{}; go without {keep_optimizer=True}", source.name, other
         )
     flat = {name: (math.prod(shape),) for name, shape in shapes.items()}
     faults = find_faults(inventory.tensors, slots, flat, ())
     if faults:
-        raise OptionError(
+        raise OptimizerError(
             "the optimizer in {} is not complete: {}; go without {keep_optimizer=True}",
             *(source.name, _enumerate(faults)),
         )

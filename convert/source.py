@@ -26,7 +26,12 @@ _LARGEST = {
     "float16": float(np.finfo(np.float16).max),
     "bfloat16": float.fromhex("0x1.FEp127"),
 }
-_INFINITY = {"float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80}  # bits
+_INFINITY = {  # bits
+    "float64": 0x7FF0000000000000,
+    "float32": 0x7F800000,
+    "float16": 0x7C00,
+    "bfloat16": 0x7F80,
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,42 +1,28 @@
-"""From a checkpoint to the one file: read, transpose, round, write and hash, in a few threads that
-each take one tensor at a time."""
+"""From a checkpoint to the one file: plan, write the tensors, and say where they come from."""
 
 from __future__ import annotations
 
-import collections
 import concurrent.futures
 import contextlib
 import dataclasses
-import math
+import functools
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from convert import published
 from convert.inputs import Location
-from convert.mapping import TENSORFLOW, Recipe
-from convert.plan import Options, Plan, make_plan
-from convert.source import (
-    Array,
-    Joined,
-    Source,
-    count_non_finite,
-    round_to,
-    rows_in_order,
-    storage_dtype,
-)
+from convert.mapping import TENSORFLOW
+from convert.plan import Options, make_plan
+from convert.source import Array, Joined, Source
+from convert.tensors import Progress, make_tensors, orders, whole
 from convert.vocabulary import Vocabulary
 from gpt2ml_torch.config import GPT2MLConfig
 from gpt2ml_torch.disk import resolve_target
-from gpt2ml_torch.modelfile.format import SLOT
 from gpt2ml_torch.modelfile.writer import ModelWriter
 from gpt2ml_torch.options import OptionError
-
-_WORKERS = 2  # more only wait for each other, since the kernel lets one at a time write to a file
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,9 +39,6 @@ class Report:
     notes: list[str]
     size: int
     seconds: float
-
-
-Progress = Callable[[int, int], None]  # bytes done since the last call, bytes in all
 
 
 def convert(
@@ -83,7 +66,13 @@ def convert(
             overwrite=options.overwrite,
             allow_non_finite=True,  # checked before rounding and packing
         ) as writer:
-            non_finite = _copy(source, plan, writer, options, progress)
+            non_finite = make_tensors(
+                source,
+                orders(plan, options.unpacked_dtype),
+                functools.partial(_write, writer, options),
+                allow_non_finite=options.allow_non_finite,
+                progress=progress,
+            )
             source.verify_rest()
             origin = _identify(source, digest())
             # Of an exported folder: it may have been trained since.
@@ -130,96 +119,11 @@ def check_target(out: Path, inputs: Iterable[Path], *, overwrite: bool) -> None:
     resolve_target(out, overwrite=overwrite)
 
 
-def _copy(
-    source: Source,
-    plan: Plan,
-    writer: ModelWriter,
-    options: Options,
-    progress: Progress | None,
-) -> list[str]:
-    """Make and write all tensors; the first that fails stops the others.
-
-    Returns a note for each that is not finite, where that is allowed.
-    """
-    jobs = collections.deque(
-        [(key, recipe, options.unpacked_dtype) for key, recipe in plan.recipes.items()]
-    )
-    jobs.extend((SLOT + name, recipe, "float32") for name, recipe in plan.slots.items())
-    sizes = {key: _bytes_made(source, recipe, dtype) for key, recipe, dtype in jobs}
-    total = sum(sizes.values())
-    reporting = threading.Lock()
-    notes: list[str] = []
-
-    def work() -> None:
-        while jobs:
-            try:
-                key, recipe, dtype = jobs.popleft()
-            except IndexError:  # another took the last one
-                return
-            maker = _Maker(source, key, recipe, dtype, allow_non_finite=options.allow_non_finite)
-            _write(writer, key, maker.pieces(), options.packed)
-            if maker.non_finite:
-                notes.append(f"tensor {key!r} has {maker.non_finite:,} numbers that are not finite")
-            if progress:
-                with reporting:
-                    progress(sizes[key], total)
-
-    with concurrent.futures.ThreadPoolExecutor(_WORKERS) as pool:
-        workers = [pool.submit(work) for _ in range(_WORKERS)]
-        try:
-            for worker in concurrent.futures.as_completed(workers):
-                worker.result()
-        finally:
-            jobs.clear()
-    return sorted(notes)
-
-
-def _bytes_made(source: Source, recipe: Recipe, dtype: str) -> int:
-    numbers = sum(math.prod(source.tensors[name].shape) for name in recipe.sources)
-    return numbers * storage_dtype(dtype).itemsize
-
-
-class _Maker:
-    """Makes one tensor of the file from the source's, and counts what is not finite in it."""
-
-    def __init__(
-        self, source: Source, key: str, recipe: Recipe, dtype: str, *, allow_non_finite: bool
-    ) -> None:
-        self._source, self._key, self._recipe, self._dtype = source, key, recipe, dtype
-        self._allow = allow_non_finite
-        self.non_finite = 0
-
-    def pieces(self) -> Iterator[Array]:
-        """Some rows at a time, checked while they are in the processor's cache."""
-        for name in self._recipe.sources:
-            tensor = self._source.read(name)
-            for rows in rows_in_order(tensor.T if self._recipe.transpose else tensor):
-                self.non_finite += (found := count_non_finite(rows))
-                if found and not self._allow:
-                    raise OptionError(
-                        "tensor {!r} of {} has numbers that are not finite (NaN or infinity): "
-                        "such a model writes nothing sensible; fetch or train it again "
-                        "({allow_non_finite=True} converts it all the same)",
-                        *(name, self._source.name),
-                    )
-                yield self._rounded(rows)
-
-    def _rounded(self, rows: Array) -> Array:
-        try:
-            return round_to(self._dtype, rows)
-        except ValueError as error:
-            raise OptionError(
-                "tensor {!r} has {}; choose {dtype=float32} or bfloat16", self._key, error
-            ) from None
-
-
-def _write(writer: ModelWriter, key: str, pieces: Iterator[Array], packed: str | None) -> None:
-    if packed is None:
-        writer.write_pieces(key, pieces)
-        return
-    import torch  # takes seconds to import, and only packing needs it
-
-    writer.write_weight(key, torch.from_numpy(np.concatenate(list(map(np.copy, pieces)))))
+def _write(writer: ModelWriter, options: Options, name: str, pieces: Iterator[Array]) -> None:
+    if options.packed is None:
+        writer.write_pieces(name, pieces)
+    else:
+        writer.write_weight(name, whole(pieces, options.unpacked_dtype))
 
 
 @contextlib.contextmanager

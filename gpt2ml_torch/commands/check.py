@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import importlib
-import io
-import os
 import platform
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +18,7 @@ from gpt2ml_torch.checking import Finding, check_model
 from gpt2ml_torch.checking.machine import free_bytes
 from gpt2ml_torch.commands.output import one_line, printable, write_json
 from gpt2ml_torch.commands.parsing import add_options, given
+from gpt2ml_torch.commands.program import report_error
 from gpt2ml_torch.modelfile import ModelFile
 from gpt2ml_torch.options import OptionError, check_options, option
 
@@ -43,7 +40,7 @@ class CheckOptions:
         None,
         path=True,
         metavar="CHECKPOINT",
-        help="compare each tensor with the checkpoint it came from; takes the file's size on disk",
+        help="compare each tensor with the checkpoint it came from",
     )
     device: str = option("auto", help="cpu, cuda, cuda:1 ...")
     precisions: bool = option(
@@ -108,49 +105,25 @@ def _findings(file: ModelFile, options: CheckOptions) -> Iterator[Finding]:
 
 
 def compare_with_source(file: ModelFile, source: Path) -> Finding:
-    """Convert the checkpoint again into a temporary file, beside the model if that folder can be
-    written, and compare the tensors bit for bit.
-    """
+    """Make each tensor from the checkpoint again and compare it with the file's, bit for bit."""
     # The converter is built on this package, so it is looked up when it is needed.
-    convert = importlib.import_module("convert.__main__").main
-    beside = file.path.parent if os.access(file.path.parent, os.W_OK) else None
-    with tempfile.TemporaryDirectory(prefix="gpt2ml-check-", dir=beside) as folder:
-        again = Path(folder) / "again.safetensors"
-        words = [str(source), str(again), "--dtype", str(file.precision), "--no-vocab"]
-        words += ["--keep-optimizer"] if file.optimizer_state() else []
-        with contextlib.redirect_stdout(io.StringIO()):  # its summary is not one of our lines
-            status = convert(words)
-        if status:
-            return Finding("source", "fail", "the checkpoint could not be converted again")
-        with ModelFile.open(again) as fresh:
-            differing = _differing(file, fresh)
+    locate = importlib.import_module("convert.inputs").locate
+    differing_tensors = importlib.import_module("convert.comparison").differing_tensors
+    try:
+        differing = differing_tensors(file, locate(source))
+    except (ValueError, OSError) as error:
+        # It may name paths, which a finding must not.
+        report_error("gpt2ml", error, context=f"reading {source}")
+        return Finding("source", "fail", "the checkpoint could not be converted again")
     if differing:
         shown = ", ".join(differing[:3]) + (" ..." if len(differing) > 3 else "")
         count = f"{len(differing)} tensors are" if len(differing) > 1 else "1 tensor is"
         text = f"{count} not the checkpoint's in {file.precision}: {shown}"
         return Finding("source", "fail", text, {"differing": differing})
-    statistics = len(file.optimizer_state())
+    statistics = len(file.slots)
     text = f"all {len(file.tensors)} tensors are the checkpoint's in {file.precision}, bit for bit"
     text += f", and so are {statistics} of the optimizer" if statistics else ""
     return Finding("source", "pass", text)
-
-
-def _differing(file: ModelFile, fresh: ModelFile) -> list[str]:
-    names = sorted(file.tensors.keys() ^ fresh.tensors.keys())
-    for name in file.tensors.keys() & fresh.tensors.keys():
-        one, other = file.tensors[name], fresh.tensors[name]
-        same_kind = (one.dtype, one.shape) == (other.dtype, other.shape)
-        if not same_kind or not torch.equal(_bytes(file, name), _bytes(fresh, name)):
-            names.append(name)
-    ours, theirs = file.optimizer_state(), fresh.optimizer_state()
-    both = ours.keys() & theirs.keys()
-    names += ours.keys() ^ theirs.keys()
-    names += [name for name in both if not torch.equal(ours[name], theirs[name])]
-    return sorted(names)
-
-
-def _bytes(file: ModelFile, name: str) -> torch.Tensor:
-    return file.tensor(name).view(torch.uint8)  # bits, since NaN is not equal to itself
 
 
 def describe_environment() -> dict[str, Any]:

@@ -48,13 +48,18 @@ def run_program(
         except (ValueError, OSError, MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not _lacks_memory(error):
                 raise
-            _report(name, f"error: {describe(error, context)}")
+            report_error(name, error, context)
             status = FAILED
         try:
             sys.stdout.flush()
         except OSError:
             discard_output()
         return status
+
+
+def report_error(name: str, error: Exception, context: str = "") -> None:
+    """Print an error as one line on standard error, as `run_program` does where one ends it."""
+    _report(name, f"error: {describe(error, context)}")
 
 
 def describe(error: Exception, context: str = "") -> str:

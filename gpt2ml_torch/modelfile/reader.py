@@ -185,8 +185,12 @@ class ModelFile:
     def read_bytes(self, name: str, start: int, size: int) -> bytearray:
         """Some of a tensor's bytes, as stored and not compared with anything."""
         data = bytearray(size)
-        self._read(memoryview(data), self._entries[name].start + start)
+        self.read_into(memoryview(data), name, start)
         return data
+
+    def read_into(self, view: memoryview, name: str, start: int) -> None:
+        """Fill a buffer with a tensor's bytes from byte `start` on, as `read_bytes` gives them."""
+        self._read(view, self._entries[name].start + start)
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """The optimizer's statistics by the names in `slot_shapes`, if the file keeps them, or {}.

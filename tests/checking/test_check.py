@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -206,6 +207,26 @@ def test_the_optimizers_statistics_are_held_against_the_checkpoint_too(
     assert f"FAIL source: 1 tensor is not the checkpoint's in float32: {name}" in (
         capsys.readouterr().out
     )
+
+
+def test_a_damaged_source_fails_in_one_line_and_no_report_names_its_place(
+    shipped_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = Path(shutil.copytree(ROOT / "checkpoints" / "demo", tmp_path / "damaged"))
+    data = next(source.glob("*.data-*"))
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    report = tmp_path / "report.md"
+    words = ("--no-precisions", "--source", source, "--report", report)
+    assert run(shipped_model, *words) == 1
+    out, error = capsys.readouterr()
+    assert "FAIL source: the checkpoint could not be converted again\n" in out
+    assert error.startswith("gpt2ml: error: tensor 'newslm/")
+    assert f"of {source}" in error
+    assert "is damaged: its checksum is wrong" in error
+    assert error.count("\n") == 1
+    assert str(tmp_path) not in out + report.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
