@@ -1,2 +1,1 @@
-"""From the original TensorFlow checkpoints, or the community's PyTorch copy, to the one file, and
-back."""
+"""Convert TensorFlow checkpoints and PyTorch files of GPT2_ML to one model file, and back."""

@@ -37,27 +37,27 @@ EXAMPLES = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConvertOptions(Options):
-    """What to convert, to what and how."""
+    """The command's options: source, output and how to convert."""
 
     source: Path = option(
         positional=True,
         path=True,
         metavar="SRC",
-        help="a checkpoint's folder or prefix, a PyTorch file, an exported folder, or with --to-tf "
-        "a model file",
+        help="folder or prefix of a checkpoint, PyTorch file or exported folder; with --to-tf, a "
+        "model file",
     )
     out: Path = option(
         positional=True, path=True, metavar="OUT", help="the file, or folder, to write"
     )
     to_tf: bool = option(
-        False, flags="--to-tf", help="SRC is a safetensors file, OUT a folder in TensorFlow's form"
+        False, flags="--to-tf", help="convert the model file SRC to a TensorFlow checkpoint in OUT"
     )
 
 
 def main(argv: Sequence[str] | None = None, *, program: str = "python -m convert") -> int:
-    """Run the command and give its exit status; an error is one line on standard error.
+    """Run the command and return its exit status; an error is one line on standard error.
 
-    `program` is what help and errors call it.
+    `program` is the name of the command in its help and errors.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     parser = Parser(
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None, *, program: str = "python -m convert
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """From what, to what, and how."""
+    """Add the command's arguments to a parser."""
     add_options(parser, ConvertOptions)
 
 
@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
         try:
             summary = _convert(options, progress)
         except OSError as error:
-            # The system's bare words say neither what failed nor where.
+            # The system's message alone says neither what failed nor where.
             if (
                 error.filename is None
                 and error.errno
@@ -100,7 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _options(arguments: argparse.Namespace) -> ConvertOptions:
-    """Raises `OptionError` for options that exclude each other."""
+    """The options of a command line; raises `OptionError` for options that exclude each other."""
     values = given(arguments, ConvertOptions)
     for name in ("source", "out", "config", "vocab"):
         if name in values:
@@ -153,7 +153,7 @@ def _summary(report: to_safetensors.Report, out: Path, dtype: str) -> str:
         "next:",
         f"  python -m gpt2ml_torch generate {shlex.quote(str(out))} {_EXAMPLE_PROMPT}",
     ]
-    return "\n".join(map(escaped, lines))  # names of files and sources are anyone's
+    return "\n".join(map(escaped, lines))  # names may hold terminal control characters
 
 
 def _summary_of_tf(report: to_tf.Report) -> str:
@@ -165,7 +165,7 @@ def _summary_of_tf(report: to_tf.Report) -> str:
         f"  written     {report.size:,} bytes in {report.seconds:.1f} s, each tensor checksummed",
         "next: give this folder to the original code, or to python -m convert",
     ]
-    return "\n".join(map(escaped, lines))  # names of files and sources are anyone's
+    return "\n".join(map(escaped, lines))  # names may hold terminal control characters
 
 
 @contextlib.contextmanager
@@ -174,7 +174,7 @@ def _progress_bar() -> Iterator[Progress]:
     if not sys.stderr.isatty():
         yield lambda done, total: None
         return
-    from tqdm import tqdm  # takes a fifth of the start
+    from tqdm import tqdm  # late: its import takes a fifth of the program's start
 
     bar: tqdm[Any] | None = None
 

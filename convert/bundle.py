@@ -1,11 +1,10 @@
-"""The index of a TensorFlow V2 checkpoint ("tensor bundle"): where in the data files each tensor
-stands, and its checksum.
+"""The index of a TensorFlow V2 checkpoint ("tensor bundle"): each tensor's place and checksum.
 
 From the bottom up: protocol buffers, the sorted string table that holds them (its blocks may be
-compressed with Snappy, and each carries a checksum), and the entries. Read and written here, since
-importing TensorFlow for it takes longer than copying all of GPT2_ML; the tests hold this module
-against TensorFlow, both ways. Nothing in a file is believed: what reaches beyond its end is a
-`ValueError`.
+compressed with Snappy, and each carries a checksum), and the entries. This module reads and writes
+them itself, because importing TensorFlow takes longer than copying all of GPT2_ML. Tests compare it
+with TensorFlow in both directions. No size or offset in a file is trusted: one that reaches beyond
+the end raises `ValueError`.
 
 Source: tensorflow/core/protobuf/tensor_bundle.proto, tensorflow/core/util/tensor_bundle/
 tensor_bundle.h; tsl/lib/io/format.cc and table_format.txt; google/snappy, format_description.txt.
@@ -27,10 +26,10 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # protocol buffers' wire types
 _MAGIC = struct.pack("<Q", 0xDB4775248B80FB57)
 _FOOTER_BYTES = 48
 _PLAIN, _SNAPPY = b"\0", b"\1"
-_MAX_BLOCK = 64 << 20  # bytes, uncompressed; TensorFlow's have 256 KiB
-_MAX_TABLE = 64 << 20  # bytes of all entries; the published ones' have 0.1 MB
+_MAX_BLOCK = 64 << 20  # bytes, uncompressed; TensorFlow writes 256 KiB
+_MAX_TABLE = 64 << 20  # bytes of all entries; the published checkpoints have 0.1 MB
 
-# TensorFlow's numbers for its types; what is not here holds no numbers.
+# TensorFlow's numbers of its numeric types.
 _DTYPES = {
     1: "float32", 2: "float64", 3: "int32", 4: "uint8", 5: "int16", 6: "int8", 9: "int64",
     14: "bfloat16", 19: "float16",
@@ -47,7 +46,7 @@ _DIM, _DIM_SIZE, _UNKNOWN_RANK = 2, 1, 3
 
 
 class Cursor:
-    """A place in a byte string that moves as it is read."""
+    """A position in a byte string that advances as the bytes are read."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -58,7 +57,7 @@ class Cursor:
         return self._at < len(self._data)
 
     def take(self, count: int) -> bytes:
-        """The next bytes."""
+        """The next `count` bytes; raises `ValueError` if there are fewer."""
         end = self._at + count
         if end > len(self._data):
             raise ValueError(f"ends {end - len(self._data)} bytes early")
@@ -87,7 +86,7 @@ def varint(value: int) -> bytes:
 
 
 def fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """A protocol buffer's fields as they come: number, and value or bytes."""
+    """A protocol buffer's fields in order: the number, and the value or bytes."""
     cursor = Cursor(message)
     while cursor:
         number, kind = divmod(cursor.varint(), 8)
@@ -119,8 +118,10 @@ def fixed32_field(number: int, value: int) -> bytes:
 
 
 def masked_crc32c(*pieces: bytes | memoryview) -> int:
-    """The checksum that TensorFlow stores: of data that holds checksums itself, a plain one would
-    say little."""
+    """The masked CRC-32C of all pieces together, as TensorFlow stores it.
+
+    It is masked because the CRC of data that itself contains CRCs is weak.
+    """
     crc = 0
     for piece in pieces:
         crc = crc32c(piece, crc)
@@ -128,33 +129,33 @@ def masked_crc32c(*pieces: bytes | memoryview) -> int:
 
 
 def mask(crc: int) -> int:
-    """What is stored of a plain CRC-32C."""
+    """The stored form of a plain CRC-32C."""
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 def read_table(data: bytes) -> dict[bytes, bytes]:
-    """All entries, in order; raises `ValueError` for what is damaged or no such table."""
+    """All entries, in order; raises `ValueError` if the data are damaged or not such a table."""
     if len(data) < _FOOTER_BYTES or not data.endswith(_MAGIC):
-        raise ValueError("it does not end as one should")
+        raise ValueError("it does not end with the footer of a table")
     footer = Cursor(data[-_FOOTER_BYTES:])
-    _handle(footer)  # of the filters, which checkpoints don't have
+    _handle(footer)  # the filters' block, which is empty in checkpoints
     entries: dict[bytes, bytes] = {}
     end = total = 0
     for _, handle in _pairs(_block(data, *_handle(footer))):
         start, size = _handle(Cursor(handle))
-        if start < end:  # else a small file could name one large block many times
+        if start < end:  # otherwise a small file could refer to one large block many times
             raise ValueError("its blocks overlap")
         end = start + size
         for key, value in _pairs(_block(data, start, size)):
-            total += len(key) + len(value) + 64  # what an entry of nothing takes in memory
-            if total > _MAX_TABLE:  # a few bytes can stand for a long key
+            total += len(key) + len(value) + 64  # 64: the memory of an empty entry
+            if total > _MAX_TABLE:  # keys share prefixes, so a few bytes can make a long key
                 raise ValueError("it holds more than any checkpoint's index")
             entries[key] = value
     return entries
 
 
 def write_table(entries: Iterable[tuple[bytes, bytes]]) -> bytes:
-    """A table of these entries, which must be sorted, in one block as it is."""
+    """A table of these entries, which must be sorted, in one uncompressed block."""
     pairs = list(entries)
     content = bytearray()
 
@@ -171,7 +172,7 @@ def write_table(entries: Iterable[tuple[bytes, bytes]]) -> bytes:
 
 
 def _handle(cursor: Cursor) -> tuple[int, int]:
-    """Where a block stands: offset and size."""
+    """A block's offset and size."""
     return cursor.varint(), cursor.varint()
 
 
@@ -184,12 +185,12 @@ def _block(data: bytes, start: int, size: int) -> bytes:
     if masked_crc32c(block, kind) != struct.unpack("<I", trailer[1:])[0]:
         raise ValueError("a block's checksum is wrong")
     if kind not in (_PLAIN, _SNAPPY):
-        raise ValueError(f"a block is compressed in the unknown way {kind[0]}")
+        raise ValueError(f"a block has the unknown compression type {kind[0]}")
     return block if kind == _PLAIN else uncompress(block)
 
 
 def _pairs(block: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """A block's entries: each key begins as the one before it does, for so many bytes."""
+    """A block's entries; each key shares a number of bytes with the start of the key before it."""
     if len(block) < 4:
         raise ValueError("a block is too short")
     restarts = 4 * (1 + struct.unpack("<I", block[-4:])[0])
@@ -213,7 +214,7 @@ def _join(pairs: Iterable[tuple[bytes, bytes]]) -> bytes:
 
 
 def uncompress(block: bytes) -> bytes:
-    """Undo Snappy: literal bytes, and copies of what came before."""
+    """Decompress a Snappy block: literal bytes, and copies of earlier output."""
     cursor, out = Cursor(block), bytearray()
     length = cursor.varint()
     if length > _MAX_BLOCK:
@@ -234,7 +235,7 @@ def uncompress(block: bytes) -> bytes:
         if not 0 < offset <= len(out):
             raise ValueError("a block copies what is not there")
         start = len(out) - offset
-        piece = out[start : start + count]  # less than `count` where it copies what it writes
+        piece = out[start : start + count]  # shorter than `count` if the copy overlaps itself
         out += (piece * -(-count // len(piece)))[:count]
         if len(out) > length:
             break
@@ -245,21 +246,20 @@ def uncompress(block: bytes) -> bytes:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One tensor: `dtype` is None for strings and the like, `offset` and `size` are bytes of the
-    shard's data file, and `crc32c` is masked (`mask`)."""
+    """One tensor in a data file."""
 
-    dtype: str | None
+    dtype: str | None  # None for strings and other types that are not numeric
     shape: tuple[int, ...]
-    shard: int = 0
-    offset: int
-    size: int
-    crc32c: int
+    shard: int = 0  # index of the data file
+    offset: int  # bytes
+    size: int  # bytes
+    crc32c: int  # masked (`mask`)
 
 
 def read_index(data: bytes) -> tuple[int, dict[str, Entry]]:
-    """The number of data files, and the tensors by name, sorted.
+    """The number of data files, and the tensors sorted by name.
 
-    Raises `ValueError` for what is damaged or no index.
+    Raises `ValueError` if the data are damaged or not an index.
     """
     table = read_table(data)
     if _HEADER not in table:
@@ -295,7 +295,7 @@ def _parse_entry(message: bytes, shards: int) -> Entry:
             "a partitioned variable, stored in slices; restore it in TensorFlow and save it whole"
         )
     if not all(isinstance(value, bytes) == (number == _SHAPE) for number, value in values.items()):
-        raise ValueError("not described as a tensor is")
+        raise ValueError("it is not described as a tensor")
     entry = Entry(
         dtype=_DTYPES.get(values[_DTYPE]),
         shape=_parse_shape(values[_SHAPE]),
@@ -319,11 +319,11 @@ def _parse_shape(message: bytes) -> tuple[int, ...]:
         if number == _DIM and isinstance(value, bytes):
             sizes.append(dict(fields(value)).get(_DIM_SIZE, 0))
         elif number == _UNKNOWN_RANK and value:
-            raise ValueError("a shape that is not known")
+            raise ValueError("its shape is unknown")
     if len(sizes) > _MAX_DIMENSIONS or not all(
         isinstance(size, int) and size < 2**63 for size in sizes
     ):
-        raise ValueError("an impossible shape")
+        raise ValueError("its shape is impossible")
     return tuple(map(int, sizes))
 
 

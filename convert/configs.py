@@ -1,7 +1,7 @@
-"""The two dialects of config.json, both ways.
+"""Read and write config.json in its two dialects.
 
-The original repository says `hidden_size`, `num_hidden_layers`, ..., the community's PyTorch
-conversion `n_embd`, `n_layer`, .... Neither can be trusted about sizes: the tensors' shapes decide.
+The original repository uses `hidden_size`, `num_hidden_layers`, ..., and the community's PyTorch
+conversion `n_embd`, `n_layer`, .... The sizes in either may be wrong: the tensors' shapes decide.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gpt2ml_torch.valid_json import ContradictionError, unique
 PUBLISHED_HEAD_SIZE = 64
 _MAX_BYTES = 1 << 20
 
-# Our field, and what it is called in the files; the first is what `to_tf` writes.
+# Our fields and their names in the files; `to_tf` writes the first.
 DIALECTS: dict[str, tuple[str, ...]] = {
     "vocab_size": ("vocab_size", "vocab_size_or_config_json_file"),
     "hidden_size": ("hidden_size", "n_embd"),
@@ -39,10 +39,9 @@ _USUAL_NAMES = ("config.json", "bert_config.json", "gpt2_config.json", "model_co
 
 
 def find_config(folder: Path) -> Path | None:
-    """The configuration in a folder: by its usual name, else the only JSON file that reads like
-    one.
+    """The configuration in a folder, by a usual name or as the only JSON file that looks like one.
 
-    Raises `ValueError` where several do.
+    Raises `ValueError` if several do.
     """
     for name in _USUAL_NAMES:
         if (folder / name).is_file():
@@ -66,13 +65,13 @@ def _looks_like_config(path: Path) -> bool:
 def read_config(path: Path) -> dict[str, Any]:
     """The fields that a configuration file gives, under our names.
 
-    Raises `ValueError` for a file in neither dialect, or in both at odds with itself, and
-    `OSError`.
+    Raises `ValueError` for a file in neither dialect or one that contradicts itself, and `OSError`
+    if it can't be read.
     """
     values = _load(path)
     if not any(mark in values for mark in _MARKS):
         raise ValueError(
-            f"{path} is no configuration of this model: neither {' nor '.join(_MARKS)}"
+            f"{path} is no configuration of this model: it has neither {' nor '.join(_MARKS)}"
         )
     result: dict[str, Any] = {}
     for field, names in DIALECTS.items():
@@ -88,25 +87,26 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def check_exported(path: Path | None) -> None:
-    """Raise `ValueError` for an exported folder's configuration that changes the formula itself."""
+    """Raise `ValueError` if an exported folder's configuration changes the model's formula."""
     epsilon = None if path is None else _load(path).get("layer_norm_eps")
     if epsilon is not None and epsilon != GPT2MLConfig.layer_norm_eps:
         raise ValueError(
             f"{path}: layer_norm_eps is {str(epsilon)[:40]}; GPT2_ML's is "
-            f"{GPT2MLConfig.layer_norm_eps}, and with another one these weights are another model"
+            f"{GPT2MLConfig.layer_norm_eps}, and with another value the weights compute another "
+            "function"
         )
 
 
 def model_type(path: Path | None) -> str | None:
-    """The architecture that a configuration names, if it does."""
+    """The architecture that a configuration names, or None."""
     value = None if path is None else _load(path).get("model_type")
     return value if isinstance(value, str) else None
 
 
 def read_extra(path: Path | None, key: str) -> dict[str, Any]:
-    """An object that this project put into the configuration of a folder that it exported, or {}.
+    """The JSON object that `gpt2ml export` stored under `key` in a folder's configuration, or {}.
 
-    Raises `ValueError` where something else stands there.
+    Raises `ValueError` if the value is not an object.
     """
     value = {} if path is None else _load(path).get(key) or {}
     if not isinstance(value, dict):
@@ -115,12 +115,12 @@ def read_extra(path: Path | None, key: str) -> dict[str, Any]:
 
 
 def read_defaults(path: Path | None) -> dict[str, Any]:
-    """Our defaults for generation that an exported folder has kept; `ValueError` for bad ones."""
+    """Our generation defaults in an exported folder; raises `ValueError` for invalid ones."""
     values = read_extra(path, DEFAULTS_KEY)
     if values:
         try:
             from gpt2ml_torch.generation.config import GenerationConfig
-        except ImportError:  # without PyTorch nothing generates
+        except ImportError:  # PyTorch is not installed, so they can't be checked
             return values
         try:
             GenerationConfig.from_dict(values)
@@ -130,8 +130,8 @@ def read_defaults(path: Path | None) -> dict[str, Any]:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    if path.exists() and not path.is_file():  # a pipe would be waited for
-        raise OptionError("{} is no file; give another as {config}", path)
+    if path.exists() and not path.is_file():  # reading a pipe might wait forever
+        raise OptionError("{} is not a regular file; give another as {config}", path)
     if path.stat().st_size > _MAX_BYTES:
         raise OptionError("{} is too large for a configuration; give another as {config}", path)
     foreign.check(path, wanted="configuration", text=True)
@@ -152,10 +152,10 @@ def _load(path: Path) -> dict[str, Any]:
 def merge(
     shapes: Mapping[str, int], given: Mapping[str, Any], *, origin: Path | None
 ) -> tuple[GPT2MLConfig, list[str]]:
-    """The configuration by the tensors' sizes, completed from the file, with notes on it.
+    """The configuration, with the tensors' sizes and other values from the file; and notes on it.
 
-    Raises `ValueError` where the file contradicts the tensors in anything except the vocabulary's
-    size.
+    Raises `ValueError` if the file contradicts the tensors in anything except the size of the
+    vocabulary.
     """
     notes = []
     wrong = []
@@ -165,7 +165,7 @@ def merge(
             continue
         if field == "vocab_size":
             notes.append(
-                f"{origin} says vocab_size {said}; the tensor has {size} rows, which counts"
+                f"{origin} says vocab_size {said}, but the tensor has {size} rows; took {size}"
             )
         else:
             wrong.append(f"{field} {said} against {size} in the tensors")

@@ -1,6 +1,6 @@
-"""From what the user typed to the files of one checkpoint.
+"""Find the files of one checkpoint from the path that the user gave.
 
-Names that begin with a dot are left alone everywhere: a Mac puts a `._` twin beside every file.
+Files whose names begin with a dot are ignored: macOS puts a `._` file beside every file.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _ESCAPES = {b"n": b"\n", b"r": b"\r", b"t": b"\t", b"a": b"\a", b"b": b"\b", b"f
 _STATE_MAX_BYTES = 1 << 20
 _INDEX_MAX_BYTES = 16 << 20
 _FILE_NAME = re.compile(r"(?!\.)[^/\\\0:]{1,255}")
-_MAX_LEVELS, _MAX_FOLDERS = 3, 100  # searched where a folder has no checkpoint itself
+_MAX_LEVELS, _MAX_FOLDERS = 3, 100  # searched if the folder itself has no checkpoint
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-# As transformers chooses between them: the pickled file may be what the folder began with.
+# In the order of transformers: a pickled file beside model.safetensors may be older.
 _USUAL = ("model.safetensors", "pytorch_model.bin", "model.pt", "pytorch_model.pt")
-# What training programs put beside the weights.
+# Files that training programs write beside the weights.
 _BESIDE = re.compile(
     r"(training_args|optimizer|scheduler|scaler|rng_state|random_states|adapter_model|trainer)\b.*"
     r"|rng_state_\d+\..*|random_states_\d+\..*|.*_optim_states\.pt"
@@ -42,13 +42,12 @@ _BESIDE = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Location:
-    """A checkpoint on disk: a TensorFlow prefix, or the files of a PyTorch or safetensors one, and
-    what there is to tell about the choice."""
+    """A checkpoint on disk: a TensorFlow prefix, or the files of a PyTorch or safetensors one."""
 
     path: Path
     kind: Kind
-    files: tuple[Path, ...] = ()  # for `tf`, its index alone; its data files depend on it
-    notes: tuple[str, ...] = ()
+    files: tuple[Path, ...] = ()  # for `tf`, only the index, which names the data files
+    notes: tuple[str, ...] = ()  # for the user, about the choice of this checkpoint
 
     @property
     def folder(self) -> Path:
@@ -60,9 +59,9 @@ def _tf(prefix: Path) -> Location:
 
 
 def locate(source: Path) -> Location:
-    """Find the checkpoint that a folder, prefix or file stands for.
+    """Find the checkpoint that a folder, prefix or file denotes.
 
-    Raises `OSError` where there is none, `ValueError` where there are several or it is something
+    Raises `OSError` if there is none, and `ValueError` if there are several or it is something
     else.
     """
     source = expanded(source)
@@ -83,8 +82,7 @@ def locate(source: Path) -> Location:
 
 
 def expanded(path: Path) -> Path:
-    """The path with a leading `~`, which the shell leaves as it is in quotes, replaced by the home
-    folder."""
+    """The path with a leading `~` replaced by the home folder; in quotes shells leave it."""
     if path.parts and path.parts[0].startswith("~") and not path.exists():
         try:
             return path.expanduser()
@@ -100,8 +98,10 @@ def visible(folder: Path, pattern: str = "*") -> list[Path]:
 
 
 def _not_there(source: Path) -> Location:
-    """The checkpoint for a name without a file, such as a prefix that the shell completed; raises
-    the error if there is none."""
+    """The checkpoint for a path without a file, such as a prefix that the shell completed.
+
+    Raises `FileNotFoundError`, with the likely reason, if there is none.
+    """
     if reason := foreign.absence_of(source):
         raise FileNotFoundError(reason)
     if source.parent.is_dir():
@@ -125,7 +125,7 @@ def _is_index(path: Path) -> bool:
 
 
 def tf_data_files(prefix: Path) -> list[Path]:
-    """The data files of a TensorFlow checkpoint that are there."""
+    """The existing data files of a TensorFlow checkpoint."""
     return [
         path
         for path in visible(prefix.parent)
@@ -134,7 +134,7 @@ def tf_data_files(prefix: Path) -> list[Path]:
 
 
 def _prefix_of(file: Path) -> Path | None:
-    """The prefix, if this is the name of one of a TensorFlow checkpoint's files."""
+    """The prefix, if `file` has the name of a TensorFlow checkpoint's file, otherwise None."""
     if file.suffix in (".index", ".meta"):
         prefix = file.with_suffix("")
     elif match := _TF_SHARD.fullmatch(file.name):
@@ -165,10 +165,10 @@ def _loose_file(source: Path) -> Location:
 
 
 def _kind(path: Path) -> Kind | None:
-    """Of a PyTorch or safetensors file, by its first bytes; None for others."""
+    """The kind of a PyTorch or safetensors file, by its first bytes; None for other files."""
     with path.open("rb") as file:
         start = file.read(16)
-    # The header's size comes first, whose lowest byte may be what a pickle begins with.
+    # A safetensors file starts with its header's size, whose lowest byte may look like a pickle.
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= path.stat().st_size:
         return "safetensors"
     if start.startswith((b"PK\x03\x04", b"\x80")):
@@ -177,10 +177,10 @@ def _kind(path: Path) -> Kind | None:
 
 
 def _sharded(index: Path) -> Location:
-    """The checkpoint whose shards an index.json names: plain names, beside it.
+    """The checkpoint whose shards, files in the same folder, an index.json names.
 
-    Raises `ValueError` for an index that is damaged or leads elsewhere, `FileNotFoundError` for
-    shards that are missing.
+    Raises `ValueError` for an index that is damaged or names files elsewhere, and
+    `FileNotFoundError` for missing shards.
     """
     foreign.check(index, text=True)
     if index.stat().st_size > _INDEX_MAX_BYTES:
@@ -189,7 +189,7 @@ def _sharded(index: Path) -> Location:
         names = set(json.loads(index.read_bytes())["weight_map"].values())
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         raise ValueError(
-            f"{index} is no index of shards (JSON with a weight_map); fetch it again"
+            f"{index} is not an index of shards (JSON with a weight_map); fetch it again"
         ) from None
     for name in names:
         if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
@@ -251,7 +251,7 @@ def _with_note(location: Location, left: Iterable[str]) -> Location:
 
 
 def _nothing_in(folder: Path) -> Exception:
-    """The error for a folder without a checkpoint: what there is instead, if anything tells."""
+    """The error for a folder without a checkpoint; it names what is there instead, if known."""
     for path in visible(folder)[:200]:
         if fault := foreign.fault_of(path, text=True):
             return ValueError(f"no checkpoint in {folder}: {fault}")
@@ -271,12 +271,14 @@ def _nothing_in(folder: Path) -> Exception:
 
 
 def _adapter(path: Path) -> str:
-    return f"{path} is an adapter (LoRA), not a model; see gpt2ml merge"
+    return f"{path} is an adapter (LoRA), not a model; `gpt2ml merge` adds it to its model"
 
 
 def _folders_with_checkpoints(folder: Path) -> list[Path]:
-    """The folders inside a folder, up to three levels down, that hold a checkpoint; the one of the
-    most training first where numbers in their names tell."""
+    """The folders with a checkpoint inside a folder, up to three levels down.
+
+    They are sorted by the last number in their names, usually a training step, highest first.
+    """
     level, found = [folder], list[Path]()
     for _ in range(_MAX_LEVELS):
         children = (path for parent in level[:_MAX_FOLDERS] for path in parent.iterdir())
@@ -309,10 +311,11 @@ def _choose_prefix(folder: Path, prefixes: list[Path]) -> Location:
 
 
 def _named_by_state_file(folder: Path) -> list[str]:
-    """The checkpoint that `checkpoint` names, as it may be read.
+    """The names of the checkpoint that the file `checkpoint` may mean, likeliest first.
 
-    Only the last part of the path counts: its folder is often one on someone else's machine. The
-    path is escaped as a protocol buffer's text is, unless somebody wrote it by hand.
+    Only the last part of its path counts, since the folder is often on another machine. The path is
+    escaped as in a protocol buffer's text form, unless somebody wrote it by hand; so both readings
+    are returned.
     """
     state = folder / "checkpoint"
     if not state.is_file() or state.stat().st_size > _STATE_MAX_BYTES:
@@ -332,7 +335,7 @@ def _unescaped(match: re.Match[bytes]) -> bytes:
 
 
 def _pytorch_names(folder: Path) -> list[str]:
-    """Files in a folder that may each be a model's weights; of shards, their index or the first."""
+    """Files that may each hold a model's weights; for shards, their index or the first."""
     names: dict[str, str] = {}
     for path in visible(folder):
         shard = _SHARD.fullmatch(path.name)
@@ -351,8 +354,11 @@ def _pytorch_names(folder: Path) -> list[str]:
 
 
 def _is_more(shard: re.Match[str], other: str, folder: Path) -> bool:
-    """Whether a shard rather than `other` stands for a checkpoint without an index: one of whose
-    count all, or more, are there. A single file may have been left by an older one."""
+    """Whether `shard`, and not `other`, should represent shards that have no index.
+
+    They differ in the number of shards, so one may be left from an older checkpoint. The set that
+    is complete, or has more files, is preferred.
+    """
     known = _SHARD.fullmatch(other)
     if known is None or known["count"] == shard["count"]:
         return False
@@ -366,9 +372,9 @@ def _there(folder: Path, shard: re.Match[str]) -> tuple[bool, int]:
 
 
 def _shard_names(shard: re.Match[str]) -> list[str]:
-    """The names of a checkpoint's shards, by one of them.
+    """The names of all shards of a checkpoint, from the name of one.
 
-    Raises `ValueError` for a count beyond reason.
+    Raises `ValueError` for more than 10,000.
     """
     first, count, suffix = shard["name"], shard["count"], shard["suffix"]
     if int(count) > 10_000:

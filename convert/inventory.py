@@ -1,5 +1,4 @@
-"""A checkpoint's tensors sorted by what they are: weights of a known layout, what is dropped on
-purpose, and what nothing explains."""
+"""Sort a checkpoint's tensors into weights, tensors dropped on purpose, and unknown ones."""
 
 from __future__ import annotations
 
@@ -14,12 +13,12 @@ from convert.source import Source, Stored
 
 SLOTS, AVERAGES, TIED = "optimiser slots", "moving averages", "tied output layer"
 _STEP, _SCALARS, _UNNAMED = "step counter", "scalars", "unnamed variables"
-# Parts of a name that programs put around modules, wherever they stand.
+# Parts that programs insert anywhere into a name when they wrap a module.
 _WRAPPERS = frozenset(
     ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
 )
 _OBJECT = "/.ATTRIBUTES/VARIABLE_VALUE"  # ends the names of tf.train.Checkpoint
-# What the names of an optimizer's state, or of averages, are made of.
+# Parts and words in the names of an optimizer's state or of moving averages.
 _STATE_PARTS = (
     "optimi", "adam", "adafactor", "adagrad", "adadelta", "momentum", "rmsprop", "accum",
     "gradient", "movingav", "shadow",
@@ -33,25 +32,21 @@ _AVERAGED = re.compile(rf"(?i)(?:.*[/_])?{_AVERAGE_ENDS}")
 
 @dataclasses.dataclass(frozen=True)
 class Inventory:
-    """A source's tensors under the names of the layout that was recognised.
-
-    `original` gives their names in the source; `layers` is the highest layer's number plus one;
-    `dropped` holds names by the reason for it, `unknown` what nothing explains.
-    """
+    """A source's tensors under the names of the layout that was recognised."""
 
     layout: Layout
     tensors: dict[str, Stored]
-    original: dict[str, str]
-    layers: int
-    dropped: dict[str, list[str]]
+    original: dict[str, str]  # the layout's names to the names in the source
+    layers: int  # the highest layer's number plus one
+    dropped: dict[str, list[str]]  # names of tensors that are dropped, by the reason
     unknown: list[str]
-    scope: str  # under which the names stand in the source
+    scope: str  # prefix of the weights' names in the source
 
 
 def take_inventory(source: Source) -> Inventory:
-    """Recognise the layout and sort the tensors by what they are.
+    """Recognise the layout and sort the tensors.
 
-    Raises `ValueError` where the weights are there twice, under different scopes.
+    Raises `ValueError` if a source holds the weights twice, under different scopes.
     """
     layout, scope, aside = _recognise(source)
     rules = _Rules(layout, scope, aside)
@@ -74,8 +69,7 @@ def take_inventory(source: Source) -> Inventory:
 
 
 def _recognise(source: Source) -> tuple[Layout, str, list[str]]:
-    """The layout of a source, the scope that its names stand under, and the scopes under which
-    copies stand that belong to an optimizer."""
+    """The layout of a source, the scope of its weights, and scopes of an optimizer's copies."""
     for layout in source.layouts:
         names = [_bare(name, layout) for name in source.tensors]
         if layout.mark and not any(layout.mark in name for name in names):
@@ -100,7 +94,7 @@ def _recognise(source: Source) -> tuple[Layout, str, list[str]]:
 
 
 def _names_state(scope: str) -> bool:
-    """Whether a scope's name says that an optimizer's state or averages stand under it."""
+    """Whether a scope's name is one of an optimizer's state or of moving averages."""
     words = re.split(r"[^a-z]+", scope.lower())
     return not _STATE_WORDS.isdisjoint(words) or any(
         part in word for part in _STATE_PARTS for word in words
@@ -108,7 +102,7 @@ def _names_state(scope: str) -> bool:
 
 
 def _bare(name: str, layout: Layout) -> str:
-    """A name without what programs put into or behind it."""
+    """A name without the parts that programs insert or append."""
     if layout.separator == "/":
         if name.endswith(_OBJECT):
             name = name.removesuffix(_OBJECT).replace(".S", "/")
@@ -117,8 +111,11 @@ def _bare(name: str, layout: Layout) -> str:
 
 
 def _without_scope(name: str, scope: str, layout: Layout) -> str:
-    """The layout's own name of a tensor under `scope`; of others, without the part of the scope
-    that they share: an output layer may stand beside `transformer.`, both inside `module.`."""
+    """The layout's name of a tensor, without the scope of the source.
+
+    A tensor outside `scope` loses the part that it shares with the scope: the output layer may be
+    `module.lm_head` where the weights are under `module.transformer.`.
+    """
     if name.startswith(scope):
         return layout.scope + name.removeprefix(scope)
     parts = scope.split(layout.separator)[:-1]
@@ -130,7 +127,7 @@ def _without_scope(name: str, scope: str, layout: Layout) -> str:
 
 
 class _Rules:
-    """What a name is, by the layout and the scopes of its source."""
+    """Classifies names by the layout and the scopes of their source."""
 
     def __init__(self, layout: Layout, scope: str, aside: Sequence[str]) -> None:
         self._layout = layout
@@ -143,15 +140,15 @@ class _Rules:
         self._copy = re.compile(f"({mapping.weight_pattern(layout, aside)})(?:[/_].+)?", re.DOTALL)
 
     def stands_aside(self, bare: str) -> bool:
-        """Whether it stands where an optimizer keeps copies of the weights."""
+        """Whether a name is in a scope where an optimizer keeps copies of the weights."""
         return bare.startswith(self._aside) and self._copy.fullmatch(bare) is not None
 
     def drop_reason(self, name: str, bare: str, stored: Stored) -> str | None:
-        """Why a tensor that is no weight is left out, None if nothing explains it.
+        """The reason for dropping a tensor that is not a weight; None if it is unknown.
 
-        Other optimizers leave their own state in TensorFlow's checkpoints: variables that hang
-        below a weight's name, copies of the weights under a scope of their own, lone scalars such
-        as beta1_power or loss_scale, and variables without a name.
+        Other optimizers leave their own state in TensorFlow checkpoints: variables whose names
+        extend a weight's name, copies of the weights under a scope of their own, single scalars
+        such as beta1_power or loss_scale, and variables without a name.
         """
         layout = self._layout
         if name == layout.tied:

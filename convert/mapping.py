@@ -1,8 +1,8 @@
-"""The table of names: where each weight of the file stands in the checkpoints that people have.
+"""The table of names: where each weight of the model file is found in existing checkpoints.
 
 A `Layout` is one family of names. To read another family, add a layout here and to the `layouts` of
-the formats that it comes in. The way there, the way back and the list of what a complete checkpoint
-holds are derived from it.
+the formats in which it occurs. The mapping, its inverse and the list of tensors in a complete
+checkpoint are derived from it.
 """
 
 from __future__ import annotations
@@ -23,13 +23,16 @@ INSIDE = ("attention.qkv", "attention.output", "mlp_norm", "mlp.up", "mlp.down",
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layout:
-    """One family of names: `scope`, then `layer` with its number inside the layers, then the name
-    of the module, then a suffix.
+    """One family of names.
 
-    A module that `modules` gives several names is joined from them along the output axis, in that
-    order. `transposed` says that linear weights are (in, out), where the file has (out, in);
-    nothing else tells a square one whose transpose was forgotten. `ignored` are names dropped on
-    purpose, by the word for them; `tied` is a copy of the token embedding that some files hold.
+    A name consists of `scope`; inside the layers, `layer` with the layer's number; the name of the
+    module; and a suffix. A module with several names in `modules` is joined from them along the
+    output axis, in that order.
+
+    `transposed` means that linear weights are (in, out), while the model file has (out, in). For a
+    square matrix nothing else would show a forgotten transpose. `ignored` maps a word for each kind
+    of tensor that is dropped on purpose to a pattern of its names. `tied` is a copy of the token
+    embedding that some files hold.
     """
 
     name: str
@@ -43,8 +46,8 @@ class Layout:
     transposed: bool
     ignored: Mapping[str, str] = dataclasses.field(default_factory=dict)  # regular expressions
     tied: str | None = None
-    mark: str | None = None  # a part of some name, where the anchor is another layout's too
-    has_slots: bool = False  # optimizer state hangs below the weights' names
+    mark: str | None = None  # part of some name; needed if another layout has the same anchor
+    has_slots: bool = False  # whether names of optimizer state extend the weights' names
 
     @property
     def anchor(self) -> str:
@@ -104,7 +107,7 @@ TRANSFORMERS = Layout(
     tied=exported.HEAD,
 )
 
-# As programs store it that join matrices for speed.
+# As stored by programs that join the three matrices for speed.
 TRANSFORMERS_JOINED = dataclasses.replace(
     TRANSFORMERS,
     modules={**exported.MODULES, "attention.qkv": ("self_attn.qkv_proj",)},
@@ -125,8 +128,9 @@ TF_STEP = "global_step"
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How one weight of the file is made: these tensors, each transposed or not, joined along the
-    first axis."""
+    """How to make one weight of the model file: join these tensors, each transposed if `transpose`,
+    along the first axis.
+    """
 
     sources: tuple[str, ...]
     transpose: bool
@@ -137,7 +141,7 @@ class Recipe:
         return part[::-1] if self.transpose else part
 
     def parts(self, whole: _Array) -> Iterator[tuple[str, _Array]]:
-        """The sources' names, each with the view of the result that holds that source."""
+        """The sources' names, each with the view of the weight `whole` that equals the source."""
         rows = len(whole) // len(self.sources)
         for index, name in enumerate(self.sources):
             part = whole[index * rows : (index + 1) * rows]
@@ -145,7 +149,7 @@ class Recipe:
 
 
 def recipes(layers: int, layout: Layout) -> dict[str, Recipe]:
-    """The recipe of each weight of a model with so many layers, in the order of the file."""
+    """The recipe of each weight of a model with `layers` layers, in the order of the file."""
     result = dict(_module_recipes(OUTSIDE, "", layout.scope, layout))
     for layer in range(layers):
         theirs = layout.scope + layout.layer.format(layer)
@@ -156,7 +160,7 @@ def recipes(layers: int, layout: Layout) -> dict[str, Recipe]:
 def _module_recipes(
     modules: Iterable[str], ours: str, theirs: str, layout: Layout
 ) -> Iterator[tuple[str, Recipe]]:
-    """The recipes of these modules' weights, `ours` and `theirs` standing before their names."""
+    """The recipes of these modules' weights; `ours` and `theirs` are prefixes of their names."""
     for module in modules:
         for suffix, source_suffix, transpose in _suffixes(module, layout):
             names = (f"{theirs}{name}{source_suffix}" for name in layout.modules[module])
@@ -164,7 +168,7 @@ def _module_recipes(
 
 
 def _suffixes(module: str, layout: Layout) -> list[tuple[str, str, bool]]:
-    """Of each weight of a module: our suffix, the layout's, and whether it is transposed."""
+    """For each weight of a module, our suffix, the layout's suffix and whether it is transposed."""
     if module.endswith("embedding"):
         return [(".weight", layout.embedding, False)]
     if module.endswith("norm"):
@@ -186,8 +190,10 @@ def slot_recipes(weights: Mapping[str, Recipe], slots: Iterable[str]) -> dict[st
 
 
 def weight_pattern(layout: Layout, scopes: Iterable[str]) -> str:
-    """A regular expression for the names of weights under these scopes; its one group is the
-    layer's number."""
+    """A regular expression for the names of weights under these scopes.
+
+    Its only group is the layer's number.
+    """
     digits = {"{}": "0|[1-9][0-9]{0,5}", "{:02d}": "[0-9]{2}|[1-9][0-9]{2,5}"}
     head, brace, tail = re.split(r"(\{.*?\})", layout.layer)
     number = f"{re.escape(head)}({digits[brace]}){re.escape(tail)}"

@@ -1,4 +1,4 @@
-"""Plan a conversion from a source's names and shapes, or list every reason why it is impossible."""
+"""Plan a conversion from a source's names and shapes, or report every fault that prevents it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Options:
         None,
         path=True,
         metavar="FILE",
-        help="config.json, in either dialect",
+        help="config.json, with the original's or the community's names",
         default_text="beside the source",
     )
     vocab: Path | None = option(
@@ -70,7 +70,7 @@ class Options:
 
     @property
     def packed(self) -> str | None:
-        """The precision of the large matrices where it is an integer's."""
+        """The integer precision of the large matrices, or None if they are not packed."""
         return self.dtype if self.dtype in INTEGER else None
 
     @property
@@ -80,28 +80,29 @@ class Options:
 
 
 class OptimizerError(OptionError):
-    """The optimizer's statistics are to be kept, and the source hasn't got them all."""
+    """The optimizer's statistics were to be kept, but the source lacks some or all of them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Which tensors are made of what, and what goes with them."""
+    """How to make each tensor of the model file, and the metadata that goes with them."""
 
     recipes: dict[str, Recipe]
-    slots: dict[str, Recipe]  # of the optimizer's statistics that are kept
+    slots: dict[str, Recipe]  # recipes of the optimizer's statistics that are kept
     config: GPT2MLConfig
-    source: dict[str, Any]  # the origin and the defaults that an exported folder tells
-    generation: dict[str, Any]
+    source: dict[str, Any]  # the origin of the weights, as far as an exported folder knows it
+    generation: dict[str, Any]  # generation defaults in an exported folder
     vocabulary: Vocabulary | None
-    dropped: dict[str, int]
-    notes: list[str]
-    inputs: list[Path]
+    dropped: dict[str, int]  # number of tensors that are left out, by the reason
+    notes: list[str]  # for the user
+    inputs: list[Path]  # files read beside the weights
 
 
 def make_plan(source: Source, folder: Path, options: Options) -> Plan:
     """Plan a conversion.
 
-    Raises `ValueError` for a source that is no complete model, naming all faults, and `OSError`.
+    Raises `ValueError`, with all faults, for a source that is not a complete model, and `OSError`
+    for a file that can't be read.
     """
     inventory = take_inventory(source)
     origin = options.config or configs.find_config(folder)
@@ -135,9 +136,9 @@ def make_plan(source: Source, folder: Path, options: Options) -> Plan:
 
 
 def _check_architecture(source: Source, inventory: Inventory, origin: Path | None) -> None:
-    """Raise `ValueError` for a model that uses the same names, or some of them, for another thing.
+    """Raise `ValueError` for a model of another architecture that shares names with a layout.
 
-    The community's configurations call GPT2_ML "gpt2", so of those the tensors decide.
+    The community's configurations call GPT2_ML "gpt2", so there the tensors decide.
     """
     layout, names = inventory.layout, inventory.tensors
     other = None
@@ -148,7 +149,7 @@ def _check_architecture(source: Source, inventory: Inventory, origin: Path | Non
         other = None if model_type in (None, exported.MODEL_TYPE) else repr(model_type[:40])
     if other:
         raise ValueError(
-            f"{source.name} is a model of another architecture, {other}; give GPT2_ML's"
+            f"{source.name} is a model of another architecture, {other}; give a GPT2_ML"
         )
     if layout in (mapping.TRANSFORMERS, mapping.TRANSFORMERS_JOINED):
         configs.check_exported(origin)
@@ -170,11 +171,11 @@ def _count_dropped(inventory: Inventory, slots: Mapping[str, Recipe]) -> dict[st
 
 
 def _notes_on(inventory: Inventory) -> list[str]:
-    """What the user should know about the names."""
+    """Notes for the user on the tensors' names."""
     notes = []
     scope = inventory.scope
     if inventory.layout.has_slots and scope != inventory.layout.scope:
-        notes.append(f"the weights stand under {scope!r}, not {inventory.layout.scope!r}")
+        notes.append(f"the weights' names begin with {scope!r}, not {inventory.layout.scope!r}")
     if averages := inventory.dropped.get(AVERAGES):
         notes.append(
             f"{len(averages)} moving averages of weights were dropped; the weights themselves were "
@@ -184,8 +185,10 @@ def _notes_on(inventory: Inventory) -> list[str]:
 
 
 def _check_tied(source: Source, inventory: Inventory) -> None:
-    """Raise `ValueError` unless a stored output layer is the embedding: the file has no room for
-    another."""
+    """Raise `ValueError` if a stored output layer differs from the token embedding.
+
+    GPT2_ML has one matrix for both.
+    """
     layout = inventory.layout
     if layout.tied not in inventory.original:
         return
@@ -208,20 +211,20 @@ def _plan_slots(
 ) -> dict[str, Recipe]:
     """The recipes of Adafactor's statistics.
 
-    Raises `OptimizerError` where any is missing, for half of them would continue no training.
+    Raises `OptimizerError` if any is missing, since training can't continue from a part of them.
     """
     shapes = slot_shapes(config)
     slots = mapping.slot_recipes(recipes, shapes)
     if not any(name in inventory.tensors for r in slots.values() for name in r.sources):
         other = " of Adafactor, only another's state" if SLOTS in inventory.dropped else ""
         raise OptimizerError(
-            "{} holds no optimizer{}; go without {keep_optimizer=True}", source.name, other
+            "{} holds no optimizer state{}; leave out {keep_optimizer=True}", source.name, other
         )
     flat = {name: (math.prod(shape),) for name, shape in shapes.items()}
     faults = find_faults(inventory.tensors, slots, flat, ())
     if faults:
         raise OptimizerError(
-            "the optimizer in {} is not complete: {}; go without {keep_optimizer=True}",
+            "the optimizer state in {} is not complete: {}; leave out {keep_optimizer=True}",
             *(source.name, _enumerate(faults)),
         )
     return slots
@@ -263,7 +266,7 @@ def find_faults(
     shapes: Mapping[str, tuple[int, ...]],
     unknown: Iterable[str],
 ) -> list[str]:
-    """Every reason why these are not the tensors of the plan, one phrase each."""
+    """Every difference between these tensors and the plan's, one phrase each."""
     faults = [f"unknown tensor {name!r}" for name in unknown]
     missing = []
     for key, recipe in plan.items():
@@ -282,7 +285,7 @@ def find_faults(
 
 
 def _describe_missing(missing: Sequence[str], plan: Mapping[str, Recipe]) -> list[str]:
-    """Whole layers as one phrase, the rest by name."""
+    """Missing tensors: whole layers as one phrase each, the others by name."""
     by_layer: dict[str, list[str]] = {}
     for key, recipe in plan.items():
         if key.startswith("blocks."):

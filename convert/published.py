@@ -9,12 +9,12 @@ import threading
 from pathlib import Path
 from typing import Any
 
-_WINDOW = 16 << 20  # bytes of a file mapped at a time: they count as memory while they are
+_WINDOW = 16 << 20  # bytes of a file mapped at a time; mapped pages count as memory
 
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """One published checkpoint; the vocabulary's SHA-256 is without its final newline."""
+    """One published checkpoint; `vocab_sha256` is computed without the final newline."""
 
     name: str
     prefix: str
@@ -25,7 +25,7 @@ class Published:
     vocab_sha256: str
 
     def source(self) -> dict[str, Any]:
-        """What a converted file says of its origin."""
+        """The `source` metadata of a converted file."""
         step = int(self.prefix.rpartition("-")[2])
         return {
             "name": self.prefix,
@@ -63,14 +63,14 @@ def by_size(data_bytes: int) -> Published | None:
 
 
 def may_be(size: int, kind: str) -> bool:
-    """Whether a file of this size may be a published one, so that its hash is worth its time."""
+    """Whether a file of this size may be a published one, and is worth hashing."""
     if kind == "tf":
         return by_size(size) is not None
-    return size > min(known.data_bytes for known in PUBLISHED) * 0.99  # the .bin's aren't known
+    return size > min(known.data_bytes for known in PUBLISHED) * 0.99  # .bin sizes aren't known
 
 
 def by_hash(sha256: str) -> Published | None:
-    """The published file, TensorFlow's or PyTorch's, with this hash."""
+    """The published checkpoint whose TensorFlow or PyTorch file has this hash."""
     return next((p for p in PUBLISHED if sha256 in (p.data_sha256, p.bin_sha256)), None)
 
 
@@ -80,7 +80,7 @@ def vocabulary_matches(known: Published, text: str) -> bool:
 
 
 def file_sha256(path: Path, stop: threading.Event) -> str | None:
-    """The SHA-256 of a file, None if stopped; other threads run meanwhile."""
+    """The SHA-256 of a file, or None once `stop` is set; other threads can run meanwhile."""
     digest = hashlib.sha256()
     size = path.stat().st_size
     with path.open("rb") as file:

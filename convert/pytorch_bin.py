@@ -1,8 +1,8 @@
 """A pickled state dict, such as the community's `pytorch_model.bin`, as a source.
 
-Nothing in it is run (`convert.unpickling`), and its tensors are memory-mapped where they lie. The
-zip format, PyTorch's since 1.6, has a CRC-32 for each storage, verified when a tensor of it is
-first read; the format before it has no checksums.
+No code in it is executed (`convert.unpickling`), and its tensors are memory-mapped. The zip format
+(PyTorch 1.6 and later) has a CRC-32 for each storage, which is verified when a tensor in it is
+first read. The older format has no checksums.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from convert.unpickling import Items, Opaque, Refused, Storage, Tensor, describe
 _MAX_PICKLE = 8 << 20  # bytes; the published model's takes 0.1 MB
 _WINDOW = 16 << 20  # bytes mapped at a time for a checksum
 _LOCAL_HEADER = struct.Struct("<4s2xHH4xLLLHH")
-_DESCRIPTOR = struct.Struct("<4sL")  # what may stand behind the data, its sizes left out
+_DESCRIPTOR = struct.Struct("<4sL")  # may follow the data; signature and CRC-32, without the sizes
 _HAS_DESCRIPTOR, _IS_UTF8 = 1 << 3, 1 << 11
-_ZIP64 = 0xFFFFFFFF  # in place of a size that stands elsewhere
+_ZIP64 = 0xFFFFFFFF  # in place of a size that is stored elsewhere
 _LEGACY = (0x1950A86A20F9469CFC6C, 1001)  # the first two pickles of a file before PyTorch 1.6
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net", "weights", "params")
 _MAX_WRAPPERS = 4
@@ -34,7 +34,7 @@ _MAX_WRAPPERS = 4
 
 @dataclasses.dataclass(frozen=True)
 class _Record:
-    """A storage's bytes in the file, and their CRC-32, if the file has one."""
+    """The place of a storage's bytes in the file, and their CRC-32 if the file has one."""
 
     offset: int
     size: int
@@ -44,7 +44,8 @@ class _Record:
 class PyTorchFile(Source):
     """One pickled state dict, alone or in a dictionary under `state_dict`, `model` or the like.
 
-    Raises `ValueError` for a file that isn't a state dict, or that would run code, and `OSError`.
+    Raises `ValueError` for a file that isn't a state dict or that would run code, and `OSError` if
+    it can't be read.
     """
 
     layouts = mapping.PYTORCH
@@ -80,7 +81,7 @@ class PyTorchFile(Source):
                 self._verify(value.storage.key, name)
 
     def _stored(self, value: Any) -> Stored:
-        """What the source declares of a value, with the reason where it can't be read."""
+        """A value as the source declares it, with the reason if it can't be read."""
         if not isinstance(value, Tensor):
             what = value.what if isinstance(value, Opaque) else type(value).__name__
             return Stored(None, (), f"no numbers ({what})")
@@ -101,7 +102,7 @@ class PyTorchFile(Source):
         return Stored(value.dtype, value.shape)
 
     def _verify(self, key: str, name: str) -> None:
-        """Compare a storage with its CRC-32, once."""
+        """Compare a storage with its CRC-32, the first time that it is needed."""
         record = self._records.get(key)
         if record is None or record.crc32 is None or key in self._verified:
             return
@@ -122,10 +123,10 @@ class PyTorchFile(Source):
                 return self._describe_legacy(file)
         except Refused as error:
             raise ValueError(
-                f"{self._path} is no plain state dict, or hostile: {error}; nothing was run; where "
-                "it was made, torch.save(model.state_dict(), FILE) writes what is wanted"
+                f"{self._path} is no plain state dict, or hostile: {error}; nothing was run; "
+                "write one with torch.save(model.state_dict(), FILE) where the model was made"
             ) from None
-        # A RuntimeError is zipfile's for encryption and for compression that it does not know.
+        # zipfile raises RuntimeError for encryption and for unknown compression.
         except (ValueError, zipfile.BadZipFile, RuntimeError, struct.error) as error:
             raise ValueError(
                 f"{self._path} is damaged or truncated: {error}; fetch it again"
@@ -142,7 +143,7 @@ class PyTorchFile(Source):
         if len(pickles) != 1:
             raise ValueError(f"it is a zip archive with {len(pickles)} files data.pkl, not one")
         folder = pickles[0].filename.removesuffix("data.pkl")
-        has_checksums = any(member.CRC for member in members)  # PyTorch can be told to leave them
+        has_checksums = any(member.CRC for member in members)  # PyTorch can leave them out
         small: dict[str, _Record] = {}
         for member in members:
             name = member.filename.removeprefix(folder)
@@ -168,13 +169,16 @@ class PyTorchFile(Source):
         return bytes(mapped(self._path, record.offset, record.size))
 
     def _describe_legacy(self, file: IO[bytes]) -> Any:
-        """Five pickles: a magic number, a version, the machine, the object and the order of the
-        storages; then each storage, its count of numbers before them."""
+        """The pickled object of the format before PyTorch 1.6.
+
+        The file holds five pickles: a magic number, a version, the machine, the object and the
+        order of the storages. The storages follow, each after its number of elements.
+        """
         size = self._path.stat().st_size
         head = io.BytesIO(file.read(_MAX_PICKLE))
         for number in _LEGACY:
             if describe(head) != number:
-                raise Refused("it is a pickle, but none of PyTorch's")
+                raise Refused("it is a pickle that PyTorch did not write")
         machine = describe(head)
         if isinstance(machine, Items) and ("little_endian", False) in machine.pairs:
             raise ValueError("it was written on a big-endian machine")
@@ -193,7 +197,7 @@ class PyTorchFile(Source):
 
 
 def _data_offset(file: IO[bytes], member: zipfile.ZipInfo, size: int) -> int:
-    """Where a member's data begin, which its local header tells."""
+    """The offset of a member's data, by its local header, which must agree with the directory."""
     if member.compress_type != zipfile.ZIP_STORED:
         raise ValueError(f"its {member.filename[:80]} is compressed; PyTorch compresses nothing")
     file.seek(member.header_offset)
@@ -221,7 +225,7 @@ def _data_offset(file: IO[bytes], member: zipfile.ZipInfo, size: int) -> int:
 
 
 def _is_padding(extra: bytes) -> bool:
-    """Whether PyTorch's padding, if that is what this is, is as PyTorch writes it."""
+    """Whether an extra field, if it is PyTorch's padding, is as PyTorch writes it."""
     return not extra.startswith(b"FB") or not extra[4:].strip(b"Z")
 
 
@@ -235,7 +239,7 @@ def _crc32(path: Path, record: _Record) -> int:
 
 
 def _size(storage: Storage) -> int:
-    """Bytes of one number of a storage."""
+    """The bytes of one element of a storage."""
     try:
         return storage_dtype(storage.dtype).itemsize
     except TypeError:
@@ -243,7 +247,7 @@ def _size(storage: Storage) -> int:
 
 
 def _extent(tensor: Tensor) -> int:
-    """Numbers from a tensor's first to its last in memory, both included."""
+    """The number of elements from a tensor's first to its last in memory, both included."""
     if 0 in tensor.shape:
         return 0
     steps = zip(tensor.shape, tensor.strides, strict=True)
@@ -251,7 +255,7 @@ def _extent(tensor: Tensor) -> int:
 
 
 def _overlaps(tensor: Tensor) -> bool:
-    """Whether two elements of a tensor are one number in memory."""
+    """Whether two elements of a tensor share their place in memory."""
     reach = 0
     for step, size in sorted(zip(tensor.strides, tensor.shape, strict=True)):
         if size > 1 and step <= reach:
@@ -263,7 +267,7 @@ def _overlaps(tensor: Tensor) -> bool:
 def _state_dict(described: Any, path: Path) -> dict[str, Any]:
     """The names and tensors in a pickled object.
 
-    Raises `ValueError` where it is none, or a name occurs twice.
+    Raises `ValueError` if it is no state dict or a name occurs twice.
     """
     for _ in range(_MAX_WRAPPERS):
         inner = _unwrapped(described, path)
@@ -287,8 +291,10 @@ def _state_dict(described: Any, path: Path) -> dict[str, Any]:
 
 
 def _unwrapped(described: Any, path: Path) -> Items | None:
-    """The dictionary inside a dictionary that is no state dict itself: by the names that programs
-    give it, else the only one that holds tensors."""
+    """The state dict inside a dictionary that is not one itself, or None.
+
+    It is found by the names that programs give it, or as the only inner one that holds tensors.
+    """
     if not isinstance(described, Items):
         return None
     inside = {
@@ -307,11 +313,11 @@ def _unwrapped(described: Any, path: Path) -> Items | None:
 
 
 def _holds_tensors(described: Items) -> bool:
-    """Whether tensors are in a dictionary, or in dictionaries inside it, under names."""
+    """Whether a dictionary, or one nested in it, holds tensors under names."""
     queue, seen = [described], set[int]()
     while queue:
         items = queue.pop()
-        seen.add(id(items))  # one may be in many places
+        seen.add(id(items))  # one object may be referred to many times
         for name, value in items.pairs:
             if isinstance(name, str) and isinstance(value, Tensor):
                 return True

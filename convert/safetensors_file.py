@@ -1,7 +1,7 @@
 """A safetensors file in another program's layout, as a source.
 
-The format has no checksums. The safetensors library checks the header; its tensors are then
-memory-mapped here, since the library's NumPy side knows no bfloat16.
+The format has no checksums. The safetensors library checks the header. The tensors are then
+memory-mapped here, since the library's NumPy interface lacks bfloat16.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ _MAX_HEADER = 100_000_000  # bytes; the library's own limit
 class SafetensorsFile(Source):
     """One safetensors file that this project did not write.
 
-    Raises `ValueError` for a damaged file or one that is converted already, and `OSError`.
+    Raises `ValueError` for a damaged file or one that is converted already, and `OSError` if it
+    can't be read.
     """
 
     layouts = mapping.PYTORCH
@@ -53,7 +54,7 @@ class SafetensorsFile(Source):
 
 
 def is_converted(path: Path) -> bool:
-    """Whether a file is one that this project writes."""
+    """Whether a file is a model file of this project."""
     try:
         with safe_open(path, framework="np") as file:
             return "gpt2ml_format" in (file.metadata() or {})
@@ -62,15 +63,15 @@ def is_converted(path: Path) -> bool:
 
 
 def converted_already(path: Path) -> str:
-    """What to say of such a file."""
+    """The error for a file that is converted already."""
     return (
         f"{path} is a converted safetensors file already: `gpt2ml generate` takes it as it is, and "
-        "`gpt2ml convert --to-tf` brings it back to TensorFlow"
+        "`gpt2ml convert --to-tf` converts it back to TensorFlow"
     )
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The header, checked by the library, and where the data begin."""
+    """The header, checked by the library, and the offset of the data."""
     try:
         with safe_open(path, framework="np"):
             pass

@@ -1,5 +1,6 @@
-"""A checkpoint as a source of arrays: what a conversion asks of it, whatever its file format, and
-how arrays are mapped from files, brought into row order and rounded.
+"""A checkpoint as a source of arrays, independent of its file format; and work on the arrays.
+
+Arrays are mapped from files, put into row order and rounded.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from convert.mapping import Layout
 
 Array = NDArray[Any]
 
-_ROWS, _COLUMNS = 256, 256  # of a block that stays in the processor's caches
-_GAP = 16  # numbers
+_ROWS, _COLUMNS = 256, 256  # size of a block that stays in the processor's caches
+_GAP = 16  # elements after each line of the block
 _PIECE = 512 << 10  # bytes
 _LARGEST = {
     "float32": float(np.finfo(np.float32).max),
@@ -36,25 +37,22 @@ _INFINITY = {  # bits
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """One tensor as the checkpoint declares it; `dtype` is None where it can't be read, and
-    `instead` says what it is then."""
+    """One tensor as the checkpoint declares it."""
 
-    dtype: str | None
+    dtype: str | None  # None if the tensor can't be read
     shape: tuple[int, ...]
-    instead: str = "no numbers"
+    instead: str = "no numbers"  # what it is, if it can't be read
 
 
 class Source(ABC):
-    """A checkpoint whose tensors are read one by one, from several threads.
+    """A checkpoint whose tensors are read one by one, possibly from several threads.
 
-    `layouts` are the families of names that this format comes with, `files` the ones that hold the
-    weights, `checksum` is the kind that `read` verifies, None where the format has none, and
-    `notes` is what the user should know.
+    `files` are the files that hold the weights.
     """
 
-    layouts: Sequence[Layout]
-    checksum: str | None
-    notes: tuple[str, ...] = ()
+    layouts: Sequence[Layout]  # the families of names that occur in this format
+    checksum: str | None  # the kind of checksum that `read` verifies, if the format has one
+    notes: tuple[str, ...] = ()  # for the user
 
     def __init__(self, name: str, files: Sequence[Path], tensors: Mapping[str, Stored]) -> None:
         self.name = name
@@ -63,14 +61,16 @@ class Source(ABC):
 
     @abstractmethod
     def read(self, name: str) -> Array:
-        """A tensor, memory-mapped where it can be; bfloat16, which NumPy lacks, as float32.
+        """A tensor, memory-mapped if possible; bfloat16, which NumPy lacks, as float32.
 
-        Raises `ValueError` where it is damaged.
+        Raises `ValueError` if it is damaged.
         """
 
     def verify_rest(self) -> None:
-        """Verify the tensors that were not read, such as buffers, where the format has cheap
-        checksums; raises `ValueError` where one is damaged."""
+        """Verify the tensors that were not read, such as buffers, if that is cheap in this format.
+
+        Raises `ValueError` if one is damaged.
+        """
         return
 
     def step(self) -> int | None:
@@ -79,9 +79,9 @@ class Source(ABC):
 
 
 class Joined(Source):
-    """A checkpoint in several files (shards), each tensor in one of them.
+    """A checkpoint in several files (shards), with each tensor in one of them.
 
-    Raises `ValueError` where two shards hold the same name.
+    Raises `ValueError` if two shards hold the same name.
     """
 
     def __init__(self, name: str, shards: Sequence[Source]) -> None:
@@ -113,20 +113,19 @@ class Joined(Source):
 
 
 def storage_dtype(dtype: str) -> np.dtype[Any]:
-    """The NumPy dtype that holds a dtype's numbers in files; NumPy has no bfloat16, so that one is
-    held as its bits."""
+    """The NumPy dtype in which a dtype is stored in files; bfloat16, which NumPy lacks, as bits."""
     return np.dtype("uint16" if dtype == "bfloat16" else dtype).newbyteorder("<")
 
 
 def widened(bits: Array) -> Array:
-    """Bfloat16 numbers, given as their bits, as float32, whose upper half they are."""
+    """Bfloat16 numbers, given as their bits, as float32; the bits are its upper half."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def mapped(path: Path, offset: int, size: int) -> memoryview:
-    """Bytes of a file without a copy; they take memory only while they are held.
+    """Memory-mapped bytes of a file; they take memory only while the result is held.
 
-    Raises `ValueError` where the file has become shorter.
+    Raises `ValueError` if the file has become shorter.
     """
     if size == 0:
         return memoryview(b"")
@@ -139,11 +138,11 @@ def mapped(path: Path, offset: int, size: int) -> memoryview:
 
 
 def rows_in_order(tensor: Array) -> Iterator[Array]:
-    """Successive rows of a vector, a matrix or a transposed matrix, contiguous in memory.
+    """Successive pieces, some rows each, of a vector or a (transposed) matrix; each is contiguous.
 
-    Each piece is small enough to be still in the processor's cache when it is used, and may lie
-    where the previous one lay: use it before taking the next. (Fresh memory for each would cost a
-    quarter of the time.)
+    Each piece is small enough to be in the processor's cache while it is used. It may reuse the
+    memory of the previous one, so use a piece before taking the next. (Fresh memory for each would
+    cost a quarter of the time.)
     """
     if tensor.ndim < 2:
         tensor = np.ascontiguousarray(tensor)
@@ -165,11 +164,11 @@ def _pieces(tensor: Array) -> Iterator[Array]:
 
 
 def _gather(rows: Array, result: Array, block: Array) -> None:
-    """Copy rows that lie across memory into `result`, in order.
+    """Copy rows whose elements are far apart in memory into `result`, in row order.
 
-    They pass through a small block with a gap after each line: the lines of a matrix are often a
-    multiple of a large power of two apart, so they share a few places in the cache and evict each
-    other, which costs half the speed.
+    They pass through a small block with a gap after each line. Without it, lines would often be a
+    multiple of a large power of two apart, share a few cache sets and evict each other, which
+    costs half the speed.
     """
     for start in range(0, rows.shape[1], _COLUMNS):
         across = rows[:, start : start + _COLUMNS].T
@@ -179,15 +178,15 @@ def _gather(rows: Array, result: Array, block: Array) -> None:
 
 
 def count_non_finite(values: Array) -> int:
-    """How many numbers are NaN or infinite."""
+    """The number of values that are NaN or infinite."""
     finite = np.isfinite(values)
     return 0 if finite.all() else int(finite.size - np.count_nonzero(finite))
 
 
 def round_to(dtype: str, exact: Array) -> Array:
-    """The nearest numbers of a dtype; bfloat16, which NumPy lacks, as bits.
+    """The nearest values of a dtype; bfloat16, which NumPy lacks, as bits.
 
-    Raises `ValueError` where a finite number becomes infinite.
+    Raises `ValueError` if a finite value becomes infinite.
     """
     if exact.dtype == dtype:
         return exact
@@ -217,16 +216,17 @@ def _bfloat16(exact: Array) -> Array:
     nearest >>= 16
     rounded = nearest.astype(np.uint16)
     nan = np.isnan(single)
-    if nan.any():  # rounding could carry their bits into infinity's
+    if nan.any():  # rounding could turn a NaN into infinity
         rounded[nan] = bits[nan] >> 16 | 0x40
     return rounded
 
 
 def _to_odd_float32(exact: Array) -> Array:
-    """Round float64 to float32 so that rounding again, to 16 bits, gives what one rounding would.
+    """Round float64 to float32 so that rounding again, to 16 bits, equals a single rounding.
 
-    Inexact results get an odd last bit, which no later tie can mistake (Boldo and Melquiond, 2008,
-    "Emulation of FMA and correctly rounded sums: proved algorithms using rounding to odd").
+    Inexact results get an odd last bit, so a later rounding never sees a false tie (Boldo and
+    Melquiond, 2008, "Emulation of FMA and correctly rounded sums: proved algorithms using rounding
+    to odd").
     """
     nearest = exact.astype(np.float32)
     bits = nearest.view(np.uint32)

@@ -1,7 +1,8 @@
 """A TensorFlow checkpoint, read and written one tensor at a time.
 
-TensorFlow's own op for writing, SaveV2, wants all tensors at once, which for the published size is
-5.5 GB. `convert.bundle` reads and makes the index; the data files hold the tensors end to end.
+TensorFlow's own operation for writing, SaveV2, needs all tensors in memory at once, 5.5 GB at the
+published size. `convert.bundle` reads and makes the index; the data files hold the tensors one
+after the other.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from convert.source import Array, Source, Stored, mapped, storage_dtype, widened
 from gpt2ml_torch import disk, foreign
 from gpt2ml_torch.modelfile.checksum import crc32c
 
-_MAX_INDEX = 64 << 20  # bytes; the published ones have 26 KB
+_MAX_INDEX = 64 << 20  # bytes; the published indexes have 26 KB
 
 
 class TensorFlowCheckpoint(Source):
     """One checkpoint, by its prefix; `read` verifies the CRC-32C that TensorFlow stores.
 
-    Raises `OSError` for missing or truncated files, saying how large they should be, and
-    `ValueError` for damaged ones.
+    Raises `OSError`, with the expected size, for missing or truncated files, and `ValueError` for
+    damaged ones.
     """
 
     layouts = (mapping.TENSORFLOW,)
@@ -62,7 +63,7 @@ class TensorFlowCheckpoint(Source):
         return None
 
     def _data_files(self, count: int) -> list[Path]:
-        """The data files that the index counts; others, of another count, are left alone."""
+        """The data files of the index; files of another number of shards are ignored."""
         folder, prefix = self._prefix.parent, self._prefix.name
         paths = [folder / f"{prefix}.data-{i:05d}-of-{count:05d}" for i in range(count)]
         missing = [path for path in paths if not path.is_file()]
@@ -71,11 +72,11 @@ class TensorFlowCheckpoint(Source):
             if reason := foreign.absence_of(missing[0]):
                 raise FileNotFoundError(reason)
             found = [path.name for path in tf_data_files(self._prefix) if path not in paths]
-            others = f"; found {', '.join(found[:5])}, which is of another count" if found else ""
+            others = f"; found {', '.join(found[:5])}, of another number of shards" if found else ""
             raise FileNotFoundError(f"{folder}/{names} is missing{others}{self._size_of_missing()}")
         strays = [path.name for path in tf_data_files(self._prefix) if path not in paths]
         if strays:
-            self.notes = (f"{', '.join(strays[:5])} is no part of it and was left alone",)
+            self.notes = (f"{', '.join(strays[:5])} does not belong to it and was ignored",)
         return paths
 
     def _size_of_missing(self) -> str:
@@ -94,8 +95,8 @@ class TensorFlowCheckpoint(Source):
             found = path.stat().st_size
             if partial := foreign.unfinished(path):
                 raise OSError(
-                    f"{path} isn't complete: {partial.name} beside it says that its download goes "
-                    "on; finish it"
+                    f"{path} isn't complete: {partial.name} beside it shows that the download has "
+                    "not finished; finish it"
                 )
             if found < size:
                 foreign.check(path, text=found == 0)
@@ -119,8 +120,7 @@ def _read_index(path: Path) -> tuple[int, dict[str, bundle.Entry]]:
 
 @dataclasses.dataclass(frozen=True)
 class Variable:
-    """One variable: its dtype, its shape, and a function that makes its values, piece by piece,
-    when they are wanted."""
+    """One variable: its dtype, its shape, and a function that yields its values in pieces."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -128,7 +128,7 @@ class Variable:
 
     @classmethod
     def of(cls, value: Any) -> Variable:
-        """An array at hand."""
+        """The variable of an array in memory."""
         array = np.asarray(value)
         return cls(array.dtype.name, array.shape, lambda: [np.ascontiguousarray(array)])
 
@@ -139,10 +139,10 @@ def write_checkpoint(
     *,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Write `PREFIX.index` and `PREFIX.data-00000-of-00001`, with a CRC-32C for each tensor, which
-    is computed from the bytes as they are written.
+    """Write `PREFIX.index` and `PREFIX.data-00000-of-00001`, with a CRC-32C for each tensor.
 
-    Not atomic: write into a folder of its own and rename. Raises `OSError`.
+    `progress` is called with the bytes of each tensor written. Not atomic: write into a folder of
+    its own and rename. Raises `OSError`.
     """
     entries: dict[str, bundle.Entry] = {}
     offset = 0
@@ -178,13 +178,13 @@ def _write(data: BinaryIO, variable: Variable) -> tuple[int, int]:
 
 
 def _size(variable: Variable) -> int:
-    """Bytes of a variable."""
+    """The bytes of a variable."""
     return math.prod(variable.shape) * storage_dtype(variable.dtype).itemsize
 
 
 @contextlib.contextmanager
 def _opened(prefix: Path, suffix: str) -> Iterator[BinaryIO]:
-    """A new file, on the disk when it is left; errors name it."""
+    """A new file, synced to the disk at the end of the block; errors name it."""
     path = prefix.with_name(prefix.name + suffix)
     try:
         with path.open("wb") as file:

@@ -1,4 +1,4 @@
-"""The way back: from the one file to a TensorFlow checkpoint that the original code reads."""
+"""Convert the model file back to a TensorFlow checkpoint that the original code reads."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ _STATE = 'model_checkpoint_path: "{0}"\nall_model_checkpoint_paths: "{0}"\n'
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-    """What was done, for the summary."""
+    """The result of a conversion, for the summary."""
 
     prefix: Path
     parameters: int
     step: int
     has_optimizer: bool
     files: list[str]
-    size: int
+    size: int  # bytes of all files
     seconds: float
 
 
@@ -55,9 +55,9 @@ def to_tf(
 ) -> Report:
     """Write `model.ckpt-STEP.*`, `checkpoint`, config.json and vocab.txt into a folder.
 
-    The weights are float32, whatever the file's dtype; the optimizer's statistics go along where
-    the file kept them. Raises as `ModelFile.open` does, `ValueError` for a tensor that is damaged
-    or, unless `allow_non_finite`, has NaN or infinity, and `FileExistsError`.
+    The weights are written as float32, whatever the file's dtype, and with them the optimizer's
+    statistics if the file holds them. Raises as `ModelFile.open` does, `ValueError` for a tensor
+    that is damaged or, unless `allow_non_finite`, has NaN or infinity, and `FileExistsError`.
     """
     started = time.monotonic()
     with ModelFile.open(source) as file:
@@ -83,10 +83,10 @@ def to_tf(
 
 @contextlib.contextmanager
 def _scratch(folder: Path, prefix: str) -> Iterator[Path]:
-    """A folder for unfinished files inside `folder`, so that the last step is a rename.
+    """A folder for unfinished files inside `folder`, from which they are renamed at the end.
 
-    It is removed afterwards, and after an error `folder` too if it was made here; a killed run
-    leaves it to the next one.
+    It is removed afterwards; after an error, `folder` is removed too if it was created here. What a
+    killed run leaves is removed by the next one.
     """
     created = not folder.exists()
     folder.mkdir(exist_ok=True)
@@ -98,14 +98,14 @@ def _scratch(folder: Path, prefix: str) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         if created:
-            with contextlib.suppress(OSError):  # if there is something in it, it isn't ours
+            with contextlib.suppress(OSError):  # not empty: somebody else wrote into it
                 folder.rmdir()
         raise
     scratch.rmdir()
 
 
 def _check_file(file: ModelFile) -> int:
-    """The step of the training; raises `ValueError` for what TensorFlow's format can't hold."""
+    """The training step; raises `ValueError` for a file that TensorFlow's format can't hold."""
     if file.packed is not None:
         raise ValueError(
             f"{file.path} is quantised ({file.packed}), which TensorFlow's checkpoints can't hold; "
@@ -132,10 +132,10 @@ def _check_folder(folder: Path, names: Sequence[str], overwrite: bool) -> None:
 
 
 def _file_names(prefix: str, file: ModelFile) -> list[str]:
-    """All files, in the order in which they get their names."""
+    """The names of all files, in the order in which they are renamed."""
     vocabulary = ["vocab.txt"] if file.vocab is not None else []
     files = (f"{prefix}.data-00000-of-00001", f"{prefix}.index", "config.json")
-    return [*files, *vocabulary, "checkpoint"]  # which is last: until then nothing points to them
+    return [*files, *vocabulary, "checkpoint"]  # last, because it points to the others
 
 
 def _write_all(
@@ -161,7 +161,7 @@ def _write_all(
 
 
 def _variables(file: ModelFile, *, allow_non_finite: bool) -> Iterator[tuple[str, Variable]]:
-    """The variables by their TensorFlow names, each read from the file when it is wanted."""
+    """The variables by their TensorFlow names; values are read from the file when needed."""
     recipes = mapping.recipes(file.config.num_hidden_layers, mapping.TENSORFLOW)
     slots = mapping.slot_recipes(recipes, file.slots)
     flat = {
@@ -199,9 +199,9 @@ def _finite(file: ModelFile, name: str, pieces: Callable[[], Iterator[Array]]) -
     for piece in pieces():
         if count_non_finite(piece):
             raise OptionError(
-                "tensor {!r} of {} has numbers that are not finite (NaN or infinity): such a model "
-                "writes nothing sensible; convert or train it again ({allow_non_finite=True} "
-                "converts it all the same)",
+                "tensor {!r} of {} has values that are not finite (NaN or infinity): such a model "
+                "writes nonsense; convert or train it again ({allow_non_finite=True} converts it "
+                "anyway)",
                 *(name, file.path),
             )
         yield piece

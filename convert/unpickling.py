@@ -1,8 +1,10 @@
-"""What a pickle of tensors describes, found out without running anything.
+"""Describe the tensors in a pickle without running anything in it.
 
-PyTorch's own loader does not say which record of the file holds a tensor, so its checksum could not
-be compared; it also takes seconds to import and holds what it loads in memory. This one knows the
-few functions that describe tensors, calls none of them, and refuses every other name.
+PyTorch's own loader does not tell which record of the file holds a tensor, so the tensor's checksum
+could not be compared. It also takes seconds to import and loads all tensors into memory. This
+module knows the few functions that describe tensors, calls none of them, and refuses every other
+name.
+
 Source: torch/serialization.py, torch/_utils.py, torch/_weights_only_unpickler.py; Python's
 pickletools.
 """
@@ -25,7 +27,7 @@ _DTYPES = {
     *_STORAGES.values(), "uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e5m2",
     "float8_e4m3fnuz", "float8_e5m2fnuz", "complex32",
 }  # fmt: skip
-# Functions that make what is no plain tensor, and what the error calls it.
+# Functions whose result is no plain tensor, and the words for it in errors.
 _NO_NUMBERS = {
     "torch._utils._rebuild_sparse_tensor": "a sparse tensor",
     "torch._utils._rebuild_sparse_csr_tensor": "a sparse tensor",
@@ -57,13 +59,12 @@ _MAX_DIMENSIONS = 8
 
 
 class Refused(ValueError):
-    """The pickle names or does what no state dict does."""
+    """The pickle uses a name or an instruction that no state dict needs."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Storage:
-    """A run of numbers in the file: `count` numbers of `dtype`, from number `start` of the record
-    `key`."""
+    """Elements in the file: `count` elements of `dtype`, from `start` on, in the record `key`."""
 
     key: str
     dtype: str
@@ -73,7 +74,7 @@ class Storage:
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor as strides over a storage, counted in numbers of `dtype`."""
+    """A tensor as strides over a storage; offset and strides count elements of `dtype`."""
 
     storage: Storage
     dtype: str
@@ -85,7 +86,7 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Opaque:
-    """An object that holds no numbers to read, in words."""
+    """An object without numbers to read; `what` describes it in words."""
 
     what: str
 
@@ -96,20 +97,19 @@ class _Global:
 
 
 class Items:
-    """A dictionary as its pairs: nothing is hashed, so no choice of keys makes it slow."""
+    """A dictionary as a list of pairs; nothing is hashed, so hostile keys can't make it slow."""
 
     def __init__(self, pairs: list[Any] | None = None) -> None:
         self.pairs: list[Any] = [] if pairs is None else pairs
 
 
 def describe(file: IO[bytes], storages: dict[str, Storage] | None = None) -> Any:
-    """The object that a pickle describes; the file then stands behind it.
+    """The object that a pickle describes; afterwards the file is positioned after the pickle.
 
-    Every storage that it refers to is put into `storages`, by its key.
-
-    Dictionaries come as `Items`, tensors as `Tensor`, storages as `Storage`, anything else that
-    PyTorch's restricted loader would accept as `Opaque`. Raises `Refused` for what that loader
-    would refuse, and `ValueError` for what is damaged.
+    Every storage that it refers to is added to `storages` under its key. Dictionaries are returned
+    as `Items`, tensors as `Tensor`, storages as `Storage`, and other objects that PyTorch's
+    restricted loader would accept as `Opaque`. Raises `Refused` for a pickle that the restricted
+    loader would refuse, and `ValueError` for a damaged one.
     """
     machine = _Machine({} if storages is None else storages)
     try:
@@ -123,7 +123,7 @@ def describe(file: IO[bytes], storages: dict[str, Storage] | None = None) -> Any
 
 
 class _Machine:
-    """Pickle's stack machine, for the instructions that state dicts consist of."""
+    """Pickle's stack machine, for the instructions that occur in state dicts."""
 
     def __init__(self, storages: dict[str, Storage]) -> None:
         self._storages = storages
@@ -181,14 +181,14 @@ class _Machine:
             raise Refused(f"it has the instruction {name}")
 
     def _to_mark(self) -> list[Any]:
-        """What was pushed since the last mark, which goes too."""
+        """Pop the values pushed since the last mark, and the mark."""
         values = []
         while (value := self._stack.pop()) is not _MARK:
             values.append(value)
         return values[::-1]
 
     def _build(self, state: Any) -> None:
-        """Set an object's attributes, which nobody reads: a state dict's `_metadata`."""
+        """Ignore an object's attributes (a state dict's `_metadata`), which nobody reads."""
         if not isinstance(self._stack[-1], Items | Opaque):
             raise Refused(f"it sets the state of {type(self._stack[-1]).__name__}")
 
@@ -213,16 +213,16 @@ def _expect(value: Any, kind: type) -> Any:
 
 
 def _items(values: list[Any]) -> Items:
-    """Keys and values that alternate."""
+    """A dictionary from alternating keys and values."""
     if len(values) % 2:
         raise ValueError("its pickle is malformed (a key without a value)")
     return Items(list(zip(values[::2], values[1::2], strict=True)))
 
 
 def _pairs(values: Any) -> list[Any]:
-    """A list of keys and values, copied: the pickle may still append to it."""
+    """A copy of a list of pairs, to which the pickle may still append."""
     if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in _expect(values, list)):
-        raise ValueError("its pickle is malformed (a dictionary of no pairs)")
+        raise ValueError("its pickle is malformed (a dictionary that is not a list of pairs)")
     return [tuple(pair) for pair in values]
 
 
@@ -238,7 +238,10 @@ def _global(module: str, name: str) -> _Global:
 
 
 def _storage(reference: Any) -> Storage:
-    """A persistent id: ('storage', type, key, device, count) and, before PyTorch 1.6, a view."""
+    """The storage of a persistent id.
+
+    The id is ('storage', type, key, device, count), followed before PyTorch 1.6 by a view.
+    """
     kind, storage_type, key, _, count, *view = _expect(reference, tuple)
     if kind != "storage" or not isinstance(key, str | int) or len(view) > 1:
         raise Refused("it refers to something other than a storage")
@@ -259,7 +262,7 @@ def _dtype(type_: Any) -> str:
 
 
 def _call(function: Any, arguments: Any) -> Any:
-    """What PyTorch's function would make of its arguments, as a description."""
+    """A description of what PyTorch's function would return for these arguments."""
     name, arguments = _expect(function, _Global).name, _expect(arguments, tuple)
     short = name.rpartition(".")[2]
     if name == "collections.OrderedDict":

@@ -1,4 +1,4 @@
-"""Find the vocabulary of a checkpoint by its number of lines, since nothing else identifies it."""
+"""Find the vocabulary of a checkpoint by its number of lines; nothing else identifies it."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ _MAX_BYTES = 64 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """A vocabulary file's text, and what there is to tell about it."""
+    """The text of a vocabulary file, with notes for the user."""
 
     path: Path
     text: str
     notes: tuple[str, ...] = ()
-    reserves: bool = False  # it was exported with the model, which may have rows without a token
+    reserves: bool = False  # exported with its model, which may have rows without a token
 
     @property
     def lines(self) -> int:
         return count_lines(self.text)
 
     def fits(self, rows: int) -> bool:
-        """Whether it may belong to a model with so many rows of the embedding."""
+        """Whether it may belong to a model whose embedding has `rows` rows."""
         if self.reserves:
             return self.lines <= rows
         return self.lines == rows or (rows, self.lines) == RESERVED_ROWS
 
     def fitted(self, rows: int) -> Vocabulary:
-        """The vocabulary itself, or without blank lines at its end where it fits only so."""
+        """The vocabulary, without blank lines at its end if it fits only without them."""
         if self.fits(rows):
             return self
         note = f"blank lines at the end of {self.path} were left out"
@@ -53,10 +53,10 @@ class Vocabulary:
 
 
 def find_vocabulary(folder: Path, given: Path | None, rows: int) -> Vocabulary:
-    """The vocabulary of a model with so many rows: the one given, else the one in the folder that
-    fits. One that can't be read does no harm beside one that fits.
+    """The vocabulary for `rows` rows: the given one, or the one in the folder that fits.
 
-    Raises `ValueError` where none fits, or more than one, saying which is needed; and `OSError`.
+    A file that can't be read is ignored if another one fits. Raises `ValueError`, saying which
+    vocabulary is needed, if none or several fit, and `OSError`.
     """
     if given is not None:
         candidates = [given]
@@ -67,7 +67,7 @@ def find_vocabulary(folder: Path, given: Path | None, rows: int) -> Vocabulary:
     if not candidates:
         raise OptionError(
             "no vocabulary (vocab.txt, *vocab*.txt) in {}; the checkpoint needs {}: put it there, "
-            "give {vocab}, or go without by {with_vocab=False}",
+            "give {vocab}, or convert without it by {with_vocab=False}",
             *(folder, needed(rows)),
         )
     vocabularies, errors = [], []
@@ -91,15 +91,19 @@ def find_vocabulary(folder: Path, given: Path | None, rows: int) -> Vocabulary:
 
 
 def needed(rows: int) -> str:
-    """The vocabulary that a checkpoint of so many rows needs, in words."""
+    """The vocabulary that a checkpoint with `rows` rows needs, in words."""
     return _KNOWN.get(rows, f"one of {rows:,} lines")
 
 
 def read_vocabulary(path: Path) -> Vocabulary:
-    """Read a vocabulary; `ValueError` with the line for bytes that are not UTF-8, and `OSError`."""
+    """Read a vocabulary from vocab.txt or tokenizer.json.
+
+    Raises `ValueError` for a file that is not a vocabulary (with the line of bytes that are not
+    UTF-8), and `OSError`.
+    """
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for
-            raise OSError(errno.EINVAL, "it is no file")
+        if path.exists() and not path.is_file():  # reading a pipe might wait forever
+            raise OSError(errno.EINVAL, "it is not a regular file")
         if path.stat().st_size > _MAX_BYTES:
             raise ValueError(f"{path} is too large for a vocabulary")
         foreign.check(path, wanted="vocabulary", text=True)
@@ -123,23 +127,25 @@ def read_vocabulary(path: Path) -> Vocabulary:
 
 
 def _from_tokenizer_json(path: Path) -> Vocabulary:
-    """The vocabulary in a tokenizer.json of this project's, exactly as it was if the
-    tokenizer_config.json beside it is there too."""
+    """The vocabulary in a tokenizer.json that this project exported.
+
+    It is restored exactly if tokenizer_config.json is beside it.
+    """
     content = _json_object(path)
     model = content.get("model")
     model = model if isinstance(model, dict) else {}
     vocab = model.get("vocab")
     if model.get("type") != "WordPiece" or not isinstance(vocab, dict) or not vocab:
         raise OptionError(
-            "{} is a tokenizer of type {!r}; expected WordPiece with a vocabulary: this model is "
-            "no GPT2_ML, or give {vocab}",
+            "{} is a tokenizer of type {!r}; expected WordPiece with a vocabulary: either this "
+            "model is no GPT2_ML, or give its vocabulary as {vocab}",
             *(path, str(model.get("type"))[:40]),
         )
     _check_vocab(path, vocab)
     settings = path.with_name("tokenizer_config.json")
     lines = _json_object(settings).get(LINES_KEY) if settings.is_file() else None
     if lines is not None and not _are_lines(lines):
-        raise ValueError(f"{settings}: {LINES_KEY} holds something else than lines by their number")
+        raise ValueError(f"{settings}: {LINES_KEY} holds something other than numbered lines")
     try:
         text = vocab_text(vocab, lines)
         text.encode()
@@ -150,7 +156,7 @@ def _from_tokenizer_json(path: Path) -> Vocabulary:
 
 
 def _check_vocab(path: Path, vocab: dict[str, Any]) -> None:
-    """Raise `ValueError` for tokens and ids that can't be lines and their numbers."""
+    """Raise `ValueError` for tokens and ids that can't be lines and line numbers."""
     if not all(type(id_) is int and 0 <= id_ < MAX_DIMENSION for id_ in vocab.values()):
         raise ValueError(f"{path} has ids that are no whole numbers from 0 to {MAX_DIMENSION - 1}")
     owners: dict[int, str] = {}
@@ -160,7 +166,7 @@ def _check_vocab(path: Path, vocab: dict[str, Any]) -> None:
             raise ValueError(f"{path} gives the id {id_} to {names}; save the tokenizer again")
         if token != token.strip() or "\n" in token:
             raise ValueError(
-                f"{path} has the token {token[:40]!r}, which no line of a vocabulary can be; give "
+                f"{path} has the token {token[:40]!r}, which can't be a line of a vocabulary; give "
                 "the tokenizer that the model was exported with"
             )
 
@@ -174,7 +180,7 @@ def _added(content: dict[str, Any], vocab: dict[str, Any]) -> tuple[str, ...]:
     if not added:
         return ()
     listed = ", ".join(repr(name[:40]) for name in added[:3]) + (", ..." if added[3:] else "")
-    return (f"tokens added to the tokenizer are left out, their text is plain text: {listed}",)
+    return (f"tokens added to the tokenizer are left out and become plain text: {listed}",)
 
 
 def _are_lines(value: Any) -> bool:

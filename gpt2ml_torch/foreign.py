@@ -1,5 +1,8 @@
-"""Files that people bring in place of a model or a checkpoint, recognised by what they hold or are
-called, so that the error names the cure."""
+"""Recognise files that are not a model or a checkpoint, by their content or name.
+
+People bring web pages, archives, pointers of git-lfs and unfinished downloads. The error says what
+the file is and what to do about it.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,10 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
-_HEAD = 512  # bytes
-_MESSAGE = 4096  # bytes; a larger text is no message that a server sent in place of a file
-_SHOWN = 60  # characters of it
-# What a download that isn't finished is called, after the name that it will have.
+_HEAD = 512  # bytes at the start of a file that are read
+_MESSAGE = 4096  # bytes; a longer text is not a message that a server sent in place of a file
+_SHOWN = 60  # characters of a text that an error quotes
+# Suffixes that programs append to a file's name until its download is complete.
 _PARTIAL = (
     ".aria2", ".crdownload", ".part", ".partial", ".download", ".opdownload", ".!qb", ".!ut",
     ".xltd", ".td", ".downloading", ".tmp", ".filepart", ".incomplete", ".dwnl", ".!bt", ".bc!",
@@ -22,7 +25,7 @@ _SPLIT = re.compile(r"\.(?:7z|zip|rar|tar|gz|tgz|bz2|xz)\.\d{2,4}|\.part\d+\.rar
 _SHARD = re.compile(r"\.data-\d+-of-\d+$")
 
 _CHECKPOINTS = (".index", ".bin", ".pt", ".pth", ".ckpt")
-_MOST = 200  # files of a folder that are looked at
+_MOST = 200  # the number of files of a folder that are examined
 _FETCH = "fetch it again"
 _CONVERT = "`gpt2ml convert` makes a model file of it"
 _UNPACK = "unpack it and give the folder"
@@ -36,7 +39,7 @@ _KERAS = (
 
 
 class _Kind(NamedTuple):
-    """What a file is, and the cure."""
+    """What a file is, and what the user should do instead."""
 
     what: str
     cure: str
@@ -69,38 +72,39 @@ _BY_MAGIC = (
     (0, b"SQLite format 3", _Kind("an SQLite database", _WEIGHTS)),
     (0, b"PAR1", _Kind("a Parquet table", _WEIGHTS)),
     (0, b"d8:announce", _Kind("a torrent", "download what it describes, and give that")),
-    (0, b"\0\5\x16\7", _Kind("what a Mac keeps beside a file (AppleDouble)", "give the file")),
+    (0, b"\0\5\x16\7", _Kind("macOS metadata of a file (AppleDouble)", "give the file itself")),
 )  # fmt: skip
-# What nothing at a fixed place tells.
+# Formats without a signature at a fixed offset.
 _BY_SUFFIX = {
     ".onnx": _Kind("an ONNX model", _ORIGIN),
-    ".msgpack": _Kind("a file of Flax's", _ORIGIN),
-    ".pb": _Kind("a graph of TensorFlow's", _GRAPH),
-    ".pbtxt": _Kind("a graph of TensorFlow's", _GRAPH),
+    ".msgpack": _Kind("a Flax checkpoint", _ORIGIN),
+    ".pb": _Kind("a TensorFlow graph", _GRAPH),
+    ".pbtxt": _Kind("a TensorFlow graph", _GRAPH),
     ".distcp": _Kind(
         "a part of a distributed checkpoint",
-        "make one file of its folder by python -m torch.distributed.checkpoint.format_utils "
-        "dcp_to_torch FOLDER FILE.pt",
+        "join its folder into one file with `python -m torch.distributed.checkpoint.format_utils "
+        "dcp_to_torch FOLDER FILE.pt`",
     ),
     ".torrent": _Kind("a torrent", "download what it describes, and give that"),
 }  # fmt: skip
-_TABLE_END = bytes.fromhex("57fb808b247547db")  # of an index, and of the whole of an old checkpoint
+# The last bytes of a TensorFlow table: an index file, or a whole checkpoint of format V1.
+_TABLE_END = bytes.fromhex("57fb808b247547db")
 
 
 def check(path: Path, *, wanted: str = "checkpoint", text: bool = False) -> None:
-    """Raise `ValueError` for a file that is something else than wanted, saying what it is and what
-    to do; `OSError` where it can't be read.
+    """Raise `ValueError` if a file is recognised as something other than `wanted`.
 
-    `text` says that it may be any text.
+    The error says what the file is and what to do. `text` allows text files. Raises `OSError` if
+    the file can't be read.
     """
     if fault := fault_of(path, wanted=wanted, text=text):
         raise ValueError(fault)
 
 
 def fault_of(path: Path, *, wanted: str = "checkpoint", text: bool = False) -> str | None:
-    """What a file is in place of the one wanted, and what to do; None where nothing tells."""
+    """What a file is instead of `wanted`, and what to do; None if it isn't recognised."""
     if path.name.startswith("._"):
-        return f"{path} is what a Mac keeps beside a file; give {path.name[2:]} instead"
+        return f"{path} is macOS metadata of another file; give {path.name[2:]} instead"
     if fault := _unfinished_fault(path):
         return fault
     if not path.is_file():
@@ -112,11 +116,11 @@ def fault_of(path: Path, *, wanted: str = "checkpoint", text: bool = False) -> s
 
 
 def failed_download(path: Path, *, wanted: str) -> str | None:
-    """What a file of any text is in place of the one wanted, where its download failed."""
+    """What a text file is instead of `wanted` after a failed download, and what to do, or None."""
     if path.suffix.lower() != ".tmp" and (fault := _unfinished_fault(path)):
         return fault
     head = _head(path)
-    if head.lstrip().startswith((b"<!--", b"<?")):  # as a text may begin
+    if head.lstrip().startswith((b"<!--", b"<?")):  # the user's own text may start like this
         return None
     found = _failed_download(path, head)
     return f"{path} is {found.what}, not a {wanted}: {found.cure}" if found else None
@@ -127,8 +131,8 @@ def _unfinished_fault(path: Path) -> str | None:
         return f"{path} is a download that isn't finished; finish it or {_FETCH}"
     if path.is_file() and (partial := unfinished(path)):
         return (
-            f"{path} isn't complete: {partial.name} beside it says that the download goes on; "
-            f"finish it or {_FETCH}"
+            f"{path} isn't complete: {partial.name} beside it shows that the download has not "
+            f"finished; finish it or {_FETCH}"
         )
     return None
 
@@ -139,24 +143,26 @@ def _head(path: Path) -> bytes:
 
 
 def absence_of(path: Path) -> str | None:
-    """What is there in place of a file that isn't, and what to do; None where nothing tells."""
+    """Why a file is missing, and what to do; None if nothing on the disk explains it."""
     if partial := unfinished(path):
-        return f"{path} is not there yet: {partial.name} is its download; finish it"
+        return f"{path} is not there yet: {partial.name} is its unfinished download; finish it"
     if path.is_symlink():
         return f"{path} is a link to {os.readlink(path)}, which is not there; {_FETCH}"
     return None
 
 
 def unfinished(path: Path) -> Path | None:
-    """A file beside `path`, whether that is there or not, that says that its download goes on."""
+    """The partial download beside `path`, if there is one; `path` itself need not exist."""
     suffixes = (suffix for suffix in _PARTIAL if suffix not in (".partial", ".tmp"))
     names = (path.with_name(path.name + suffix) for suffix in suffixes)
     return next((name for name in names if name.is_file()), None)
 
 
 def in_place_of_model(path: Path) -> str | None:
-    """What stands under the name of a model file that can't be read as one, or isn't there, and
-    what to do; None where nothing tells."""
+    """What is at the path of a model file that is missing or can't be read, and what to do.
+
+    None if it isn't recognised.
+    """
     try:
         if path.with_name(path.name + ".index").is_file():
             return f"{path} is a TensorFlow checkpoint; {_CONVERT}"
@@ -170,7 +176,10 @@ def in_place_of_model(path: Path) -> str | None:
 
 
 def in_place_of_models(folder: Path) -> str | None:
-    """The same of a folder without a model file; None too where a checkpoint may be in it."""
+    """What is in a folder without a model file, and what to do.
+
+    None if nothing is recognised, or if the folder may hold a checkpoint.
+    """
     try:
         paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))[:_MOST]
         weights = [path for path in paths if path.suffix in _CHECKPOINTS]
@@ -188,12 +197,12 @@ def is_tensorflow_table(path: Path) -> bool:
 
 
 def _failed_download(path: Path, head: bytes) -> _Kind | None:
-    """A pointer to a file or a page in place of it."""
+    """A pointer to the file, or a web page that was saved in its place."""
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if start.startswith(_LFS):
-        return _Kind("a pointer of git-lfs", f"run `git lfs pull` in {path.parent} to get the file")
+        return _Kind("a git-lfs pointer", f"run `git lfs pull` in {path.parent} to get the file")
     if b".git/annex/objects" in start[:100] or start.startswith(b"/annex/objects/"):
-        return _Kind("a pointer of git-annex", f"run `git annex get {path.name}` beside it")
+        return _Kind("a git-annex pointer", f"run `git annex get {path.name}` in its folder")
     if start.startswith(_PAGE) or (head[:2] in (b"\xff\xfe", b"\xfe\xff") and b"<\0" in head[:6]):
         return _Kind("a web page", f"the download saved a page in place of the file; {_FETCH}")
     if start.startswith((b"<?xml", b"<error")):
@@ -202,7 +211,7 @@ def _failed_download(path: Path, head: bytes) -> _Kind | None:
 
 
 def _kind(path: Path, head: bytes) -> _Kind | None:
-    """What a file's first bytes or its name show."""
+    """The kind of a file by its first bytes or its name."""
     if _SPLIT.search(path.name) and _SPLIT.search(path.name).end() == len(path.name):  # type: ignore[union-attr]
         return _Kind("a part of a split archive", f"put the parts together, {_UNPACK}")
     for place, magic, kind in _BY_MAGIC:
@@ -216,7 +225,7 @@ def _kind(path: Path, head: bytes) -> _Kind | None:
 
 
 def _no_weights(path: Path, head: bytes) -> _Kind | None:
-    """What a file is that holds no numbers: nothing, zeros or text."""
+    """The kind of a file without weights: empty, zeros or text."""
     if len(head) < 8:
         return _Kind(f"{len(head)} bytes long" if head else "empty", _FETCH)
     if not any(head) and len(head) == _HEAD and not _SHARD.search(path.name):
@@ -238,27 +247,27 @@ def _no_weights(path: Path, head: bytes) -> _Kind | None:
     quoted = repr(" ".join(shown.split())[:_SHOWN])
     if size > _MESSAGE or path.suffix.lower() in (".txt", ".md", ".py", ".json", ".yaml", ".sh"):
         return _Kind(f"text ({quoted})", _WEIGHTS)
-    return _Kind(f"text ({quoted})", f"the download saved a message in place of it; {_FETCH}")
+    return _Kind(f"text ({quoted})", f"the download saved a message in its place; {_FETCH}")
 
 
 def _zip(path: Path) -> _Kind | None:
-    """What a zip archive is, unless it is PyTorch's."""
+    """The kind of a zip archive; None for a file that `torch.save` wrote."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
     except (zipfile.BadZipFile, ValueError, RuntimeError):
-        # Cut off or damaged; the reader of PyTorch's files says so of its own.
+        # Cut off or damaged; for a PyTorch file the converter's own reader reports it.
         is_archive = path.suffix.lower() in (".zip", ".npz", ".keras")
         return _Kind("a zip archive that is cut off or damaged", _FETCH) if is_archive else None
     last = {name.rpartition("/")[2] for name in names}
     if "constants.pkl" in last and "data.pkl" in last:
         return _Kind(
-            "a TorchScript program", "save the state_dict() of the module that it was made from"
+            "a TorchScript program", "save the state_dict() of the original module instead"
         )
     if "data.pkl" in last:
         return None
     if any(name.endswith(".npy") for name in names):
         return _Kind("a NumPy archive (npz)", _ORIGIN)
     if {"model.weights.h5", "metadata.json"} <= last:
-        return _Kind("a model of Keras 3", _KERAS)
+        return _Kind("a Keras 3 model", _KERAS)
     return _Kind("a zip archive", _UNPACK)

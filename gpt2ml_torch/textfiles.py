@@ -10,18 +10,18 @@ from pathlib import Path
 def read_text_file(
     path: str | os.PathLike[str], *, max_bytes: int, expected: str, pipes: bool = False
 ) -> str:
-    """Return the text of a UTF-8 file, line ends and byte order mark unchanged.
+    """Return the text of a UTF-8 file; line ends and a byte order mark stay as they are.
 
-    `expected` says in errors what the file should be, such as "a vocabulary, one token a line".
-    `pipes` allows a pipe too; one that nobody writes to is empty.
+    `expected` describes the file in errors, such as "a vocabulary, one token a line". `pipes`
+    allows a pipe too; a pipe without a writer is empty.
 
-    Raises `OSError` for what is no regular file (a device may have no end) or can't be read, and
-    `ValueError` for more than `max_bytes` and for bytes that are not UTF-8.
+    Raises `OSError` if the path is not a regular file (a device may have no end) or can't be read,
+    and `ValueError` if it holds more than `max_bytes` or bytes that are not UTF-8.
     """
     path = Path(path)
     # Without O_NONBLOCK, opening a pipe waits for a writer, who may never come.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-    if stat.S_ISDIR(os.fstat(descriptor).st_mode):  # `open` would name it by its descriptor
+    if stat.S_ISDIR(os.fstat(descriptor).st_mode):  # `open`'s error names only the descriptor
         os.close(descriptor)
         raise IsADirectoryError(f"{path} is a folder; expected a file: {expected}")
     with open(descriptor, "rb") as file:
@@ -33,7 +33,7 @@ def read_text_file(
         data = file.read(max_bytes + 1)
     if len(data) > max_bytes:
         raise ValueError(
-            f"{path} has more than {max_bytes:,} bytes, as many as are read; expected {expected}"
+            f"{path} has more than {max_bytes:,} bytes, the limit for it; expected {expected}"
         )
     try:
         return data.decode("utf-8")

@@ -1,5 +1,7 @@
-"""JSON that every parser reads: NaN and infinity, which JSON lacks, become null, and no name has
-two values."""
+"""JSON that every parser reads in the same way.
+
+NaN and infinity, which JSON lacks, become null. A name with two values is an error.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from typing import Any
 
 
 def to_json(value: Any, *, sort_keys: bool = False, ascii_only: bool = False) -> str:
-    """The JSON text of a value of JSON types."""
+    """The JSON text of a value of JSON types; NaN and infinity become null."""
     return json.dumps(finite(value), ensure_ascii=ascii_only, sort_keys=sort_keys, allow_nan=False)
 
 
@@ -30,7 +32,10 @@ class ContradictionError(ValueError):
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON, for `json.loads`; raises `ContradictionError`."""
+    """The dictionary for a JSON object's pairs: an `object_pairs_hook` for `json.loads`.
+
+    Raises `ContradictionError` if a name is given twice with different values.
+    """
     result: dict[str, Any] = {}
     for name, value in pairs:
         if repr(result.setdefault(name, value)) != repr(value):

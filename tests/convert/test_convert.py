@@ -140,7 +140,7 @@ def test_of_the_vocabulary_size_the_tensor_counts(
     (folder / "config.json").write_text(json.dumps({**factory.CONFIG, "vocab_size": 8021}))
     run(folder, out)
     assert ModelFile.open(out).config.vocab_size == factory.ROWS
-    assert "vocab_size 8021; the tensor has 45 rows" in capfd.readouterr().out
+    assert "vocab_size 8021, but the tensor has 45 rows" in capfd.readouterr().out
 
 
 def test_the_vocabulary_that_fits_is_chosen(folder: Path, out: Path) -> None:
@@ -167,7 +167,7 @@ def test_the_two_reserved_ids_of_the_15g_checkpoint_have_no_text_and_are_not_pro
 ) -> None:
     run(like_the_15g_checkpoint, out)
     said = capfd.readouterr().out
-    assert "says vocab_size 8021; the tensor has 21130 rows, which counts" in said
+    assert "says vocab_size 8021, but the tensor has 21130 rows; took 21130" in said
     assert "2 rows of the embedding have no token (reserved; never produced)" in said
     tokenizer = Tokenizer.from_pretrained(out)
     assert (len(tokenizer), tokenizer.num_embeddings) == (21_128, 21_130)

@@ -149,7 +149,7 @@ def test_tokens_added_to_the_tokenizer_are_noted(
     content["added_tokens"].append({"id": 144, "content": "<|user|>"})
     (folder / "tokenizer.json").write_text(json.dumps(content))
     _back(folder)
-    assert "added to the tokenizer are left out, their text is plain text: '<|user|>'" in (
+    assert "added to the tokenizer are left out and become plain text: '<|user|>'" in (
         "".join(capfd.readouterr())
     )
 
@@ -223,7 +223,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "lines that are no lines": (
         _set("tokenizer_config.json", gpt2ml_vocab_lines={"-1": "x"}),
-        "something else than lines",
+        "something other than numbered lines",
     ),
     "a line far away": (
         _set("tokenizer_config.json", gpt2ml_vocab_lines={"99999": "x"}),
@@ -237,7 +237,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "two vocabularies": (_twice("tokenizer.json", '"model": {}'), "contradicts itself"),
     "another formula": (_set("config.json", layer_norm_eps=1e-12), "layer_norm_eps is 1e-12"),
     "an id of two tokens": (_token("new", 5), "gives the id 5 to '[unused5]' and 'new'"),
-    "a token of two lines": (_token("a\nb", 145), "no line of a vocabulary can be"),
+    "a token of two lines": (_token("a\nb", 145), "can't be a line of a vocabulary"),
     "defaults of no kind": (
         _set("config.json", gpt2ml_generation={"evil": 1}),
         "gpt2ml_generation: unknown generation option 'evil'",

@@ -103,7 +103,7 @@ def test_a_data_file_of_another_count_is_left_alone(
 ) -> None:
     (folder / f"{PREFIX}.data-00000-of-00002").write_bytes(b"half of an older one")
     said = assert_converts(folder, tmp_path / "out", capfd)
-    assert f"{PREFIX}.data-00000-of-00002 is no part of it and was left alone" in said
+    assert f"{PREFIX}.data-00000-of-00002 does not belong to it and was ignored" in said
 
 
 @pytest.mark.parametrize("typed", [".", ".da", ".data", ".data-", ".data-00000", ".in"])
@@ -217,7 +217,7 @@ def test_weights_under_another_scope_are_recognised(
     moved = {name.replace("newslm/", scope, 1): value for name, value in tensors.items()}
     factory.write_tf(folder, moved)
     said = assert_converts(folder, tmp_path / "out", capfd)
-    assert f"the weights stand under {scope!r}, not 'newslm/'" in said
+    assert f"the weights' names begin with {scope!r}, not 'newslm/'" in said
     assert "1 step counter" in said
     out = tmp_path / "kept"
     assert main([str(folder), str(out), "--keep-optimizer"]) == 0
@@ -251,7 +251,7 @@ def test_another_optimizers_state_can_not_be_kept(
 ) -> None:
     factory.write_tf(folder, {**WEIGHTS, **OTHER_STATE["Adam"](WEIGHTS)})
     assert main([str(folder), str(tmp_path / "out"), "--keep-optimizer"]) == 2
-    assert "no optimizer of Adafactor, only another's state" in capfd.readouterr().err
+    assert "no optimizer state of Adafactor, only another's state" in capfd.readouterr().err
 
 
 # The community's layout in today's files.

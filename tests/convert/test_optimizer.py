@@ -129,7 +129,7 @@ BIAS = "newslm/layer00/output/bias"
         ),
         (
             lambda t: [t.pop(name) for name in list(t) if "/adafactor_" in name],
-            "holds no optimizer; go without --keep-optimizer",
+            "holds no optimizer state; leave out --keep-optimizer",
         ),
     ],
     ids=["one is missing", "another shape", "integers", "none"],

@@ -32,7 +32,7 @@ def test_values_that_make_no_sense_name_their_fields(values: dict[str, Any], mes
 def test_an_error_of_a_conversion_names_fields_too(tmp_path: Path) -> None:
     folder = factory.write_folder(tmp_path / "ckpt")
     (folder / "vocab.txt").unlink()
-    with pytest.raises(ValueError, match="give vocab, or go without by with_vocab=False"):
+    with pytest.raises(ValueError, match="give vocab, or convert without it by with_vocab=False"):
         to_safetensors(locate(folder), tmp_path / "out", Options())
 
 

@@ -76,7 +76,7 @@ def several_configs(folder: Path) -> None:
     shutil.copy(folder / "a.json", folder / "b.json")
 
 
-@case("config.json is no file")
+@case("config.json is not a regular file")
 def given_config_is_a_pipe(folder: Path) -> list[str]:
     (folder / "config.json").unlink()
     os.mkfifo(folder / "config.json")
@@ -132,7 +132,7 @@ def given_vocabulary_is_a_folder(folder: Path) -> list[str]:
     return [str(folder), "--vocab", str(folder)]
 
 
-@case("can't read the vocabulary .*: it is no file")
+@case("can't read the vocabulary .*: it is not a regular file")
 def given_vocabulary_is_a_pipe(folder: Path) -> list[str]:
     os.mkfifo(folder / "pipe")
     return [str(folder), "--vocab", str(folder / "pipe")]

@@ -111,7 +111,7 @@ def index_is_a_web_page(folder: Path) -> None:
     (folder / INDEX).write_text("<html>404 Not Found</html>\n" * 100)
 
 
-@case(f"{DATA} is missing; found {PREFIX}.data-00000-of-00002, which is of another count")
+@case(f"{DATA} is missing; found {PREFIX}.data-00000-of-00002, of another number of shards")
 def data_file_is_of_another_count(folder: Path) -> None:
     (folder / DATA).rename(folder / f"{PREFIX}.data-00000-of-00002")
 

@@ -27,32 +27,32 @@ def only(folder: Path, name: str, content: bytes) -> list[str]:
     return [str(other)]
 
 
-@case("pytorch_model.bin is a pointer of git-lfs, .*: run `git lfs pull` in")
+@case("pytorch_model.bin is a git-lfs pointer, .*: run `git lfs pull` in")
 def bin_is_a_pointer(folder: Path) -> list[str]:
     return only(folder, "pytorch_model.bin", LFS.encode())
 
 
-@case(f"{DATA} is a pointer of git-lfs, .*: run `git lfs pull`")
+@case(f"{DATA} is a git-lfs pointer, .*: run `git lfs pull`")
 def data_is_a_pointer(folder: Path) -> None:
     (folder / DATA).write_text(LFS)
 
 
-@case(f"{INDEX} is a pointer of git-lfs")
+@case(f"{INDEX} is a git-lfs pointer")
 def index_is_a_pointer(folder: Path) -> None:
     (folder / INDEX).write_text(LFS)
 
 
-@case("vocab.txt is a pointer of git-lfs")
+@case("vocab.txt is a git-lfs pointer")
 def vocabulary_is_a_pointer(folder: Path) -> None:
     (folder / "vocab.txt").write_text(LFS)
 
 
-@case("config.json is a pointer of git-lfs")
+@case("config.json is a git-lfs pointer")
 def config_is_a_pointer(folder: Path) -> None:
     (folder / "config.json").write_text(LFS)
 
 
-@case("model.safetensors is a pointer of git-lfs")
+@case("model.safetensors is a git-lfs pointer")
 def safetensors_is_a_pointer(folder: Path) -> list[str]:
     return only(folder, "model.safetensors", LFS.encode())
 
@@ -127,7 +127,7 @@ def source_is_a_partial_download(folder: Path) -> list[str]:
     return [str(folder / f"{DATA}.crdownload")]
 
 
-@case(f"{DATA} is not there yet: {DATA}.crdownload is its download")
+@case(f"{DATA} is not there yet: {DATA}.crdownload is its unfinished download")
 def data_is_still_coming(folder: Path) -> None:
     (folder / DATA).rename(folder / f"{DATA}.crdownload")
 
@@ -144,7 +144,7 @@ def bin_is_still_coming(folder: Path) -> list[str]:
     return [str(folder / "pytorch_model.bin")]
 
 
-@case("vocab.txt is what a Mac keeps|give vocab.txt instead|give pytorch_model.bin instead")
+@case("vocab.txt is macOS metadata|give vocab.txt instead|give pytorch_model.bin instead")
 def source_is_the_twin_of_a_mac(folder: Path) -> list[str]:
     (folder / "._pytorch_model.bin").write_bytes(b"\0\5\x16\7" + bytes(99))
     return [str(folder / "._pytorch_model.bin")]
@@ -197,12 +197,12 @@ def shards_without_index_are_missing(folder: Path) -> list[str]:
     return [str(other)]
 
 
-@case("is no index of shards")
+@case("is not an index of shards")
 def index_of_shards_is_a_list(folder: Path) -> list[str]:
     return shards(folder, ["pytorch_model-00001-of-00001.bin"])
 
 
-@case("is no index of shards")
+@case("is not an index of shards")
 def index_of_shards_is_nested_without_end(folder: Path) -> list[str]:
     arguments = shards(folder, {})
     (Path(arguments[0]) / "pytorch_model.bin.index.json").write_text("[" * 200_000)

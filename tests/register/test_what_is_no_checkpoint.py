@@ -33,7 +33,7 @@ def zipped(**members: bytes) -> bytes:
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 5585033776\n"
 FILES: dict[str, tuple[str, bytes, str]] = {
-    "pointer": ("pytorch_model.bin", LFS, "pointer of git-lfs, .*run `git lfs pull`"),
+    "pointer": ("pytorch_model.bin", LFS, "git-lfs pointer, .*run `git lfs pull`"),
     "pointer with CR LF": ("model.safetensors", LFS.replace(b"\n", b"\r\n"), "`git lfs pull`"),
     "pointer after a mark": ("model.pt", b"\xef\xbb\xbf" + LFS, "`git lfs pull`"),
     "annex": ("model.pt", b"/annex/objects/SHA256E-s55--4a6e.bin\n", "`git annex get model.pt`"),
@@ -63,7 +63,7 @@ FILES: dict[str, tuple[str, bytes, str]] = {
     "NumPy": ("w.npz", zipped(**{"a.npy": b"\x93NUMPY"}), "a NumPy archive"),
     "pickle": ("w.pkl", pickle.dumps({"a": np.zeros(3)}), r"model.state_dict\(\), FILE"),
     "TorchScript": ("s.pt", zipped(s__data_pkl=b""), "zip archive"),
-    "frozen graph": ("frozen.pb", b"\n\x1c\n\x0bPlaceholder", "a graph of TensorFlow's, .*index"),
+    "frozen graph": ("frozen.pb", b"\n\x1c\n\x0bPlaceholder", "a TensorFlow graph, .*index"),
     "first format": ("model.ckpt", bytes(60) + bytes.fromhex("57fb808b247547db"), r"\(V1\)"),
     "PDF": ("paper.pdf", b"%PDF-1.5\n\xff", "a PDF document"),
     "text": ("readme.md", b"# GPT2-ML weights", "text .*give the folder or file with the weights"),
@@ -164,4 +164,6 @@ def test_what_is_still_coming_is_no_missing_file(
     prefix = write_tensorflow(tmp_path, WEIGHTS)
     data = Path(f"{prefix}.data-00000-of-00001")
     data.rename(f"{data}{partial}")
-    assert f"is not there yet: {data.name}{partial} is its download" in refused(tmp_path, capfd)
+    assert f"is not there yet: {data.name}{partial} is its unfinished download" in refused(
+        tmp_path, capfd
+    )
