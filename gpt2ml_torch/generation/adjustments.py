@@ -1,7 +1,7 @@
-"""Adjustments of a batch's logits: biases of tokens, and penalties for tokens written before.
+"""Adjust a batch's logits: a bias for each token, and penalties for tokens written before.
 
-Source: OpenAI's API reference, `logit_bias`, `presence_penalty` and `frequency_penalty`. Only
-tokens written by the model count, not the prompt's.
+Source: OpenAI's API reference, `logit_bias`, `presence_penalty` and `frequency_penalty`. Penalties
+count the tokens that the model wrote, not the prompt.
 
 Shapes:
     B  batch rows       V  vocabulary
@@ -24,8 +24,8 @@ class Amounts(NamedTuple):
 
     bias: Tensor  # (B, V) float32
     counts: Tensor  # (B, V) float32, how often the row wrote each token
-    presence: Tensor  # (B, 1) float32, the penalty of what was written
-    frequency: Tensor  # (B, 1) float32, the penalty of each time that it was
+    presence: Tensor  # (B, 1) float32, subtracted once from every token that was written
+    frequency: Tensor  # (B, 1) float32, subtracted for each time that a token was written
 
 
 def adjust(logits: Tensor, amounts: Amounts) -> Tensor:
@@ -51,7 +51,7 @@ class Adjustments:
         return bool(constraints.logit_bias) or penalties != (0, 0)
 
     def set(self, row: int, constraints: Constraints, written: Sequence[int]) -> None:
-        """Let a row follow these constraints after the tokens `written`."""
+        """Set a row's constraints, and count the tokens that it has `written` so far."""
         self._presence[row] = constraints.presence_penalty
         self._frequency[row] = constraints.frequency_penalty
         self._bias[row] = 0
@@ -66,7 +66,7 @@ class Adjustments:
         self._counts.scatter_add_(1, ids[:, None], torch.ones_like(self._presence))
 
     def select(self, index: Tensor) -> None:
-        """Go on with these rows."""
+        """Keep the rows at `index`, (new B,) int64 or bool, in this order."""
         self._bias, self._counts = self._bias[index], self._counts[index]
         self._presence, self._frequency = self._presence[index], self._frequency[index]
 
@@ -78,7 +78,7 @@ class Adjustments:
 
     @property
     def amounts(self) -> Amounts:
-        """What applies to the next token."""
+        """The amounts for the next token."""
         return Amounts(self._bias, self._counts, self._presence, self._frequency)
 
     def apply(self, logits: Tensor) -> Tensor:

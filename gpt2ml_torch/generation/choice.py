@@ -1,7 +1,7 @@
-"""From a step's logits to each row's next token: one function of tensors, which a step can hold.
+"""Choose each row's next token from a step's logits, in tensor operations alone.
 
-Nothing in it depends on a value, so that a CUDA graph can replay it: every rule that some row has
-runs for all rows.
+No branch depends on a tensor's value, so a CUDA graph can replay the choice as part of a step. A
+rule that any row uses therefore runs for all rows.
 
 Shapes:
     B  batch rows       V  vocabulary
@@ -20,20 +20,20 @@ from gpt2ml_torch.generation.adjustments import Amounts, adjust
 
 
 class SamplerState(NamedTuple):
-    """What the next token of each row depends on, except for its logits; None leaves a rule out."""
+    """Everything but the logits that determines each row's next token; None switches a rule off."""
 
     knobs: sampling.Knobs  # (B, 1) each
     keys: Tensor  # (B,) int64, the random streams
-    steps: Tensor  # (B,) int64, the numbers of the tokens in them
+    steps: Tensor  # (B,) int64, each row's position in its random stream
     blocked: Tensor  # (B, V) bool, never chosen
-    forced: Tensor  # (B,) int64, chosen whatever else holds; -1 where nothing is forced
-    seen: Tensor | None = None  # (B, V) bool, what the repetition penalty applies to
+    forced: Tensor  # (B,) int64, chosen regardless of the other rules; -1 where nothing is forced
+    seen: Tensor | None = None  # (B, V) bool, the tokens that the repetition penalty applies to
     penalty: Tensor | None = None  # (B, 1) float32
     amounts: Amounts | None = None
 
     @property
     def rules(self) -> tuple[bool, ...]:
-        """Which rules run: states of the same rules and rows can share a compiled step."""
+        """Which rules run; states with the same rules and number of rows share a compiled step."""
         given = (self.seen, self.penalty, self.amounts)
         return tuple(value is not None for value in (*self.knobs, *given))
 
@@ -61,10 +61,9 @@ def choose(logits: Tensor, state: SamplerState) -> Tensor:
 
 
 def report(logits: Tensor, ids: Tensor, *, logprobs: bool) -> Chosen:
-    """The chosen ids, (B,), with what else is asked of these logits, (B, V).
+    """The chosen ids, (B,), with their log-probabilities under these logits, (B, V), on request.
 
-    That a logit is not finite shows in the ids as the host reads them, so that to notice it takes
-    no read of its own.
+    `reported` carries the check for finite logits, so the host needs no separate read for it.
     """
     reported = ids.where(logits.isfinite().all(-1), -1)
     return Chosen(ids, reported, logprobs_of(logits, ids) if logprobs else None)

@@ -22,19 +22,23 @@ LONGEST_MATCH = 4
 class Draft(Protocol):
     """Proposes tokens for the model to check."""
 
-    steps: int  # that a model took for the tokens proposed so far
+    steps: int  # model steps taken for all proposals so far; 0 without a model
 
     def launch(self, ids: Sequence[int], size: int, sampler: Sampler) -> Tensor | None:
-        """`size` tokens that may follow `ids`, the model's window, as `sampler` chooses, (size,)
-        on its device; or None.
+        """Propose `size` tokens, (size,) on the sampler's device, to follow `ids`; or None.
+
+        `ids` are the tokens in the model's window. `sampler` is left unchanged.
         """
 
     def note(self, drafted: Sequence[int]) -> None:
-        """Take note of what the tokens launched last are, once the host has read them."""
+        """Record the values of the tokens launched last, once the host has read them."""
 
 
 class PromptLookup:
-    """Proposes what followed the same tokens earlier in the text."""
+    """Proposes the tokens that followed the same ending earlier in the text.
+
+    Source: apoorvumang/prompt-lookup-decoding.
+    """
 
     steps = 0
 
@@ -49,20 +53,21 @@ class PromptLookup:
 
 
 class DraftModel:
-    """Proposes what another model of the same vocabulary writes, with the same random numbers.
+    """Proposes the tokens that another model of the same vocabulary writes.
 
-    It remembers the text that it read last, so that one more token costs one step.
+    It draws the same random numbers as the main model. Its cache keeps the text read last, so each
+    further token costs one step.
     """
 
     def __init__(self, engine: Engine, length: int) -> None:
-        """`length`: tokens that it can read; it proposes nothing beyond."""
+        """`length` is the size of the cache in tokens; beyond it, nothing is proposed."""
         self._engine = engine
         self._cache = engine.new_cache(1, length)
-        self._read: list[int] = []  # what the cache holds
+        self._read: list[int] = []  # the tokens in the cache
         self.steps = 0
 
     def propose(self, ids: Sequence[int], size: int, sampler: Sampler) -> list[int]:
-        """As `launch`, on the host; or no token."""
+        """The proposal of `launch` as a list of ids; empty if there is none."""
         launched = self.launch(ids, size, sampler)
         drafted: list[int] = [] if launched is None else launched.tolist()
         self.note(drafted)
@@ -85,7 +90,7 @@ class DraftModel:
         self._read += drafted[:-1]
 
     def _next(self, chosen: Tensor, position: int, sampler: Sampler) -> Tensor:
-        """The token after one that the host has not read, (1,) -> (1,)."""
+        """The token after `chosen`, whose value the host does not know yet, (1,) -> (1,)."""
         self.steps += 1
         positions = to_device([[position]], chosen.device)
         if self._engine.on_cuda:
@@ -96,12 +101,12 @@ class DraftModel:
         return sampler.choose(self._engine.decode(chosen[:, None], positions, self._cache)[:, -1])
 
     def _after(self, ids: list[int]) -> Tensor:
-        """Logits after a text, (1, V), most of which was read before."""
+        """Logits after the last of `ids`, (1, V); tokens in the cache are not read again."""
         known = 0
         while known < min(len(ids) - 1, len(self._read)) and ids[known] == self._read[known]:
             known += 1
-        # Where the whole draft was right, two tokens are new. Other numbers would have to be
-        # compiled.
+        # At most two tokens are new, and two only if the whole last draft was right. Each other
+        # number of tokens would need a compiled step of its own, so such texts are read afresh.
         if known and len(ids) - known <= 2:
             del self._read[known:]
             return self._decode(ids[known:])
@@ -109,7 +114,7 @@ class DraftModel:
         return self._engine.read_into(self._cache, 0, ids)
 
     def _decode(self, ids: Sequence[int]) -> Tensor:
-        """Logits after some more tokens, (1, V)."""
+        """Append `ids` to the cache; logits after the last, (1, V)."""
         device = self._cache.keys.device
         positions = len(self._read) + torch.arange(len(ids), device=device)[None]
         logits = self._engine.decode(to_device([ids], device), positions, self._cache)
@@ -119,9 +124,9 @@ class DraftModel:
 
 
 def look_up(ids: Sequence[int], size: int) -> list[int]:
-    """What followed the last time that the end of `ids` occurred before, at most `size` tokens.
+    """At most `size` tokens that followed an earlier occurrence of the end of `ids`.
 
-    The longest match counts, of equally long ones the latest.
+    The longest match is taken, and the latest of equally long ones. Empty without a match.
     """
     for length in range(min(LONGEST_MATCH, len(ids) - 1), 0, -1):
         ending = list(ids[-length:])
@@ -132,7 +137,7 @@ def look_up(ids: Sequence[int], size: int) -> list[int]:
 
 
 def check_assistant(assistant: GPT2ML, model: GPT2ML) -> None:
-    """Raise `ValueError` for an assistant of other sizes, or on another device, than the model."""
+    """Raise `ValueError` if assistant and model differ in vocabulary, positions or device."""
     for what in ("vocab_size", "max_position_embeddings"):
         found, expected = getattr(assistant.config, what), getattr(model.config, what)
         if found != expected:

@@ -11,14 +11,14 @@ from gpt2ml_torch.model import GPT2ML
 
 
 def check_logits(model: GPT2ML, logits: Tensor) -> None:
-    """Raise `ValueError` where a logit, (..., V), is NaN or infinite; waits for a GPU."""
+    """Raise `ValueError` if any logit, (..., V), is NaN or infinite; waits for a GPU."""
     # One pass without a tensor of flags: a sum is finite only if every term is.
     if not bool(logits.sum().isfinite()) and not bool(logits.isfinite().all()):
         raise non_finite_logits(model)
 
 
 def non_finite_logits(model: GPT2ML) -> ValueError:
-    """The error for logits with NaN or infinity: it names a tensor with such numbers, if any."""
+    """The error for NaN or infinite logits; it names a weight that holds such values, if any."""
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             return ValueError(f"the model's tensor {name!r} has NaN or infinity{_cure(tensor)}")
@@ -30,7 +30,7 @@ def non_finite_logits(model: GPT2ML) -> ValueError:
 
 
 def _cure(tensor: Tensor) -> str:
-    sound = "take a sound file: convert or fetch it again"
+    sound = "the file is damaged: convert or fetch it again"
     if tensor.dtype != torch.float16:
         return f"; {sound}"
-    return f" in float16; load it in float32, and where it has them there too, {sound}"
+    return f" in float16; load it in float32, and if they remain, {sound}"

@@ -1,10 +1,10 @@
-"""Speculative decoding: draft some tokens, check all of them in one step of the model.
+"""Speculative decoding: draft several tokens, then check all of them in one step of the model.
 
-Token t of a row is the same function of the logits and the row's random stream whether it was
-drafted or not: a drafted token is kept exactly where it is what plain decoding chooses. So greedy
-and sampled texts are the ones of plain decoding, up to the rounding of larger matrix products.
+A drafted token is kept only if plain decoding would choose it from the same logits and the same
+random stream. So greedy and sampled texts are the ones of plain decoding, up to rounding in larger
+matrix products.
 
-On a GPU the host reads once a step, when the model has checked what was drafted.
+On a GPU the host reads results once a step, after the model has checked the drafted tokens.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from gpt2ml_torch.generation.transfers import HostCopy, to_device
 
 
 class SpeculativeBatch(Batch):
-    """A batch of one text: several tokens at a time, where the `size` drafted ones are right."""
+    """A batch of one text that writes up to `size` + 1 tokens a step: correct drafts and one."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class SpeculativeBatch(Batch):
                 return
 
     def _take(self, text: Text, logits: Tensor, drafted: Tensor | None) -> list[tuple[Text, str]]:
-        """Choose tokens, one and then another for each drafted one that was right."""
+        """Choose one token, and one more for each drafted token that was right."""
         pieces: list[tuple[Text, str]] = []
         if drafted is None:
             tokens = self._choose(logits)
@@ -75,8 +75,9 @@ class SpeculativeBatch(Batch):
         return pieces
 
     def _each(self, logits: Tensor, drafted: Tensor) -> Iterator[tuple[Chosen, int, int | None]]:
-        """At each place the token chosen, as on the host, and the one drafted, if any; the sampler
-        goes on with each, and a place is looked at when it is asked for.
+        """Yield, position by position, the choice, its id and the drafted id (None after the last).
+
+        The choice at a position is made, and the sampler advanced, when the iterator gets there.
         """
         on_host: list[int] = drafted.tolist()
         self._draft.note(on_host)
@@ -86,9 +87,7 @@ class SpeculativeBatch(Batch):
 
     @torch.inference_mode()
     def _all(self, logits: Tensor, drafted: Tensor) -> Iterator[tuple[Chosen, int, int | None]]:
-        """As `_each`, but all places are looked at, as if what is drafted were right, and read at
-        once.
-        """
+        """As `_each`, but choose at all positions, as if every draft were right, and read once."""
         sampler, found = self._sampler.copy(), list[Chosen]()
         for place, row_logits in enumerate(logits.unbind(1)):
             if place:
@@ -102,7 +101,7 @@ class SpeculativeBatch(Batch):
             yield chosen, id_, draft
 
     def _propose(self, text: Text) -> Tensor | None:
-        """Always as many, so that there is one size to compile; or none."""
+        """Draft `size` tokens, or none: always the same number, so one step is compiled for it."""
         size = self._size
         if min(self._cache.length, self._engine.limit) - 1 - text.position < size:
             return None
@@ -116,4 +115,5 @@ class SpeculativeBatch(Batch):
         return self._engine.decode(ids, positions, self._cache)
 
     def _plain(self, text: Text) -> Tensor:
+        """Logits after the last token, (1, V), in a step without drafted tokens."""
         return self._slide(self._decode(to_device(text.ids[-1:], self._cache.keys.device)))
