@@ -1,8 +1,9 @@
-"""Whether this installation computes the original's logits: a tiny model with known answers.
+"""Check that this installation computes the original's logits, on a tiny model with known answers.
 
-The weights come from integers, so that every machine makes the same; the answers come from the
-TensorFlow reference in float64 (`python -m tests.golden` writes reference.json again). Activations
-are near 1 here, where an approximate GELU or another epsilon shows; on real weights it hides.
+The weights come from an integer recurrence, so they are the same on every machine. The answers come
+from the TensorFlow reference in float64 (`python -m tests.golden` writes reference.json again).
+Activations are near 1, where an approximate GELU or another epsilon shows; with real weights the
+difference would be too small to notice.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ TOLERANCE = 1e-10  # the answers are near 1; another GELU or epsilon is off by m
 
 
 def known_weights() -> dict[str, Tensor]:
-    """Float64 weights by the names in a model file: loud, and the same everywhere."""
+    """Float64 weights by their names in a model file: large, and the same on every machine."""
     weights = {}
     number = 1
     for name, shape in expected_shapes(CONFIG).items():
@@ -45,14 +46,14 @@ def known_weights() -> dict[str, Tensor]:
 
 
 def known_logits() -> Tensor:
-    """Of the TensorFlow reference for `TOKEN_IDS`, (8, 13) in float64."""
+    """The TensorFlow reference's logits for `TOKEN_IDS`, (8, 13) in float64."""
     text = resources.files("gpt2ml_torch.checking").joinpath("reference.json").read_text()
     return torch.tensor(json.loads(text)["logits"], dtype=torch.float64)
 
 
 @torch.inference_mode()
 def check_arithmetic() -> Finding:
-    """The code's logits for the known model, against the original's."""
+    """Compare this code's logits for the known model with the original's."""
     with torch.device("meta"):
         model = GPT2ML(CONFIG)
     model.load_state_dict(known_weights(), assign=True)

@@ -10,7 +10,7 @@ Verdict = Literal["pass", "fail", "info"]
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """What was looked at, the verdict, one line for people, and the numbers for programs.
+    """The name of a check, its verdict, one line of text for people, and values for programs.
 
     `values` holds JSON types only and nothing private: no paths, no names of users or machines.
     """
@@ -22,7 +22,7 @@ class Finding:
 
 
 def judge(name: str, faults: list[str], good: str, **values: Any) -> Finding:
-    """`good` if there are no faults, and otherwise the first few of them."""
+    """A finding that passes with the text `good`, or fails with the first three of `faults`."""
     if not faults:
         return Finding(name, "pass", good, values)
     more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""

@@ -1,10 +1,10 @@
-"""Whether the weights know Chinese, and whether any other reading of the file knows it better.
+"""Check that the weights know Chinese, and that no other interpretation of them knows it better.
 
-A language model that was converted right finds sentences far more probable than the same characters
-shuffled, or than the tokens one row further in the vocabulary. A wrong conversion that leaves some
-of that knowledge (blocks or positions one place off, two norms exchanged) is told by its rivals:
-the same weights read as if that mistake had been made. The mistake's undoing then fits better than
-the file as it is.
+A correctly converted language model finds sentences far more probable than the same characters
+shuffled, or than the tokens one row further in the vocabulary. Some wrong conversions keep part of
+that knowledge (blocks or positions one place off, two norms exchanged). They are detected by
+rivals: the same weights, read with one such change. If a rival undoes the conversion's mistake, it
+fits the sentences better than the file as it is.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ SENTENCES = {
 }
 LEAST_MARGIN = 1.0  # nats a token: e times as probable as shuffled or shifted
 LARGEST_GAIN = 0.05  # nats a token by which a rival may fit better, by chance
-LARGE = 10**8  # parameters, from which on time counts: there FEW_TOKENS of a sentence are read
+LARGE = 10**8  # parameters; of each sentence, a larger model reads only FEW_TOKENS, to save time
 FEW_TOKENS = 24
-SHORTEST = 8  # tokens of a sentence, after which a loss says something
-MOST_UNKNOWN = 0.2  # of a sentence's tokens
+SHORTEST = 8  # tokens; the loss of a shorter text says too little
+MOST_UNKNOWN = 0.2  # share of a sentence's tokens that may be [UNK]
 
 Rival = Callable[[GPT2ML], contextlib.AbstractContextManager[Any]]
 
@@ -71,9 +71,9 @@ class Reading:
 
 
 def check_language(model: GPT2ML, readings: list[Reading]) -> Iterator[Finding]:
-    """Vocabulary and weights belong together, and no rival reading fits better.
+    """Check that vocabulary and weights belong together and that no rival reading fits better.
 
-    `model` is in evaluation mode and is left as it was.
+    `model` must be in evaluation mode; it is left unchanged.
     """
     yield _judge_margins(model, readings)
     best = best_of(readings)
@@ -82,18 +82,18 @@ def check_language(model: GPT2ML, readings: list[Reading]) -> Iterator[Finding]:
 
 
 def best_of(readings: list[Reading]) -> Reading | None:
-    """The sentence that the model tells from nonsense most clearly."""
+    """The reading with the largest margin over nonsense; None if there are no readings."""
     return max(readings, key=lambda reading: reading.margin, default=None)
 
 
 def is_large(config: GPT2MLConfig) -> bool:
-    """Whether reading takes so long that a check must be sparing with it."""
+    """Whether a forward pass takes so long that the checks use as few as they can."""
     return config.num_parameters > LARGE
 
 
 @torch.inference_mode()
 def read_sentences(model: GPT2ML, tokenizer: Tokenizer) -> list[Reading]:
-    """Of every built-in sentence whose characters the vocabulary has, all in one batch."""
+    """Readings of the built-in sentences whose characters the vocabulary has, in one batch."""
     known: dict[str, Tensor] = {}
     rows: list[Tensor] = []
     for genre, text in SENTENCES.items():
@@ -149,7 +149,7 @@ def _judge_rivals(best: Reading, losses: dict[str, float]) -> Finding:
 
 @torch.inference_mode()
 def rival_losses(model: GPT2ML, ids: Tensor) -> dict[str, float]:
-    """The mean loss of a text, (1, T) ids, under each rival reading."""
+    """The mean loss of a text, (1, T) ids, in nats a token under each rival reading."""
     text = ids[0]
     losses = {}
     for name, rival in rivals(model).items():
@@ -163,8 +163,9 @@ def rival_losses(model: GPT2ML, ids: Tensor) -> dict[str, float]:
 
 
 def mean_losses(model: GPT2ML, rows: list[Tensor], *, first_position: int = 0) -> list[float]:
-    """Mean cross entropy of each row's tokens, (T,) ids, except the first; all in one batch."""
-    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # nothing looks at what comes later
+    """Mean cross entropy of the tokens of each row, (T,) ids, after the first; in one batch."""
+    # Padding at the end needs no mask: attention is causal.
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
     positions = torch.arange(ids.shape[1], device=ids.device) + first_position
     positions %= model.config.max_position_embeddings
     cache = None
@@ -184,7 +185,7 @@ def mean_losses(model: GPT2ML, rows: list[Tensor], *, first_position: int = 0) -
 
 
 def rivals(model: GPT2ML) -> dict[str, Rival]:
-    """The mistakes that a conversion may have made without any shape noticing."""
+    """Mistakes that a conversion can make without any change of a tensor's shape, by name."""
     found: dict[str, Rival] = {
         f"{one} and {other} exchanged": _reordered(order)
         for one, other, order in (
@@ -205,7 +206,7 @@ def rivals(model: GPT2ML) -> dict[str, Rival]:
 
 
 def _reordered(order: tuple[int, int, int]) -> Rival:
-    """The outputs of the joined query, key and value in another order."""
+    """Reorder the parts of the joined query, key and value output."""
 
     @contextlib.contextmanager
     def rival(model: GPT2ML) -> Iterator[None]:
@@ -251,12 +252,12 @@ def _rotated_blocks(by: int) -> Rival:
 
 @contextlib.contextmanager
 def _transposed_kernels(model: GPT2ML) -> Iterator[None]:
-    """Query, key, value and output of the attention, one product at a time."""
+    """Transpose the square kernels of the attention: query, key, value and output."""
 
     def product(linear: Any, x: Tensor) -> Tensor:
         weight, dtype = linear.weight, x.dtype
         if isinstance(linear, kernels.PackedLinear):
-            # CPUs that gain by packing may multiply plain bfloat16 very slowly.
+            # CPUs on which packing helps may multiply plain bfloat16 very slowly.
             weight, x = linear.plain_weight().float(), x.float()
         parts = weight.split(linear.in_features)
         y = torch.cat([x @ part for part in parts], dim=-1).to(dtype)

@@ -1,10 +1,10 @@
-"""Whether this machine computes with these weights what PyTorch does in float64, and how fast.
+"""Check that this machine computes correct logits in each precision, and measure its speed.
 
-For each precision: the logits through kernels (where there are any) and the key-value cache, the
-logits of plain eager PyTorch with the same stored weights and dtype, and the logits with float64
-activations. The first may stray from the last at most twice as far as the second, plus a rounding.
-Kernels for integer weights round the activations to 8 bits too; they may stray as far as the
-rounding of the weights moves the logits.
+For each precision three sets of logits are computed from the same stored weights: through kernels
+(where there are any) and the key-value cache; in plain eager PyTorch in the same dtype; and with
+float64 activations, as the reference. The error of the first may be at most twice the error of the
+second, plus one rounding. Kernels for integer weights round the activations to 8 bits too, so their
+error may also be as large as the change of the logits that quantising the weights causes.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from gpt2ml_torch.modelfile.pretrained import activation_dtype
 from gpt2ml_torch.precision import FLOATING, Precision
 from gpt2ml_torch.tokenizer import Tokenizer
 
-STEPS = 6  # tokens read one by one, after the others at once
+STEPS = 6  # tokens at the end of the text that are read one by one; the others are read at once
 PROMPT = "今天"
 NEW_TOKENS = 16  # written to measure the speed
 FREE_DIVERGENCE = 0.01  # nats a token that a precision may cost and still be recommended
-TIMES = 2.0  # how much farther than plain PyTorch the result may stray
-# The same in float32, where nothing but the order of sums differs: the kernels add thousands of
-# products in a few chains, BLAS in blocks. At the published size that is a factor of four; what is
-# wrong errs by a factor of thousands.
+TIMES = 2.0  # the error allowed, as a multiple of plain PyTorch's error
+# The same for float32, where only the order of summation differs: the kernels add thousands of
+# products in a few chains, BLAS adds them in blocks. At the published size that makes a factor of
+# four; a wrong kernel errs by a factor of thousands.
 TIMES_FLOAT32 = 16.0
 CANDIDATES = (Precision.FLOAT32, Precision.BFLOAT16, Precision.INT8, Precision.INT4)
 _SPARE_BYTES = 1 << 30  # for activations, the cache and the compiler
@@ -49,18 +49,14 @@ _SPARE_BYTES = 1 << 30  # for activations, the cache and the compiler
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """One precision on this machine; errors are root mean squares over the logits.
-
-    `moved` is what storing the weights in this precision does to the logits, and `divergence` the
-    Kullback-Leibler divergence from the file's distribution, in nats a token.
-    """
+    """One precision, measured on this machine; errors are root mean squares over the logits."""
 
     precision: Precision
-    divergence: float
-    error: float
-    plain_error: float
-    rounding: float
-    moved: float
+    divergence: float  # Kullback-Leibler, from the first precision's exact logits; nats a token
+    error: float  # of the logits through kernels and cache
+    plain_error: float  # of plain PyTorch in the same dtype
+    rounding: float  # one rounding of the logits to the activations' dtype
+    moved: float  # the change of the exact logits by storing the weights in this precision
     tokens_per_second: float
     weight_bytes: int
 
@@ -78,10 +74,10 @@ class Measured:
 def check_machine(
     file: ModelFile, tokenizer: Tokenizer, ids: Tensor, *, device: torch.device
 ) -> Iterator[Finding]:
-    """Every precision that fits the memory, and which to take; `ids`, (1, T), are a known text.
+    """Measure every precision that fits the memory, and recommend one.
 
-    The first precision is the closest to the file's, so that its logits in float64 are what the
-    others are compared with.
+    `ids`, (1, T), are a text that the model knows well. The first precision is the closest to the
+    file's: its logits in float64 are the reference for the others.
     """
     results = []
     logits: Tensor | None = None
@@ -105,17 +101,17 @@ def check_machine(
 
 
 def candidates(file: ModelFile, device: torch.device) -> tuple[Precision, ...]:
-    """What such a file can be loaded in: integers need packing, which is the CPU's."""
+    """The precisions in which a file can be loaded; the integer ones need the CPU's kernels."""
     if file.packed is not None:
         return (file.packed,)
     if device.type != "cpu" or not kernels.load_kernels():
         return tuple(p for p in CANDIDATES if p in FLOATING)
-    # With kernels nothing is gained by storing more bits than the file has.
+    # Packing into more bits than the file has gains nothing.
     return tuple(p for p in CANDIDATES if p.bits <= file.dtype.bits or file.dtype not in CANDIDATES)
 
 
 def load(file: ModelFile, precision: Precision, device: torch.device) -> GPT2ML:
-    """The model in a precision: packed where there are kernels, and as it is elsewhere."""
+    """Load the model in a precision: packed if there are kernels, otherwise in plain PyTorch."""
     packs = device.type == "cpu" and kernels.load_kernels() and file.packed is None
     return GPT2ML.from_file(
         file,
@@ -134,14 +130,14 @@ def measure(
     *,
     expected: Tensor | None = None,
 ) -> tuple[Measured, Tensor]:
-    """Load the weights in a precision, and take its errors, divergence and speed.
+    """Load the weights in a precision, and measure its errors, divergence and speed.
 
-    Returns its logits with exact activations too, float64, which are the `expected` ones if None
-    are given.
+    Also returns its logits with exact activations, (T, V) float64. The divergence is measured
+    against `expected`, (T, V) float64, or against these exact logits if it is None.
     """
     model = load(file, precision, device)
     dtype, ids = model.dtype, ids.to(device)
-    # Float32 is exact beside 16-bit activations, and packed weights are unpacked to it sooner.
+    # Float32 is exact enough beside 16-bit activations, and unpacking weights to it is faster.
     sparing = precision.is_integer and dtype.itemsize == 2 and is_large(model.config)
     wide = torch.float32 if sparing else torch.float64
     speed = _tokens_per_second(model, tokenizer)
@@ -168,7 +164,7 @@ def measure(
 def check_compiled(
     file: ModelFile, tokenizer: Tokenizer, precision: Precision, device: torch.device
 ) -> Finding:
-    """Steps compiled by torch.compile write the text that steps in eager mode write."""
+    """Check that steps compiled by torch.compile write the same text as eager steps."""
     name = "compiled steps"
     if device.type == "cpu" and kernels.load_kernels():
         line = "nothing is compiled here: the kernels run all layers as one operator"
@@ -183,7 +179,7 @@ def check_compiled(
     began = time.perf_counter()
     try:
         compiled = Generator(model, tokenizer, compile=True).generate(PROMPT, **options)[0]
-    except Exception as error:  # the compiler's own, of many kinds; generation works without it
+    except Exception as error:  # the compiler raises many types; generation works without it
         line = f"torch.compile does not work here ({type(error).__name__}): use --no-compile"
         return Finding(name, "info", line)
     seconds = time.perf_counter() - began
@@ -195,7 +191,7 @@ def check_compiled(
 
 
 def _logits_in_steps(model: GPT2ML, ids: Tensor) -> Tensor:
-    """The text through a key-value cache, its last tokens one by one: (T, V) in float64."""
+    """Logits of a text whose last tokens are read one by one through a cache: (T, V) float64."""
     length = ids.shape[1]
     cache = KVCache(
         model.config, batch_size=1, length=length, dtype=model.dtype, device=model.device
@@ -210,15 +206,18 @@ def _logits_in_steps(model: GPT2ML, ids: Tensor) -> Tensor:
 
 
 def leave_kernels(model: GPT2ML) -> None:
-    """Let packed layers compute in plain PyTorch, which unpacks their weights."""
+    """Make packed layers compute in plain PyTorch, which unpacks their weights."""
     for module in model.modules():
         if isinstance(module, kernels.PackedLinear | kernels.PackedEmbedding):
             module.has_kernel = False
 
 
 def _compute_in(dtype: torch.dtype, model: GPT2ML) -> None:
-    """Widen a linear layer for the length of its product, so that the memory holds one such layer;
-    packed weights, which plain PyTorch unpacks for each product, stay; all else is widened.
+    """Make the model compute in `dtype`.
+
+    A linear layer is widened only while it is used, so memory holds one widened layer at a time.
+    Packed weights stay as they are, since plain PyTorch unpacks them for each product. All other
+    weights are widened at once.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear) and not isinstance(module, kernels.PackedLinear):
@@ -248,7 +247,7 @@ def _widen_while_used(layer: nn.Linear, dtype: torch.dtype) -> None:
 
 
 def _tokens_per_second(model: GPT2ML, tokenizer: Tokenizer) -> float:
-    """Of one text, with steps that are not compiled; the best of two, or one of a large model."""
+    """The speed for one text without compiled steps; the better of two runs, one if large."""
     generator = Generator(model, tokenizer, compile=False)
 
     def rate(count: int) -> float:
@@ -313,7 +312,7 @@ def _fits(file: ModelFile, precision: Precision, device: torch.device) -> bool:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory that can be had without swapping; None where the system does not say."""
+    """Bytes of memory that can be allocated without swapping; None if the system doesn't tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     known = (_free_in_system(), _free_in_container(), _free_in_process())
@@ -330,8 +329,8 @@ def _free_in_system() -> int | None:
 
 
 def _free_in_container(folder: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Below the limit of a control group (version 2); pages of files make room."""
-    with contextlib.suppress(OSError, ValueError, IndexError):  # no limit is "max"
+    """Bytes left below the limit of a control group (version 2); the page cache counts as free."""
+    with contextlib.suppress(OSError, ValueError, IndexError):  # without a limit, it reads "max"
         limit, used = (int((folder / f"memory.{name}").read_text()) for name in ("max", "current"))
         files = (folder / "memory.stat").read_text().split("inactive_file ")[1].split()[0]
         return max(limit - used + int(files), 0)
@@ -339,7 +338,7 @@ def _free_in_container(folder: Path = Path("/sys/fs/cgroup")) -> int | None:
 
 
 def _free_in_process() -> int | None:
-    """Below the limit of `ulimit -v`."""
+    """Bytes left below the limit of `ulimit -v`."""
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource  # not on Windows
 

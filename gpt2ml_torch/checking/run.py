@@ -1,4 +1,4 @@
-"""All checks of a model file, one after the other."""
+"""Run all checks of a model file, one after the other."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ AGREEMENT_TOKENS = 24  # of the text on which the precisions are compared
 def check_model(
     file: ModelFile, *, device: torch.device | str = "cpu", precisions: bool = True
 ) -> Iterator[Finding]:
-    """Findings about the file, its vocabulary and language, and this machine, as they come.
+    """Yield findings about the file, its vocabulary and language, and this machine.
 
-    Takes a minute or two at the published size on two cores, and less without `precisions`, which
-    leaves out what concerns this machine. Raises `ValueError` and `OSError` for what can't be read
-    at all; everything else is a finding.
+    Takes a minute or two at the published size on two cores. `precisions=False` leaves out the
+    measurements of this machine, and takes less. Raises `ValueError` and `OSError` for a file that
+    can't be read at all; every other fault is a finding.
     """
     device = choose_device(device)
     yield _describe(file)
@@ -57,7 +57,7 @@ def check_model(
     model = _model_for_reading(file, device)
     readings = read_sentences(model, tokenizer)
     if model.packed is not None and not _tells(readings):
-        # Wrong kernels must not be taken for wrong weights: plain PyTorch has the last word.
+        # Wrong kernels must not pass for wrong weights: plain PyTorch decides.
         leave_kernels(model)
         readings = read_sentences(model, tokenizer)
         if _tells(readings):
@@ -78,7 +78,7 @@ def check_model(
 
 
 def _tells(readings: list[Reading]) -> bool:
-    """Whether a sentence is told from nonsense."""
+    """Whether the model tells a sentence from nonsense."""
     best = best_of(readings)
     return best is not None and best.margin >= LEAST_MARGIN
 
@@ -103,9 +103,10 @@ def _describe(file: ModelFile) -> Finding:
 
 
 def _model_for_reading(file: ModelFile, device: torch.device) -> GPT2ML:
-    """In the file's dtype; a large one in int8 on a CPU with kernels, which moves no loss by 0.01.
+    """Load the model for the language checks, in the file's dtype where that is practical.
 
-    In bfloat16 where the file's dtype would not fit the memory.
+    On a CPU with kernels a large model is loaded in int8, which changes each loss by less than
+    0.01. If the weights would not fit the memory in float32, they are loaded in bfloat16.
     """
     if device.type != "cpu":
         return GPT2ML.from_file(file, device=device)
@@ -116,12 +117,12 @@ def _model_for_reading(file: ModelFile, device: torch.device) -> GPT2ML:
     small = free is not None and needed > free and file.packed is None
     dtype = torch.bfloat16 if small else None
     if file.dtype == "float16":
-        dtype = torch.float32  # which CPUs multiply much faster
+        dtype = torch.float32  # CPUs multiply it much faster than float16
     return GPT2ML.from_file(file, dtype=dtype)
 
 
 def _continuation(model: GPT2ML, tokenizer: Tokenizer) -> Finding:
-    """The greedy continuation that another port reported, beside ours."""
+    """Compare our greedy continuation with the one that another port reported."""
     count = len(tokenizer.encode(REPORTED)) - 2
     options: dict[str, Any] = {"do_sample": False, "min_new_tokens": count, "max_new_tokens": count}
     text = Generator(model, tokenizer, compile=False).generate("你好", **options)[0]

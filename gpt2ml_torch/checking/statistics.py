@@ -1,17 +1,17 @@
 """Statistics of a file's tensors that tell trained weights from damaged, misplaced or random ones.
 
-Each bound has a reason that holds for every GPT2_ML, and room beyond what the shipped model shows
-(docs/checking.md):
+Each bound follows from a property of every GPT2_ML, with a margin beyond the values of the shipped
+model (docs/checking.md):
 
-- A matrix starts at a standard deviation of 0.012 to 0.018 and is trained with weight decay; one
-  below 0.001 was zeroed, one above 2 is no longer tied to its start.
+- A matrix is initialised with a standard deviation of 0.012 to 0.018 and trained with weight decay.
+  One below 0.001 was zeroed; one above 2 can't come from that initialisation.
 - The gain of a LayerNorm starts at 1 and is not decayed. A mean gain outside 0.02 to 20 belongs to
   something else, such as the LayerNorm's own bias.
-- Attention depends on the products of the query's and the key's output i only, so that both can be
-  scaled against each other; training leaves such pairs balanced, and their norms go together. So do
-  the norms of the value's output i and the columns of the attention's output. In random weights the
-  correlation is 0 within 1 / sqrt(width), and so it is after a forgotten transpose.
-- Blocks differ, and none is out of proportion to the others of its kind.
+- Attention depends only on products of output i of the query with output i of the key, so one can
+  be scaled up and the other down without effect. Training leaves the two balanced: their norms
+  correlate. So do the norms of the value's output i and of column i of the attention's output. In
+  random weights, or after a forgotten transpose, the correlation is 0 within 1 / sqrt(width).
+- Blocks differ from each other, and no tensor is out of proportion to its kind in other blocks.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from gpt2ml_torch.modelfile import ModelFile
 
 SMALLEST_STD, LARGEST_STD = 1e-3, 2.0
 SMALLEST_GAIN, LARGEST_GAIN = 0.02, 20.0
-OUT_OF_PROPORTION = 10.0  # times the median of the same kind in all blocks, or its tenth
-LEAST_BALANCE = 0.25  # correlation, in the mean over the blocks
+OUT_OF_PROPORTION = 10.0  # at most this times the median of the kind over all blocks, or 1/10 of it
+LEAST_BALANCE = 0.25  # the least correlation of norms, as a mean over the blocks
 
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """Of one tensor, NaN and infinities not counted."""
+    """Mean and standard deviation of a tensor's finite values, and the number of other values."""
 
     mean: float
     std: float
@@ -44,11 +44,11 @@ class Moments:
 
 
 def moments(tensor: Tensor) -> Moments:
-    """Sums over each row in float32, added up in float64.
+    """The moments of a tensor, from sums over each row in float32, added up in float64.
 
-    A few passes over the whole tensor: on cores that others use too, each parallel operation waits
-    for them, so that many small pieces take far longer. Numbers that are not finite are looked for
-    only where a sum is not.
+    A few passes over the whole tensor: on a busy machine each parallel operation has to wait for
+    the slowest core, so many small operations would take far longer. Non-finite values are counted
+    only if a sum is not finite.
     """
     rows = tensor.reshape(-1, tensor.shape[-1]).float()
     total = rows.sum(1).double().sum().item()
@@ -57,7 +57,7 @@ def moments(tensor: Tensor) -> Moments:
     if not math.isfinite(squares) or not math.isfinite(total):
         finite = rows.isfinite()
         bad = int((~finite).sum())
-        good = rows[finite].double()  # squares of finite numbers may be too large for float32
+        good = rows[finite].double()  # squares of finite values may overflow float32
         total, squares = good.sum().item(), good.square().sum().item()
     count = max(tensor.numel() - bad, 1)
     mean = total / count
@@ -65,7 +65,7 @@ def moments(tensor: Tensor) -> Moments:
 
 
 def check_tensors(file: ModelFile) -> Iterator[Finding]:
-    """Read every tensor once: checksums, non-finite numbers and statistics."""
+    """Read every tensor once, and check checksums, non-finite values and statistics."""
     found: dict[str, Moments] = {}
     balance: dict[str, list[float]] = {"queries and keys": [], "values and outputs": []}
     damaged: list[str] = []
@@ -156,7 +156,7 @@ def _untrained(found: dict[str, Moments]) -> Iterator[str]:
 
 
 def _by_kind(found: dict[str, Moments]) -> dict[str, dict[str, float]]:
-    """Smallest and largest mean and deviation of each kind of tensor over the blocks."""
+    """Smallest and largest mean and standard deviation of each kind of tensor over the blocks."""
     kinds: dict[str, list[Moments]] = defaultdict(list)
     for name, m in found.items():
         kinds[_kind(name)].append(m)
