@@ -1,4 +1,4 @@
-"""The small files of an exported folder: JSON, the code, the model card."""
+"""The small files of an exported folder: JSON, Python code and the model card."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _AUTO_MAP = {
     "AutoModel": "modeling_gpt2ml.GPT2MLModel",
     "AutoModelForCausalLM": "modeling_gpt2ml.GPT2MLForCausalLM",
 }
-# Our defaults for generation that transformers' `generate` knows by the same name and meaning.
+# Defaults for generation that have the same name and meaning in transformers' `generate`.
 _SHARED_DEFAULTS = (
     *("max_new_tokens", "min_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p"),
     *("typical_p", "num_beams", "repetition_penalty", "no_repeat_ngram_size"),
@@ -33,6 +33,7 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 
 
 def to_json(value: Mapping[str, Any]) -> str:
+    """Indented JSON text with a final newline."""
     return json.dumps(value, ensure_ascii=False, indent=2) + "\n"
 
 
@@ -44,7 +45,7 @@ def config_json(
     source: Mapping[str, Any],
     defaults: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """config.json, with the origin and our defaults, so that they find the way back."""
+    """The content of config.json, with the source and generation defaults for converting back."""
     return {
         "architectures": ["GPT2MLForCausalLM"],
         **({"auto_map": _AUTO_MAP} if code else {}),
@@ -66,9 +67,9 @@ def config_json(
 def generation_config_json(
     config: GPT2MLConfig, tokenizer: Tokenizer | None, defaults: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """generation_config.json: ids that are never written, and the defaults that `generate` knows.
+    """The content of generation_config.json: banned ids, and the defaults that `generate` knows.
 
-    Ids outside the vocabulary can't be banned without a tokenizer that tells them.
+    Without a tokenizer it is not known which ids lie outside the vocabulary; they aren't banned.
     """
     values = {name: defaults[name] for name in _SHARED_DEFAULTS if name in defaults}
     if any(name in values for name in _SAMPLING):
@@ -87,7 +88,7 @@ def generation_config_json(
 
 
 def tokenizer_files(tokenizer: Tokenizer, config: GPT2MLConfig) -> dict[str, str]:
-    """tokenizer.json and tokenizer_config.json."""
+    """The texts of tokenizer.json and tokenizer_config.json, by name."""
     has_end = END_TOKEN in special_tokens(tokenizer)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -96,8 +97,8 @@ def tokenizer_files(tokenizer: Tokenizer, config: GPT2MLConfig) -> dict[str, str
         "padding_side": "left",
         "pad_token": "[PAD]",
         "unk_token": "[UNK]",
-        # Only here, not in the model's configuration: other programs require one, the model knows
-        # none.
+        # Other programs require an end token. It is given here and not in the model's
+        # configuration, because the model was trained without one.
         **({"eos_token": END_TOKEN} if has_end else {}),
         "split_special_tokens": True,  # "[MASK]" in a text is text
         "clean_up_tokenization_spaces": False,
@@ -108,13 +109,13 @@ def tokenizer_files(tokenizer: Tokenizer, config: GPT2MLConfig) -> dict[str, str
 
 
 def code_files() -> dict[str, str]:
-    """The classes for transformers: this package's own, which import nothing of it."""
+    """The texts of the classes for transformers, which import nothing else from this package."""
     folder = Path(__file__).resolve().parent.parent / "hf"
     return {name: (folder / name).read_text(encoding="utf-8") for name in CODE_FILES}
 
 
 def model_card(config: GPT2MLConfig, *, dtype: str, code: bool, source: Mapping[str, Any]) -> str:
-    """README.md: licence, source, example."""
+    """The text of README.md: an example, sizes, source and licence."""
     origin = "\n".join(f"| {name} | {value} |" for name, value in source.items()) or "| unknown | |"
     needs = "" if code else "import gpt2ml_torch.hf  # registers the model's classes\n"
     trust = ", trust_remote_code=True" if code else ""
@@ -160,7 +161,8 @@ print(write("今天天气不错", max_new_tokens=64, do_sample=True, top_k=5)[0]
 | sizes | {layers} layers, width {width}, {heads} heads, MLP {mlp}, {positions} positions, \
 {tokens} token ids |
 
-The model knows no begin or end token: a text ends by its length or at a stop string such as 。.
+The model was trained without begin and end tokens: a text ends by its length or at a stop string
+such as 。.
 [PAD], [UNK] and the other special tokens are never written (`suppress_tokens` in
 generation_config.json). Texts longer than {positions} tokens need gpt2ml-torch's `Generator`, whose
 window slides. gpt2ml-torch's `gpt2ml convert` turns this folder, also after further training, back
@@ -174,6 +176,6 @@ into its own file.
 
 ## Licence
 
-Apache License 2.0, as the original model and code (imcaspar/gpt2-ml). The weights write what their
-training texts, from the Chinese web, make probable: expect errors and bias.
+Apache License 2.0, like the original model and code (imcaspar/gpt2-ml). The model was trained on
+texts from the Chinese web and reproduces their errors and bias.
 """

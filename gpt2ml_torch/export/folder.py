@@ -1,7 +1,7 @@
-"""Exports a model file to a folder that transformers, and the programs around it, load.
+"""Export a model file to a folder that transformers and the programs around it load.
 
-The weights go through memory tensor by tensor. The folder is built under another name and renamed
-when it is complete, so a process killed at any moment leaves nothing half-written under its name.
+Memory holds one tensor at a time. The folder is built under another name and renamed when it is
+complete, so a process killed at any moment leaves no half-written folder under the final name.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class ExportOptions:
         True,
         flags="--no-code",
         inverted=True,
-        help="leave the model's Python code out; such a folder loads where gpt2ml_torch is "
+        help="leave out the model's Python code; such a folder loads only where gpt2ml_torch is "
         "installed, after `import gpt2ml_torch.hf`",
     )
     overwrite: bool = option(False, flags="--force", help="replace an exported folder")
@@ -62,6 +62,7 @@ class ExportOptions:
 
     @property
     def shard_bytes(self) -> int:
+        """`shard_size` in bytes; raises `ValueError` for text that is not a size."""
         match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMG]?i?B)?", self.shard_size.strip(), re.I)
         size = float(match[1]) * _UNITS[(match[2] or "").upper().removeprefix("B")] if match else 0
         if not 1 <= size < _MAX_SHARD:
@@ -85,7 +86,7 @@ def export_folder(
     target = _resolve_folder(folder, overwrite=options.overwrite)
     if target == Path(os.path.realpath(model)).parent:
         raise ValueError(
-            f"{model} is in the folder {target}, which would be replaced; give another"
+            f"{model} is in the folder {target}, which would be replaced; give another folder"
         )
     with ModelFile.open(model) as file:
         if file.packed is not None:
@@ -108,7 +109,7 @@ def export_folder(
 
 def _small_files(file: ModelFile, dtype: str, code: bool) -> dict[str, str]:
     config, source, defaults = file.config, file.source, file.generation
-    GenerationConfig.from_dict(defaults)  # other programs would fail on wrong ones, or ignore them
+    GenerationConfig.from_dict(defaults)  # raises: other programs would fail later, or ignore it
     tokenizer = None if file.vocab is None else file.tokenizer()
     values = documents.config_json(config, dtype=dtype, code=code, source=source, defaults=defaults)
     generation = documents.generation_config_json(config, tokenizer, defaults)
@@ -147,10 +148,12 @@ def _write_weight(writer: SafetensorsWriter, name: str, tensor: torch.Tensor, dt
     converted = tensor.to(getattr(torch, dtype))
     if not converted.isfinite().all():
         if tensor.isfinite().all():
-            raise ValueError(f"tensor {name!r} has values that {dtype} can't hold; choose another")
+            raise ValueError(
+                f"tensor {name!r} has values that {dtype} can't hold; choose another dtype"
+            )
         raise ValueError(
-            f"tensor {name!r} has NaN or infinity, with which a model writes nonsense; take a "
-            "sound file"
+            f"tensor {name!r} has NaN or infinity, so the model would write nonsense; convert or "
+            "fetch the file again"
         )
     parts = exported_names(name)
     for part, rows in zip(parts, converted.chunk(len(parts)), strict=True):
@@ -160,7 +163,7 @@ def _write_weight(writer: SafetensorsWriter, name: str, tensor: torch.Tensor, dt
 def _plan_shards(
     names: Sequence[str], sizes: Mapping[str, int], shard_bytes: int
 ) -> list[list[str]]:
-    """Our weights for each file, in order; the parts of one stay together."""
+    """Our weights' names for each shard, in order; all parts of a weight go into one shard."""
     shards: list[list[str]] = []
     room = 0
     for name in names:
@@ -177,7 +180,7 @@ def _plan_shards(
 
 
 def _resolve_folder(path: str | os.PathLike[str], *, overwrite: bool) -> Path:
-    """The real place of the folder to be written."""
+    """The real path of the folder to write; raises `OSError` if it can't be written there."""
     target = Path(os.path.realpath(path))
     disk.check_parent(target)
     if target.exists() and not target.is_dir():
@@ -190,14 +193,14 @@ def _resolve_folder(path: str | os.PathLike[str], *, overwrite: bool) -> Path:
         if not _is_ours(target) or not _holds_our_model(target):
             raise OSError(
                 errno.EEXIST,
-                f"{target} holds something else than an exported model; give another folder, or "
+                f"{target} holds something other than an exported model; give another folder, or "
                 "remove it",
             )
     return target
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether a folder holds nothing but what an export writes."""
+    """Whether a folder holds only files that an export writes."""
     return all(
         (_WEIGHTS.fullmatch(entry.name) or entry.name in _SMALL_FILES) and entry.is_file()
         for entry in folder.iterdir()
@@ -205,7 +208,7 @@ def _is_ours(folder: Path) -> bool:
 
 
 def _holds_our_model(folder: Path) -> bool:
-    """Whether a folder's configuration, if there is one, is an exported model's."""
+    """Whether a folder's config.json, if there is one, describes an exported model."""
     try:
         values = json.loads((folder / "config.json").read_bytes())
     except FileNotFoundError:
@@ -217,7 +220,7 @@ def _holds_our_model(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def _unfinished(target: Path) -> Iterator[Path]:
-    """A folder beside the target to build it in; removed after an error."""
+    """A new folder beside the target, in which it is built; removed after an error."""
     partial = target.with_name(target.name + ".partial")
     lock = disk.lock(
         partial.with_name(partial.name + ".lock"),
@@ -234,6 +237,7 @@ def _unfinished(target: Path) -> Iterator[Path]:
 
 
 def _remove(folder: Path) -> None:
+    """Remove a folder that an export left, if it exists; raises `OSError` for anything else."""
     if not folder.is_symlink() and not folder.exists():
         return
     if folder.is_symlink() or not folder.is_dir() or not _is_ours(folder):
@@ -242,7 +246,7 @@ def _remove(folder: Path) -> None:
 
 
 def _replace(partial: Path, target: Path) -> None:
-    """Give the complete folder its name."""
+    """Give the complete folder its final name, in place of an older one."""
     old = target.with_name(target.name + ".old")
     if target.exists():
         _remove(old)

@@ -1,8 +1,8 @@
-"""Names of the weights in an exported folder, and which rows of ours they hold.
+"""Names of the weights in an exported folder, and the rows of our weights that they hold.
 
-Tools take these names apart: `q_proj`, `o_proj`, `up_proj` tell vLLM, peft and tensor-parallel
-plans what a matrix is. Query, key and value are joined in our file and separate there; everything
-else has one name for one.
+Tools parse these names: `q_proj`, `o_proj` and `up_proj` tell vLLM, peft and tensor-parallel plans
+what a matrix is. Query, key and value are one matrix in our file and three in the folder; every
+other weight has exactly one counterpart.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from gpt2ml_torch.config import GPT2MLConfig
 from gpt2ml_torch.modelfile.format import expected_shapes
 
 MODEL_TYPE = "gpt2ml"  # in config.json
-SCOPE, LAYER = "model.", "layers.{}."  # what stands before the modules, and before those in layers
-MODULES: Mapping[str, tuple[str, ...]] = {  # ours: theirs; three share the rows, in this order
+SCOPE, LAYER = "model.", "layers.{}."  # prefix of all modules, and after it of modules in layers
+# Our names and the exported ones; three names divide the rows among themselves, in this order.
+MODULES: Mapping[str, tuple[str, ...]] = {
     "token_embedding": ("embed_tokens",),
     "position_embedding": ("embed_positions",),
     "embedding_norm": ("embed_norm",),
@@ -25,16 +26,16 @@ MODULES: Mapping[str, tuple[str, ...]] = {  # ours: theirs; three share the rows
     "mlp.down": ("mlp.down_proj",),
     "output_norm": ("output_norm",),
 }
-# Our keys in config.json and tokenizer_config.json: the origin, our defaults for generation, and
-# lines of the vocabulary. Programs that load and save a folder keep what they don't know.
+# Our keys in config.json and tokenizer_config.json: the source, our defaults for generation, and
+# lines of the vocabulary. Programs that load and save a folder keep keys that they don't know.
 SOURCE_KEY, DEFAULTS_KEY, LINES_KEY = "gpt2ml_source", "gpt2ml_generation", "gpt2ml_vocab_lines"
-HEAD = "lm_head.weight"  # the token embedding once more, where a program stores it
+HEAD = "lm_head.weight"  # the token embedding again, in folders whose program stored it twice
 
 
 def exported_modules(module: str) -> tuple[str, ...]:
-    """What one of our modules, such as `blocks.3.attention.qkv`, is called in the exported class.
+    """The exported names of one of our modules, such as `blocks.3.attention.qkv`.
 
-    Three names stand for equal shares of its rows. Raises `KeyError` for an unknown module.
+    If there are three, each holds a third of the rows. Raises `KeyError` for an unknown module.
     """
     before, within = SCOPE, module
     if module.startswith("blocks."):
@@ -50,7 +51,7 @@ def exported_names(name: str) -> tuple[str, ...]:
 
 
 def exported_shapes(config: GPT2MLConfig) -> dict[str, tuple[int, ...]]:
-    """Every weight of the exported model, in our order; the tied output is not stored."""
+    """The shape of every weight of the exported model, in our order, without the tied output."""
     shapes = {}
     for name, shape in expected_shapes(config).items():
         parts = exported_names(name)

@@ -1,9 +1,10 @@
-"""The tokenizer as Hugging Face's tokenizer.json: the same ids and the same text, by other means.
+"""The tokenizer as Hugging Face's tokenizer.json: it gives the same ids and the same text.
 
-The format has no BERT tokenizer as the original had it (`gpt2ml_torch.tokenizer.words` says what
-differs), but rules to build one from. Which characters a rule is about is spelled out with the
-running Python's tables, which `Tokenizer` uses too, since other programs' tables are of other
-Unicode versions. What the format can't express is in `tests/export/test_tokenizer_json.py`.
+The format's ready-made BERT tokenizer differs from the original's (see
+`gpt2ml_torch.tokenizer.words`), so this one is built from the format's general rules. Each rule
+lists its characters one by one, from the running Python's Unicode tables, which `Tokenizer` uses
+too: other programs' tables may be of another Unicode version. What the format can't express is
+listed in `tests/export/test_tokenizer_json.py`.
 """
 
 from __future__ import annotations
@@ -19,17 +20,17 @@ from gpt2ml_torch.tokenizer.decoding import NO_SPACE_AFTER
 from gpt2ml_torch.tokenizer.wordpiece import MAX_WORD_CHARACTERS
 from gpt2ml_torch.tokenizer.words import CJK_BLOCKS, is_punctuation
 
-# The end token's text, in the place of [SEP]. TRL appends the end token's text to every example,
-# and the model knows no end token; this control character is the one text that leaves no id behind.
+# The end token's text, in place of [SEP]. TRL appends the end token's text to every example, but
+# the model was trained without one. This control character leaves no id in a tokenised text.
 END_TOKEN = "\x03"
 
-# An empty token, of which BERT's vocabulary has one, can't be left out of a text by its name.
+# BERT's vocabulary has an empty token; as a special token it needs a name that is not empty.
 _RENAMED = {"[SEP]": END_TOKEN, "": "[]"}
 _RENAMED_BACK = {there: ours for ours, there in _RENAMED.items()}
-_UNASSIGNED = "\ufdd0"  # a character that will never be assigned
-_NOT_DECOMPOSED = "\U00011938"  # by the older tables of the rule NFD
+_UNASSIGNED = "\ufdd0"  # a noncharacter, which Unicode will never assign
+_NOT_DECOMPOSED = "\U00011938"  # its decomposition is missing in the older tables of the NFD rule
 _CODES = (*range(0xD800), *range(0xE000, sys.maxunicode + 1))  # all but the surrogates
-_GAP = "\ue000"  # stands for a space that punctuation brings along, until tokens are joined
+_GAP = "\ue000"  # stands for the space after punctuation until the tokens are joined
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -72,7 +73,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def vocabulary(tokenizer: Tokenizer) -> dict[str, int]:
-    """Each token's id; of a token that stands on two lines the later one counts."""
+    """The id of each token; if a token stands on two lines, the later line counts."""
     tokens = [tokenizer.id_to_token(id_) or "" for id_ in range(tokenizer.vocab_size)]
     known = set(tokens)
     renamed = {ours: there for ours, there in _RENAMED.items() if there not in known}
@@ -80,7 +81,7 @@ def vocabulary(tokenizer: Tokenizer) -> dict[str, int]:
 
 
 def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
-    """The tokens in square brackets, which decoding leaves out, by ascending id."""
+    """The end token and the tokens in square brackets, which decoding leaves out, by id."""
     found = {
         token: id_
         for token, id_ in vocabulary(tokenizer).items()
@@ -90,7 +91,7 @@ def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
 
 
 def unreadable_lines(tokenizer: Tokenizer) -> dict[str, str]:
-    """The lines of the vocabulary's exact text, by number, that `vocab_text` could not guess."""
+    """The lines of the vocabulary, by number, that `vocab_text` can't restore from the tokens."""
     guessed = _guess_lines(vocabulary(tokenizer))
     lines = tokenizer.vocab_text.split("\n")
     return {
@@ -101,9 +102,9 @@ def unreadable_lines(tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def vocab_text(vocab: Mapping[str, int], lines: Mapping[str, str] | None) -> str:
-    """The vocabulary's text again, from tokenizer.json's `vocab` and the `unreadable_lines`.
+    """Restore the vocabulary's text from tokenizer.json's `vocab` and the `unreadable_lines`.
 
-    None for `lines` means that they are lost. Raises `ValueError` for a number that can't be.
+    `lines` is None if they are lost. Raises `ValueError` for an impossible line number.
     """
     guessed = _guess_lines(vocab)
     if lines is None:
@@ -116,7 +117,7 @@ def vocab_text(vocab: Mapping[str, int], lines: Mapping[str, str] | None) -> str
 
 
 def _guess_lines(vocab: Mapping[str, int]) -> list[str]:
-    """A token for each id; ids in between that have none get an empty line."""
+    """The line of each id from 0 to the highest; an id without a token gets an empty line."""
     guessed = [""] * (max(vocab.values(), default=-1) + 1)
     for token, id_ in vocab.items():
         guessed[id_] = _RENAMED_BACK.get(token, token)
@@ -127,14 +128,14 @@ def _guess_lines(vocab: Mapping[str, int]) -> list[str]:
 
 
 def _normalizers(known: Set[str]) -> list[dict[str, Any]]:
-    """Drop controls, lower case, decompose, drop accents: BERT's order.
+    """Rules that drop control characters, lower-case, decompose and drop accents, as BERT does.
 
-    `known` are the characters of the vocabulary.
+    `known` holds the characters of the vocabulary.
     """
-    # Tables of a later Unicode version may know a lower case of what is unassigned here.
+    # Tables of a later Unicode version may lower-case characters that are unassigned here.
     unassigned = _class_of(_without(_unassigned(), known))
     cased, ignorable = _class(_is_cased), _class(_is_case_ignorable)
-    # Lower-casing here looks at one character at a time, and only this one depends on others.
+    # The rule Lowercase sees one character at a time; only sigma's lower case depends on others.
     final_sigma = f"{cased}{ignorable}*\\KΣ(?!{ignorable}*{cased})"
     return [
         _replace(_class(_is_dropped), ""),
@@ -157,12 +158,12 @@ def _is_dropped(character: str) -> bool:
 
 
 def _is_cased(character: str) -> bool:
-    """Whether a capital sigma behind it is at the end of a word: Python's own rule."""
+    """Whether a capital sigma after this character can end a word, by Python's rule."""
     return f"{character}Σ".lower().endswith("ς")
 
 
 def _is_case_ignorable(character: str) -> bool:
-    """Whether a capital sigma looks past it."""
+    """Whether the rule for a final sigma ignores this character."""
     return f"a{character}Σ".lower().endswith("ς") and not _is_cased(character)
 
 
@@ -170,10 +171,10 @@ def _is_case_ignorable(character: str) -> bool:
 
 
 def _decoders() -> list[dict[str, Any]]:
-    """Join tokens as `Tokenizer.decode` does.
+    """Rules that join tokens as `Tokenizer.decode` does.
 
-    A rule can put a fixed text only, so marks are set first: "##" before what is joined to the text
-    before it, and a mark for the space that follows punctuation.
+    A rule can only insert a fixed text. So marks are inserted first: "##" before a token that is
+    joined to the previous one, and `_GAP` for the space after punctuation.
     """
     punctuation, digit = _class(is_punctuation), _class(str.isdecimal)
     no_space_after = _class_of(_ranges(sorted(map(ord, NO_SPACE_AFTER))))
@@ -183,7 +184,7 @@ def _decoders() -> list[dict[str, Any]]:
         _replace(f"\\A(?={punctuation}{_GAP}\\z)", "##"),
         {"type": "WordPiece", "prefix": "##", "cleanup": False},
         {"type": "Fuse"},
-        _replace("\\A##", ""),  # the first token keeps its mark
+        _replace("\\A##", ""),  # WordPiece leaves the mark of the first token
         _replace(f"(?<={_CJK}) ", ""),  # a word after Chinese has no space before it
         _replace(f"[ {_GAP}]+", " "),
         _replace("(?<=') (?=(?:re|m|s|t|ve|d|ll) )", ""),
@@ -193,7 +194,7 @@ def _decoders() -> list[dict[str, Any]]:
     ]
 
 
-# -- the format's words ---------------------------------------------------------------------------
+# -- the format's rules ---------------------------------------------------------------------------
 
 
 def _replace(pattern: str, content: str) -> dict[str, Any]:
@@ -211,7 +212,7 @@ def _split(pattern: str, behavior: str) -> dict[str, Any]:
 
 @functools.cache
 def _class(holds: Callable[[str], bool]) -> str:
-    """A regular expression's class of the characters for which this holds."""
+    """A regular expression's class of all characters for which `holds` is true."""
     return _class_of(_ranges(map(ord, filter(holds, _assigned()))))
 
 
@@ -225,13 +226,13 @@ def _any_of(*classes: str) -> str:
 
 @functools.cache
 def _assigned() -> list[str]:
-    """All characters that a text can hold."""
+    """All assigned characters except surrogates."""
     return [character for character in map(chr, _CODES) if unicodedata.category(character) != "Cn"]
 
 
 @functools.cache
 def _unassigned() -> list[tuple[int, int]]:
-    """The ranges of the others, except in the blocks of Chinese."""
+    """The ranges of unassigned characters, except in the CJK blocks."""
     ranges = _ranges(code for code in _CODES if unicodedata.category(chr(code)) == "Cn")
     for first, last in CJK_BLOCKS:
         ranges = _without_range(ranges, first, last)
@@ -239,7 +240,7 @@ def _unassigned() -> list[tuple[int, int]]:
 
 
 def _ranges(codes: Iterable[int]) -> list[tuple[int, int]]:
-    """First and last of each run of neighbours."""
+    """The first and last code of each run of consecutive codes."""
     ranges: list[tuple[int, int]] = []
     first = last = -2
     for code in codes:

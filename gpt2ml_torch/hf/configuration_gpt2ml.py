@@ -7,7 +7,7 @@ from transformers import PreTrainedConfig
 
 
 class GPT2MLConfig(PreTrainedConfig):
-    """Sizes and constants of one GPT2_ML; the defaults describe the published 15G model.
+    """Sizes and constants of a GPT2_ML; the defaults describe the published 15G model.
 
     Source: imcaspar/gpt2-ml, train/modeling.py, GroverConfig.
     """
@@ -15,7 +15,7 @@ class GPT2MLConfig(PreTrainedConfig):
     model_type = "gpt2ml"
     keys_to_ignore_at_inference = ["past_key_values"]
 
-    # How programs split the model over several devices: by column, then by row.
+    # How programs split each pair of matrices over several devices: first by column, then by row.
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",
@@ -48,7 +48,7 @@ class GPT2MLConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
 
     def validate_architecture(self) -> None:
-        """Called by transformers on construction; raises `ValueError` for an indivisible width."""
+        """Raise `ValueError` unless the width is divisible by the heads; transformers calls it."""
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not divisible by num_attention_heads "

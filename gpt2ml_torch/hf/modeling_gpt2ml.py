@@ -45,7 +45,7 @@ def eager_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attention in plain tensor operations, with its weights: (B, T, H, K) and (B, H, T, S)."""
+    """Attention in plain tensor operations: outputs, (B, T, H, K), and weights, (B, H, T, S)."""
     scores = q @ k.transpose(2, 3) * scaling  # (B, H, T, S)
     if attention_mask is not None:
         scores = scores + attention_mask
@@ -66,7 +66,7 @@ class GPT2MLAttention(nn.Module):
         self.num_key_value_groups = 1
         self.scaling = self.head_dim**-0.5
         self.is_causal = True
-        # Three matrices: columns of a joined one would be split wrongly over several devices.
+        # Separate, since a joined matrix would be split over devices at the wrong columns.
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
@@ -79,7 +79,8 @@ class GPT2MLAttention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        shape = (*hidden_states.shape[:-1], -1, self.head_dim)  # a device may hold some heads only
+        # -1: a device of several may hold only some of the heads.
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         q = self.q_proj(hidden_states).view(shape).transpose(1, 2)  # (B, H, T, K)
         k = self.k_proj(hidden_states).view(shape).transpose(1, 2)
         v = self.v_proj(hidden_states).view(shape).transpose(1, 2)
@@ -110,7 +111,7 @@ class GPT2MLMLP(nn.Module):
 
 
 class GPT2MLDecoderLayer(GradientCheckpointingLayer):
-    """One layer.
+    """One layer, as in the module's formula: (B, T, D) -> (B, T, D).
 
     Source: imcaspar/gpt2-ml, train/modeling.py, attention_layer and residual_mlp_layer.
     """
@@ -151,7 +152,7 @@ class GPT2MLPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Draw fresh weights as the original does: truncated normals, biases 0, norms 1 and 0."""
+        """Initialise weights as the original does: truncated normal; biases 0, gains of norms 1."""
         if isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
@@ -163,7 +164,10 @@ class GPT2MLPreTrainedModel(PreTrainedModel):
 
 
 class GPT2MLModel(GPT2MLPreTrainedModel):
-    """The layers without the output: token ids to the last layer's hidden states."""
+    """The model without its output layer: token ids, (B, T), to hidden states, (B, T, D).
+
+    Raises `ValueError` for positions past the last one.
+    """
 
     def __init__(self, config: GPT2MLConfig) -> None:
         super().__init__(config)
@@ -199,14 +203,15 @@ class GPT2MLModel(GPT2MLPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
-        if use_cache and past_key_values is None:  # after the mask: a cache ends packing
+        # After the mask, which detects packed sequences only if there is no cache.
+        if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             position_ids = _positions(inputs_embeds, attention_mask, past_key_values)
         _check_positions(position_ids, self.config.max_position_embeddings)
         h = inputs_embeds  # (B, T, D)
-        # A process that has the later layers only (vLLM puts identities for the others, and keeps
-        # the embeddings for the tied output) is given the layer before's output.
+        # In a pipeline of processes (vLLM), layers of other processes are identities. A process
+        # without the first layer is given the hidden states of the process before it.
         if not isinstance(next(iter(self.layers), None), nn.Identity):
             h = self.embed_norm(h + self.embed_positions(position_ids))
         for layer in self.layers:
@@ -219,8 +224,8 @@ class GPT2MLModel(GPT2MLPreTrainedModel):
 class GPT2MLForCausalLM(GPT2MLPreTrainedModel, GenerationMixin):
     """The language model; its output layer is the token embedding, without a bias.
 
-    With `labels`, (B, T), the loss is the mean cross entropy over the next token; labels of -100,
-    and of the padding id as in the original, are left out of the mean. Raises `ValueError` for
+    With `labels`, (B, T), the loss is the mean cross entropy of the next tokens. Labels of -100
+    and, as in the original, of the padding id are left out of the mean. Raises `ValueError` for
     positions past the last one.
     Source: imcaspar/gpt2-ml, train/modeling.py, GroverModel.
     """
@@ -236,11 +241,12 @@ class GPT2MLForCausalLM(GPT2MLPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # for its parameters' names
+    # transformers reads the names of the parameters from the signature.
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(  # type: ignore[override]
         self, input_ids: Tensor, *args: Any, attention_mask: Any = None, **kwargs: Any
     ) -> Any:
-        """Check the length here too: a compiled step has no check of positions."""
+        """Check the length here too, since a compiled step does not check positions."""
         length, limit = input_ids.shape[1], self.config.max_position_embeddings
         if length > limit and attention_mask is not None and attention_mask.ndim == 2:
             length = int(attention_mask.sum(-1).max())  # without padding
@@ -289,9 +295,9 @@ class GPT2MLForCausalLM(GPT2MLPreTrainedModel, GenerationMixin):
 
 
 def tell_peft() -> None:
-    """Enter the layers that LoRA adapts by default into peft's table, where peft is in use.
+    """Add this architecture's default LoRA targets to peft's tables, if peft has been imported.
 
-    peft knows the architectures of transformers only, and has no other way to learn of more.
+    peft lists the architectures of transformers, and offers no other way to register one.
     """
     constants = sys.modules.get("peft.utils.constants")
     for name in dir(constants) if constants is not None else ():
@@ -303,7 +309,7 @@ def tell_peft() -> None:
 def _positions(
     inputs_embeds: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None
 ) -> Tensor:
-    """Positions of the tokens in their own texts, (B, T): padding on the left does not count."""
+    """The tokens' positions in their texts, (B, T); padding on the left is not counted."""
     T = inputs_embeds.shape[1]
     if attention_mask is not None and attention_mask.ndim == 2:
         return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]
@@ -312,12 +318,12 @@ def _positions(
 
 
 def _check_positions(position_ids: Tensor, limit: int) -> None:
-    """Raise `ValueError` for a position past the last; graphs that are traced go without."""
+    """Raise `ValueError` for a position past the last one; skipped while a graph is traced."""
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     if traced or position_ids.device.type == "meta" or not position_ids.numel():
         return
     if position_ids.is_cuda and torch.cuda.is_current_stream_capturing():
-        return  # a graph under capture can't be asked for a value
+        return  # values can't be read during capture
     _check_length(int(position_ids.max()) + 1, limit)
 
 

@@ -1,4 +1,4 @@
-"""Registers the model's classes with the libraries that look classes up by name."""
+"""Register the model's classes with libraries that look classes up by name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gpt2ml_torch.hf.modeling_gpt2ml import GPT2MLForCausalLM, GPT2MLModel, tell
 
 
 def register() -> None:
-    """Enter the classes into transformers' Auto classes and peft's table; again is no harm."""
+    """Register the classes with transformers' Auto classes and peft; calling it again is safe."""
     AutoConfig.register(GPT2MLConfig.model_type, GPT2MLConfig, exist_ok=True)
     AutoModel.register(GPT2MLConfig, GPT2MLModel, exist_ok=True)
     AutoModelForCausalLM.register(GPT2MLConfig, GPT2MLForCausalLM, exist_ok=True)

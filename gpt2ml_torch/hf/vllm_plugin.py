@@ -1,7 +1,7 @@
-"""What vLLM needs to serve exported folders; it finds both through the package's entry points.
+"""Plugins with which vLLM serves exported folders; it finds them by the package's entry points.
 
-vLLM 0.32 looks classes up as attributes of transformers, and takes no `suppress_tokens` from
-generation_config.json.
+They are needed because vLLM 0.32 looks classes up as attributes of transformers, and ignores
+`suppress_tokens` in generation_config.json.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ def register_in_vllm() -> None:
 
 
 class SuppressTokens(LogitsProcessor):
-    """Entry point of `vllm.logits_processors`: `suppress_tokens` of a GPT2_ML is never written.
+    """Entry point of `vllm.logits_processors`: ban a GPT2_ML's `suppress_tokens`.
 
-    Other models' logits stay as they are.
+    The logits of other models stay as they are.
     """
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
@@ -39,11 +39,12 @@ class SuppressTokens(LogitsProcessor):
         self._ids = torch.tensor(ids, dtype=torch.int64, device=device)
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        """Ban the ids in every row, (rows, V)."""
+        """Set the banned ids' logits, (B, V), to minus infinity in every row, in place."""
         return logits.index_fill_(1, self._ids, float("-inf")) if len(self._ids) else logits
 
     def is_argmax_invariant(self) -> bool:
+        """False: a ban can change the most probable token."""
         return False
 
     def update_state(self, batch_update: Any) -> None:
-        """Nothing: the ids are the same for every request."""
+        """Do nothing: the ids are the same for every request."""

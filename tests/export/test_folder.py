@@ -92,12 +92,12 @@ def test_an_existing_folder_is_replaced_only_if_told_and_only_an_exported_one(
     export_folder(file, folder, ExportOptions(overwrite=True, code=False))
     assert not list(folder.glob("*.py"))
     (folder / "mine.txt").write_text("x")
-    with pytest.raises(OSError, match="holds something else than an exported model"):
+    with pytest.raises(OSError, match="holds something other than an exported model"):
         export_folder(file, folder, ExportOptions(overwrite=True))
     assert (folder / "mine.txt").exists()
     (folder / "mine.txt").unlink()
     (folder / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(OSError, match="holds something else than an exported model"):
+    with pytest.raises(OSError, match="holds something other than an exported model"):
         export_folder(file, folder, ExportOptions(overwrite=True))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder"]
 
