@@ -1,7 +1,8 @@
-"""Convert a LoRA adapter trained here for the exported class, so that peft loads it there.
+"""Convert a LoRA adapter trained here to one that peft loads on the exported class.
 
-The joined query, key and value have one adapter here and one each there: they share the first
-matrix, and each takes its rows of the second, so the change of the weights is the same.
+Query, key and value are joined here and have one adapter; in the exported class they have three.
+The three share the first matrix, and each takes its rows of the second, so the change of the
+weights is the same.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from gpt2ml_torch.finetuning.adapter_places import own_places
 from gpt2ml_torch.finetuning.adapters import read_adapter, weight_changes
 from gpt2ml_torch.modelfile import ModelFile
 
-_PREFIX = "base_model.model."  # what peft puts before the names of modules
-_SHARED = ("lora_A.weight", "lora_embedding_A", "lora_embedding_B")  # not cut by rows
+_PREFIX = "base_model.model."  # peft's prefix of the names of modules
+_SHARED = ("lora_A.weight", "lora_embedding_A", "lora_embedding_B")  # not split by rows
 
 
 def export_adapter(
@@ -32,16 +33,17 @@ def export_adapter(
     adapter: str | os.PathLike[str],
     folder: str | os.PathLike[str],
 ) -> None:
-    """Write an adapter of `model`, in peft's format, for the class that `export_folder` exports.
+    """Write an adapter of `model` in peft's format for the class that `export_folder` exports.
 
     Raises `ValueError` for an adapter that does not fit the model, was not trained here, or holds
-    whole weights beside its products, and `OSError` (`FileExistsError` if `folder` exists).
+    whole weights or biases, and `OSError` if `folder` can't be written (`FileExistsError` if it
+    exists).
     """
     found = read_adapter(adapter)
     with ModelFile.open(model) as file:
         places = own_places(file.config)
     try:
-        weight_changes(found, places)  # every tensor has its place and shape
+        weight_changes(found, places)  # raises unless every tensor has a place and its shape
         if found.config.modules_to_save or found.config.bias != "none" or found.config.lora_bias:
             raise ValueError("it holds whole weights or biases, which only `gpt2ml merge` takes")
     except ValueError as error:
@@ -54,13 +56,13 @@ def export_adapter(
         raise FileExistsError(errno.EEXIST, f"{folder} exists already; give another name")
     if not path.absolute().parent.is_dir():
         raise OSError(
-            errno.ENOENT, f"can't write {folder}: {path.parent} is no folder; create it first"
+            errno.ENOENT, f"can't write {folder}: {path.parent} is not a folder; create it first"
         )
     _write(path, settings, _split(found.tensors))
 
 
 def _write(folder: Path, settings: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Write under another name, which is changed when all is there."""
+    """Write the folder under another name, and rename it when it is complete."""
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     partial.mkdir()
     try:
@@ -73,7 +75,7 @@ def _write(folder: Path, settings: dict[str, Any], tensors: dict[str, Tensor]) -
 
 
 def _targets(config: Any, targets: list[str]) -> dict[str, Any]:
-    """Settings that name modules, for the exported names; each is named in full."""
+    """The settings that name modules, with the full exported name of each module."""
     ranks, alphas = {}, {}
     for name in targets:
         rank = config.rank_of(name)
@@ -92,6 +94,7 @@ def _targets(config: Any, targets: list[str]) -> dict[str, Any]:
 
 
 def _split(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors by peft's names for the exported class, split by rows where needed."""
     result: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         module, _, kind = plain_name(name).partition(".lora_")

@@ -1,6 +1,7 @@
-"""Where the modules that an adapter was trained on stand in the model: here, and exported.
+"""Map the modules that an adapter was trained on to modules and rows of this model.
 
-The exported class has query, key and value apart, each of which is rows of our joined matrix.
+An adapter was trained here or on the exported class. There query, key and value are separate; each
+holds a third of the rows of our joined matrix.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from gpt2ml_torch.modelfile.format import expected_shapes
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a module of the model that an adapter was trained on stands in this model.
+    """The place in this model of a module that an adapter was trained on.
 
-    Its parameters, `shapes`, are rows of the parameters of `module`, from `first_row`.
+    Each of the module's parameters, with the given `shapes`, is a range of rows, starting at
+    `first_row`, of the parameter of the same name in `module`.
     """
 
     module: str
@@ -25,17 +27,17 @@ class Place:
 
     @property
     def adaptable(self) -> bool:
-        """Whether it has a matrix, to which a product can be added."""
+        """Whether its weight is a matrix, to which a low-rank product can be added."""
         return len(self.shapes["weight"]) == 2
 
     @property
     def is_embedding(self) -> bool:
-        """Whether it is a table of rows, which peft adapts with transposed matrices."""
+        """Whether it is an embedding, which peft adapts with transposed matrices."""
         return self.module.endswith("_embedding")
 
 
 def own_places(config: GPT2MLConfig) -> dict[str, Place]:
-    """The places of the modules of `GPT2ML`, by name: they are its own."""
+    """The places of the modules of `GPT2ML` itself, by name."""
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, shape in expected_shapes(config).items():
         module, _, parameter = name.rpartition(".")
@@ -44,7 +46,7 @@ def own_places(config: GPT2MLConfig) -> dict[str, Place]:
 
 
 def exported_places(config: GPT2MLConfig) -> dict[str, Place]:
-    """The places of the modules of the class that is exported for transformers, by name there."""
+    """The places of the modules of the exported class, by their names in that class."""
     places: dict[str, Place] = {}
     for module, own in own_places(config).items():
         names = exported_modules(module)

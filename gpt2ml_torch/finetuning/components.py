@@ -112,7 +112,7 @@ def pack_blocks(model: GPT2ML, quantize: str) -> None:
 
 
 def prepare_model(model: GPT2ML, config: FinetuneConfig) -> Any:
-    """Add the adapter, freeze, upcast and compile, in place; gives the `peft.PeftModel` or None."""
+    """Add the adapter, freeze, upcast and compile in place; return the `peft.PeftModel` or None."""
     model.gradient_checkpointing = config.gradient_checkpointing
     if config.dropout is not None:
         for module in model.modules():

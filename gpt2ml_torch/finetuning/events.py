@@ -1,6 +1,6 @@
-"""What a run tells its callbacks: one dataclass for each kind of event.
+"""The events that a run reports to its callbacks: one dataclass for each kind.
 
-Losses are nats a token. A line of metrics.jsonl is an event as `to_row` gives it.
+Losses are in nats a token. Each line of metrics.jsonl is the `to_row` of an event.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Event:
     step: int
 
     def to_row(self) -> dict[str, Any]:
-        """The event as JSON types: numbers that are not finite become None."""
+        """The event as JSON types; NaN and infinity become None."""
         fields = {name: _json(value) for name, value in self._fields().items()}
         return {"kind": self.kind, "step": self.step, **fields}
 
@@ -41,48 +41,48 @@ class Event:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunStarted(Event):
-    """Before the first step; `weights_here` and `slots_here` are numbers that this process has."""
+    """The run is about to take its first step."""
 
     kind = "start"
 
     total_steps: int
-    fresh_optimizer: bool
+    fresh_optimizer: bool  # its state starts from zero
     steps_per_epoch: int
     parameters: int
     trainable: int
-    weights_here: int
-    slots_here: int
+    weights_here: int  # number of weights that this process holds
+    slots_here: int  # number of values of optimizer state that this process holds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepTaken(Event):
-    """One optimizer step; `tokens` are learned so far, and the rate counts what was read."""
+    """An optimizer step was taken."""
 
     kind = "step"
 
     loss: float
     learning_rate: float
     gradient_norm: float | None
-    tokens: int
+    tokens: int  # learned since the run began
     seconds: float
-    tokens_per_second: float
+    tokens_per_second: float  # of tokens read, without padding
     memory_gib: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepSkipped(Event):
-    """A step from which nothing was learned, the one after `at` steps."""
+    """A step was rejected, and nothing was learned from it."""
 
     kind = "skip"
 
     loss: float
     reason: str
-    at: int
+    at: int  # steps before the rejected one, the same as `step`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluated(Event):
-    """The validation rows were read; `best` says that no evaluation before was as good."""
+    """The validation rows were evaluated; `best` is true if no earlier loss was as low."""
 
     kind = "eval"
 
@@ -92,7 +92,7 @@ class Evaluated(Event):
     bits_per_character: float | None = None
 
     def to_row(self) -> dict[str, Any]:
-        """As of any event, without the bits where the characters were not counted."""
+        """The event as JSON types, without `bits_per_character` if it is None."""
         row = super().to_row()
         if self.bits_per_character is None:
             del row["bits_per_character"]
@@ -101,7 +101,7 @@ class Evaluated(Event):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PromptContinued(Event):
-    """The model as it is continued a prompt."""
+    """The model in its present state continued a prompt."""
 
     kind = "sample"
 
@@ -120,7 +120,7 @@ class CheckpointSaved(Event):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunEnded(Event):
-    """After the last step; `reason` is the one in `TrainResult`."""
+    """The run has ended; `reason` is the same as in `TrainResult`."""
 
     kind = "end"
 

@@ -1,9 +1,9 @@
 """Memory of a training run: estimated before anything is loaded, checked, and measured.
 
 An estimate runs one step on fake tensors (`FakeTensorMode`), so a step of the full size takes
-seconds and no memory. Storages are counted as they come and go (PyTorch's own `MemTracker` does not
-accept frozen weights). Sizes are the sizes of the tensors, the same on CUDA and on the CPU;
-kernels' workspaces and the process itself come on top, as `process`.
+seconds and no memory. Storages are counted as they are allocated and freed (PyTorch's own
+`MemTracker` does not accept frozen weights). The tensors' sizes are the same on CUDA and on the
+CPU; the workspaces of kernels and the process itself are added as `process`.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ from gpt2ml_torch.modelfile.format import expected_shapes
 from gpt2ml_torch.options import OptionError
 
 GIB = 2**30
-# What a process takes beside tensors, measured: Python, PyTorch and peft; on CUDA the context.
+# Bytes of a process beside its tensors, as measured: Python, PyTorch and peft; on CUDA the context.
 _PROCESS = {"cpu": int(0.35 * GIB), "cuda": int(0.6 * GIB)}
 _SLICES_IN_FLIGHT = 8  # float32 temporaries of a sliced optimizer step
-_MOST_CHUNKS = 512  # of logits, in a step on fake tensors
+_MOST_CHUNKS = 512  # chunks of logits in a step on fake tensors
 _BYTES_A_TOKEN = 4 * 8  # four fields of `Rows`, int64
 SHORTEST = 32  # tokens of the shortest batch: rows are padded to a multiple of this
 
@@ -72,10 +72,10 @@ class MemoryEstimate:
 
 
 def estimate_memory(config: FinetuneConfig, sizes: GPT2MLConfig | None = None) -> MemoryEstimate:
-    """The memory that a run with these settings takes; `sizes` are its model file's unless given.
+    """Estimate the memory of a run with these settings.
 
-    Raises as `finetune` does for a model file that can't be read and for settings that it can't
-    have.
+    `sizes` are read from the model file unless given. Raises as `finetune` does, for a model file
+    that can't be read and for settings that don't fit it.
     """
     if sizes is None:
         with ModelFile.open(config.model) as file:
@@ -83,11 +83,11 @@ def estimate_memory(config: FinetuneConfig, sizes: GPT2MLConfig | None = None) -
             sizes = file.config
     rows = config.batch_size
     length = config.length or sizes.max_position_embeddings
-    most = max(2, _MOST_CHUNKS * config.loss_chunk // length)  # rows that a fake step may have
+    most = max(2, _MOST_CHUNKS * config.loss_chunk // length)  # rows in a fake step
     if rows <= most:
         return _estimate(config, sizes)
-    # The logits' chunks are gone through one by one; beyond a number of them memory grows in
-    # proportion to the rows.
+    # A fake step with many chunks of logits is slow. Activations grow linearly with the rows, so
+    # two smaller steps are extrapolated.
     less, more = (
         _estimate(dataclasses.replace(config, batch_size=size), sizes) for size in (most // 2, most)
     )
@@ -108,7 +108,7 @@ def _estimate(config: FinetuneConfig, sizes: GPT2MLConfig) -> MemoryEstimate:
 
 
 def _make_fake(model: GPT2ML) -> None:
-    """Replace every weight by a fake one, after peft added its adapter to the real layers."""
+    """Replace every weight by a fake one; done after peft, which can't adapt fake layers."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             data = torch.empty(parameter.shape, dtype=parameter.dtype)
@@ -166,7 +166,7 @@ class _Watch(TorchDispatchMode):
         if self._keep:
             self._gradients += _bytes(parameter.grad)
         else:
-            # It is whole for the length of its step.
+            # A gradient that is used at once exists in full only during its own update.
             self._note(_bytes(parameter.grad))
             parameter.grad = None
 
@@ -199,10 +199,10 @@ def _bytes(value: Any) -> int:
 def cheaper_settings(
     config: FinetuneConfig, available: int, sizes: GPT2MLConfig | None = None
 ) -> tuple[dict[str, Any], int] | None:
-    """The fewest changes of settings with which the run fits into `available` bytes.
+    """Changes of settings with which the run fits into `available` bytes.
 
-    Gives the fields that change, the cheapest in time first, and the bytes that the run takes then;
-    None if no setting here makes it fit.
+    Returns the fields that change, in the order in which they were tried (the cheapest in time
+    first), and the bytes that the run then takes; None if no change known here makes it fit.
     """
     if sizes is None:
         with ModelFile.open(config.model) as file:
@@ -221,7 +221,7 @@ def cheaper_settings(
 
 
 def _savings(config: FinetuneConfig, sizes: GPT2MLConfig) -> list[tuple[str, Any, dict[str, Any]]]:
-    """Settings that save memory, and what has to go with each; the cheapest in time first."""
+    """Settings that save memory, each with the other fields it requires, cheapest in time first."""
     half = (config.length or sizes.max_position_embeddings) // 2
     whole = {"train_layers": None, "layer_decay": 1.0, "freeze_embeddings": False}
     rank = config.lora_rank or min(16, sizes.hidden_size)
@@ -239,11 +239,11 @@ def _savings(config: FinetuneConfig, sizes: GPT2MLConfig) -> list[tuple[str, Any
 
 
 def check_memory(config: FinetuneConfig, sizes: GPT2MLConfig, *, length: int | None = None) -> None:
-    """Raise `ValueError` for a run that needs more memory than this machine has, whatever happens.
+    """Raise `ValueError` for a run that certainly needs more memory than this machine has.
 
-    The bound is quick and low: weights, optimizer, one batch of `length` tokens (at least
-    `SHORTEST` where that is not known yet) and what its blocks pass on. `estimate_memory` says what
-    a run really takes.
+    The check is quick and uses a lower bound: weights, optimizer state, one batch of rows of
+    `length` tokens (`SHORTEST` if not given) and the outputs of its blocks. `estimate_memory`
+    gives the memory that a run really takes.
     """
     least = _least_memory(config, sizes, length or min(SHORTEST, sizes.max_position_embeddings))
     have = memory_of(config.device)
@@ -281,7 +281,7 @@ def _least_memory(config: FinetuneConfig, sizes: GPT2MLConfig, length: int) -> i
 
 
 def memory_of(device: torch.device | str) -> int | None:
-    """All memory of a device in bytes, with the swap space of the machine; None if not known."""
+    """Total memory of a device in bytes, on the CPU with swap space; None if it is not known."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     try:
@@ -290,13 +290,13 @@ def memory_of(device: torch.device | str) -> int | None:
         total, swap = (int(fields[name].split()[0]) << 10 for name in ("MemTotal", "SwapTotal"))
     except (OSError, KeyError, ValueError, IndexError):  # not Linux
         return None
-    with contextlib.suppress(OSError, ValueError):  # no limit is "max", which is no number
+    with contextlib.suppress(OSError, ValueError):  # without a limit, it reads "max"
         total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     return total + swap
 
 
 def parse_size(text: str) -> int:
-    """Bytes of "22GB", "24 GiB" or "800MB"; raises `ValueError` for anything else."""
+    """The bytes of a size such as "22GB", "24 GiB" or "800MB"; raises `ValueError` for others."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT])(i?)B?\s*", text, re.IGNORECASE)
     if match is None:
         raise ValueError(f"{text!r} is no size; expected one such as 22GB or 24GiB")
@@ -310,16 +310,16 @@ def parse_size(text: str) -> int:
 _M_MMAP_THRESHOLD = -3
 _M_TRIM_THRESHOLD = -1
 _LARGE = 2 << 20  # bytes; the temporaries of an optimizer's step are smaller
-_SPARE = 8 << 20  # bytes at the heap's end, for those temporaries
+_SPARE = 8 << 20  # bytes kept at the heap's end for those temporaries
 
 
 def tune_allocator() -> bool:
-    """Give freed blocks of 2 MB and more back to the system at once; True if that can be.
+    """Make glibc return freed blocks of 2 MiB and more to the system at once.
 
-    By default glibc raises this limit up to 32 MB as blocks are freed, and activations of changing
-    sizes then leave holes in its heap. Smaller blocks are used again: memory fresh from the system
-    costs an optimizer's step four times the time. For the command line and for benchmarks: it
-    concerns the whole process.
+    By default glibc raises this threshold up to 32 MiB as blocks are freed, and activations of
+    changing sizes then leave holes in its heap. Smaller blocks are reused, because an optimizer
+    step with fresh memory from the system takes four times as long. This changes the whole process,
+    so only the command line and benchmarks call it. Returns False on systems without glibc.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -334,14 +334,14 @@ def tune_allocator() -> bool:
 
 
 def used_gib(device: torch.device | str = "cpu") -> float:
-    """Memory in use now: the resident set, or what PyTorch has allocated on a CUDA device."""
+    """Memory in use, in GiB: the resident set, or PyTorch's allocations on a CUDA device."""
     if torch.device(device).type == "cuda":
         return torch.cuda.memory_allocated(device) / 2**30
     return _status("VmRSS")
 
 
 def peak_gib(device: torch.device | str = "cpu") -> float:
-    """The peak memory in use so far."""
+    """The peak so far of the memory in use, in GiB."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return _status("VmHWM")

@@ -1,4 +1,4 @@
-"""The records of a run, made from its events: metrics.jsonl, loss.png and TensorBoard files."""
+"""Record a run's events: metrics.jsonl, loss.png and TensorBoard files."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ from gpt2ml_torch.finetuning.optional import require
 class MetricsFile:
     """A callback that appends events to a JSON Lines file, flushed line by line.
 
-    With `resume_after` steps, what a killed run wrote beyond them is cut off, so that the file
-    reads as if the run had never stopped. Raises `OSError` where the file can't be written.
+    With `resume_after`, events after that many steps, which a killed run wrote after its last
+    checkpoint, are dropped, so that the file reads as if the run had never stopped. Raises
+    `OSError` if the file can't be written.
     """
 
     def __init__(self, path: Path, *, resume_after: int | None = None) -> None:
@@ -67,7 +68,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class TensorBoard:
-    """A callback that writes the same figures for TensorBoard (the extra `finetune`)."""
+    """A callback that writes the events for TensorBoard (installed by the extra `finetune`)."""
 
     def __init__(self, folder: Path) -> None:
         # TensorBoard's own switch: it writes files without loading an installed TensorFlow, which
@@ -93,9 +94,10 @@ class TensorBoard:
 
 
 def draw_losses(metrics: Path, picture: Path) -> bool:
-    """Plot training and validation loss over the steps of a metrics file.
+    """Plot the training and validation losses in a metrics file over the steps.
 
-    Returns False, and draws nothing, without matplotlib (the extra `finetune`) or without a step.
+    Returns False, and draws nothing, if matplotlib (the extra `finetune`) is not installed or the
+    file has no step.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

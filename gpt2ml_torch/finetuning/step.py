@@ -14,7 +14,7 @@ from gpt2ml_torch.finetuning.train_config import TrainConfig
 
 _MEMORY = 0.98  # decay of the running mean and variance
 _WARM = 20  # steps before spikes are detected
-_LEAST = 1.0  # nats above the mean: less is never a spike
+_LEAST = 1.0  # nats above the mean; a smaller jump is never a spike
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,9 +30,9 @@ class StepResult:
 class Stepper:
     """Updates the trainable weights of an objective, in the backward pass or after it.
 
-    A step is rejected if its loss is not finite or is a spike (see `watch`), or if a gradient is
-    not finite. When updates happen inside the backward pass, the layers above the faulty gradient
-    have been updated by then.
+    A step is rejected if its loss is not finite or is a spike (`LossWatch`), or if a gradient is
+    not finite. If updates happen inside the backward pass, the layers above the faulty gradient
+    have already been updated by then.
     """
 
     def __init__(
@@ -97,7 +97,10 @@ class Stepper:
 
 
 class LossWatch:
-    """Tracks mean and deviation of the loss; a spike lies `factor` deviations above the mean."""
+    """Tracks mean and standard deviation of the loss, and detects spikes.
+
+    A spike lies more than `factor` standard deviations, and more than 1 nat, above the mean.
+    """
 
     def __init__(self, *, factor: float) -> None:
         self.factor = factor

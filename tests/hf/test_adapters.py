@@ -128,7 +128,7 @@ def test_an_adapter_is_exported_as_it_is_or_not_at_all(
     for target, options, message in (
         ("new", ["--dtype", "bfloat16"], "--dtype has no meaning with --adapter; leave it out"),
         ("there", [], "exists already; give another name"),
-        ("no/such", [], "is no folder; create it first"),
+        ("no/such", [], "is not a folder; create it first"),
     ):
         command = ["export", str(shipped_model), str(tmp_path / target), *options]
         assert main([*command, "--adapter", str(tmp_path / "adapter")]) == 2
