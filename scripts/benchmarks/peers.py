@@ -1,15 +1,16 @@
-"""Other programs that decode a model of these dimensions, each through its own fast path.
+"""Other programs that run a model of these dimensions, each by its own fast path.
 
 No other library runs GPT2_ML's block, so the peers run GPT-2 with the same layers, widths and
-vocabulary: the same matrices and the same cache, with the norms in other places. Every class
-answers `prefill(tokens) -> seconds` and `decode(batch, new_tokens) -> seconds`, prompts of 128
-tokens excluded. A peer that is not installed raises `ImportError`, and the table says so.
+vocabulary: matrices and cache have the same sizes, and the norms are in other places. Every class
+has `prefill(tokens) -> seconds` and `decode(batch, new_tokens) -> seconds`, which excludes the
+prompts of 128 tokens. A peer that is not installed raises `ImportError`, and the table says so.
 """
 
 from __future__ import annotations
 
 import ctypes
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ class TransformersGPT2:
                 pad_token_id=0,
                 disable_compile=not self.compile,
                 **options,
-            ).cpu()  # which waits for a GPU
+            ).cpu()  # waits for a GPU
         return time.perf_counter() - started
 
     def prefill(self, tokens: int) -> float:
@@ -87,7 +88,7 @@ class TransformersGPT2:
 
 
 class LlamaCpp:
-    """llama.cpp through the C API that llama-cpp-python binds, one token of every row a batch."""
+    """llama.cpp by the C API that llama-cpp-python binds; a batch has one token of every row."""
 
     def __init__(self, config: GPT2MLConfig, precision: str, folder: Path) -> None:
         import llama_cpp
@@ -105,7 +106,7 @@ class LlamaCpp:
         self.contexts: dict[int, Any] = {}
 
     def _context(self, rows: int) -> Any:
-        """An empty one for so many rows, with room for the longest prompt or the batch's texts."""
+        """An empty context for `rows` rows, with room for the longest prompt or the texts."""
         if rows not in self.contexts:
             options = self.api.llama_context_default_params()
             options.n_ctx, options.n_seq_max = (1024 if rows == 1 else rows * 256), rows
@@ -117,7 +118,7 @@ class LlamaCpp:
         return context
 
     def _feed(self, context: Any, ids: np.ndarray, start: int) -> None:
-        """Rows of ids, (batch, tokens), at positions from `start` on; logits of the last ones."""
+        """Decode `ids`, (batch, tokens), from position `start` on; logits of the last ones."""
         rows, tokens = ids.shape
         batch = self.api.llama_batch_init(ids.size, 0, 1)
         batch.n_tokens = ids.size
@@ -151,42 +152,61 @@ class LlamaCpp:
 
 
 def write_gguf(path: Path, config: GPT2MLConfig, kind: str) -> None:
-    """A GPT-2 of these dimensions with random weights, quantised by the `gguf` package."""
+    """Write a GPT-2 of these dimensions with random weights, quantised by the `gguf` package."""
     import gguf
 
+    writer = gguf.GGUFWriter(path, "gpt2")
+    _add_metadata(writer, config, kind)
     quantisation = getattr(gguf.GGMLQuantizationType, kind)
-    file_type = {"BF16": 32, "F16": 1, "Q8_0": 7, "Q4_0": 2}[kind]
+    for name, values in _gguf_tensors(config, lambda m: gguf.quants.quantize(m, quantisation)):
+        quantised = values.dtype != np.float32
+        writer.add_tensor(name, values, raw_dtype=quantisation if quantised else None)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _add_metadata(writer: Any, config: GPT2MLConfig, kind: str) -> None:
+    """Add the sizes, and a tokenizer without merges, which llama.cpp requires."""
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_layer_norm_eps(config.layer_norm_eps)
+    writer.add_file_type({"BF16": 32, "F16": 1, "Q8_0": 7, "Q4_0": 2}[kind])
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([f"t{index}".encode() for index in range(config.vocab_size)])
+    writer.add_token_types([1] * config.vocab_size)
+    writer.add_token_merges(["t 0"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+
+
+def _gguf_tensors(
+    config: GPT2MLConfig, quantise: Callable[[np.ndarray], np.ndarray]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors by their names in the format; matrices except the positions are quantised."""
     random = np.random.default_rng(0)
+    width, mlp = config.hidden_size, config.intermediate_size
     made: dict[tuple[int, int], np.ndarray] = {}  # one matrix of each shape serves all layers
 
     def matrix(rows: int, columns: int) -> np.ndarray:
         if (rows, columns) not in made:
             values = random.standard_normal((rows, columns), dtype=np.float32) * 0.02
-            made[rows, columns] = gguf.quants.quantize(values, quantisation)
+            made[rows, columns] = quantise(values)
         return made[rows, columns].copy()
 
-    width, mlp, rows = config.hidden_size, config.intermediate_size, config.vocab_size
-    writer = gguf.GGUFWriter(path, "gpt2")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(width)
-    writer.add_feed_forward_length(mlp)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_layer_norm_eps(config.layer_norm_eps)
-    writer.add_file_type(file_type)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([f"t{index}".encode() for index in range(rows)])
-    writer.add_token_types([1] * rows)
-    writer.add_token_merges(["t 0"])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(0)
-    zeros, ones = (lambda n: np.zeros(n, np.float32)), (lambda n: np.ones(n, np.float32))
-    writer.add_tensor("token_embd.weight", matrix(rows, width), raw_dtype=quantisation)
+    def norm(name: str) -> Iterator[tuple[str, np.ndarray]]:
+        yield f"{name}.weight", np.ones(width, np.float32)
+        yield f"{name}.bias", np.zeros(width, np.float32)
+
+    yield "token_embd.weight", matrix(config.vocab_size, width)
     positions = random.standard_normal((config.max_position_embeddings, width), dtype=np.float32)
-    writer.add_tensor("position_embd.weight", positions * np.float32(0.02))
-    writer.add_tensor("output_norm.weight", ones(width))
-    writer.add_tensor("output_norm.bias", zeros(width))
+    yield "position_embd.weight", positions * np.float32(0.02)
+    yield from norm("output_norm")
     shapes = {
         "attn_qkv": (3 * width, width),
         "attn_output": (width, width),
@@ -195,16 +215,10 @@ def write_gguf(path: Path, config: GPT2MLConfig, kind: str) -> None:
     }
     for layer in range(config.num_hidden_layers):
         for name, (outputs, inputs) in shapes.items():
-            weight = matrix(outputs, inputs)
-            writer.add_tensor(f"blk.{layer}.{name}.weight", weight, raw_dtype=quantisation)
-            writer.add_tensor(f"blk.{layer}.{name}.bias", zeros(outputs))
+            yield f"blk.{layer}.{name}.weight", matrix(outputs, inputs)
+            yield f"blk.{layer}.{name}.bias", np.zeros(outputs, np.float32)
         for name in ("attn_norm", "ffn_norm"):
-            writer.add_tensor(f"blk.{layer}.{name}.weight", ones(width))
-            writer.add_tensor(f"blk.{layer}.{name}.bias", zeros(width))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+            yield from norm(f"blk.{layer}.{name}")
 
 
 class CTranslate2:

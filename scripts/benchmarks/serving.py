@@ -7,9 +7,9 @@ scripts/bench serving --vllm-python vllm-env/bin/python   # and vLLM's, with thi
 
 Each client streams one request after the other, a prompt of 32 random tokens and 64 new ones, for a
 fixed time; all clients begin at once. llama.cpp serves a GPT-2 of the same dimensions with random
-weights (the norms stand in other places), vLLM the exported model unquantised. The servers run
-side by side and are measured in turns. Results are written after each measurement, so that an end
-before the last one loses nothing.
+weights (its norms are in other places), and vLLM the exported model without quantisation. The
+servers run side by side and are measured in turns. Results are written after each measurement, so
+an interrupted run keeps them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +34,14 @@ from scripts.benchmarks.machine import describe
 from scripts.benchmarks.program import ROOT
 from scripts.benchmarks.weights import SIZES, prompt, write_random_model
 
-SECONDS = {1: 10.0, 8: 30.0, 32: 75.0}  # of a measurement, by number of clients
+SECONDS = {1: 10.0, 8: 30.0, 32: 75.0}  # length of a measurement, by number of clients
 
 Result = dict[str, Any]
+ServerContext = contextlib.AbstractContextManager[Server]
 
 
 def batch_rate(generator: Generator, batch: int) -> float:
-    """Tokens per second of `Generator` on as many texts at once, prompts included."""
+    """Tokens per second of `Generator` on a batch of `batch` texts, including their prompts."""
     generator.batch_size = batch
     texts = [prompt(PROMPT_TOKENS + row)[row:] for row in range(batch)]
     began = time.perf_counter()
@@ -54,49 +54,50 @@ def batch_rate(generator: Generator, batch: int) -> float:
 def start_servers(
     arguments: argparse.Namespace, model: Path, folder: Path, stack: contextlib.ExitStack
 ) -> tuple[list[Server], dict[str, str]]:
-    """The servers that started, and why others did not."""
-    rows, size = max(arguments.clients), SIZES[arguments.size]()
+    """Start the servers; returns them, and the reason for each that did not start."""
+    starts = {"ours": _ours}
+    if arguments.llama_server:
+        starts["llama.cpp"] = _llama_cpp
+    if arguments.vllm_python:
+        starts["vLLM"] = _vllm
     started: list[Server] = []
     absent: dict[str, str] = {}
-
-    def start(name: str, make: Callable[[], contextlib.AbstractContextManager[Server]]) -> None:
+    for name, start in starts.items():
         print(f"starting {name}", flush=True)
         try:
-            started.append(stack.enter_context(make()))
+            started.append(stack.enter_context(start(arguments, model, folder)))
         except (OSError, RuntimeError, ImportError, subprocess.SubprocessError) as error:
             absent[name] = str(error)
             print(f"{name}: {error}", flush=True)
-
-    def llama() -> contextlib.AbstractContextManager[Server]:
-        gguf = arguments.gguf or folder / "model.gguf"
-        if not gguf.exists():
-            servers.write_gguf(gguf, size, arguments.precision)
-        program, threads = arguments.llama_server.absolute(), torch.get_num_threads()
-        return servers.llama_cpp(program, gguf, rows, threads, folder / "llama.log")
-
-    def vllm() -> contextlib.AbstractContextManager[Server]:
-        exported = arguments.vllm_folder or folder / "exported"
-        if not exported.exists():
-            servers.export(model, exported)
-        python, dtype = arguments.vllm_python.absolute(), arguments.vllm_dtype
-        return servers.vllm(python, exported.absolute(), rows, dtype, folder / "vllm.log")
-
-    def own() -> contextlib.AbstractContextManager[Server]:
-        return servers.ours(
-            model.absolute(),
-            rows,
-            arguments.precision,
-            folder / "ours.log",
-            processes=arguments.processes,
-            threads=torch.get_num_threads(),
-        )
-
-    start("ours", own)
-    if arguments.llama_server:
-        start("llama.cpp", llama)
-    if arguments.vllm_python:
-        start("vLLM", vllm)
     return started, absent
+
+
+def _ours(arguments: argparse.Namespace, model: Path, folder: Path) -> ServerContext:
+    return servers.ours(
+        model.absolute(),
+        max(arguments.clients),
+        arguments.precision,
+        folder / "ours.log",
+        processes=arguments.processes,
+        threads=torch.get_num_threads(),
+    )
+
+
+def _llama_cpp(arguments: argparse.Namespace, model: Path, folder: Path) -> ServerContext:
+    gguf = arguments.gguf or folder / "model.gguf"
+    if not gguf.exists():
+        servers.write_gguf(gguf, SIZES[arguments.size](), arguments.precision)
+    program, rows = arguments.llama_server.absolute(), max(arguments.clients)
+    return servers.llama_cpp(program, gguf, rows, torch.get_num_threads(), folder / "llama.log")
+
+
+def _vllm(arguments: argparse.Namespace, model: Path, folder: Path) -> ServerContext:
+    exported = arguments.vllm_folder or folder / "exported"
+    if not exported.exists():
+        servers.export(model, exported)
+    python, rows = arguments.vllm_python.absolute(), max(arguments.clients)
+    log = folder / "vllm.log"
+    return servers.vllm(python, exported.absolute(), rows, arguments.vllm_dtype, log)
 
 
 def run(arguments: argparse.Namespace) -> Result:
