@@ -1,11 +1,11 @@
-"""Many clients for minutes, some of which go away: every text right, and nothing that grows.
+"""Load a server with many clients for minutes: every text must be right, and no resource may leak.
 
     python -m scripts.soak --clients 64 --seconds 300 [--model out.safetensors]
 
-The server runs in a process of its own. Each request is written alone first; then the clients ask
-for them at random, as streams and whole, and leave about a third of them in the middle. Every text
-that comes to its end must be the one that was written alone. Memory, threads and open files of the
-server are read every ten seconds; what counts is their growth after the first minute.
+The server runs in a process of its own. Each request is first answered alone. Then the clients send
+the requests at random, streamed and whole, and disconnect from about a third of them. Every
+complete text must be the one that was written alone. The server's memory, threads and open files
+are printed every ten seconds; growth after the first minute would be a leak.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 from scripts.attacks.tools import CHECKPOINT, ServedModel, convert
 
-LEAVING = 0.35  # share of the requests whose client goes away
+LEAVING = 0.35  # share of the requests whose client disconnects
 ANSWER_SECONDS = 300.0
 OPTIONS: tuple[dict[str, Any], ...] = (
     {},
@@ -41,7 +41,7 @@ OPTIONS: tuple[dict[str, Any], ...] = (
 
 @dataclasses.dataclass
 class Counts:
-    """What the clients saw."""
+    """The outcomes of the clients' requests."""
 
     right: int = 0
     left: int = 0
@@ -51,7 +51,7 @@ class Counts:
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """What the server holds at one time."""
+    """The server's resources at one time."""
 
     seconds: float
     megabytes: float
@@ -60,7 +60,7 @@ class Usage:
 
 
 def requests(draw: random.Random, count: int) -> list[dict[str, Any]]:
-    """Requests of all lengths; some share the beginning of their prompts."""
+    """Requests of many lengths; some prompts share their beginning."""
     characters = "春眠不觉晓处处闻啼鸟夜来风雨声花落知多少床前明月光疑是地上霜"
     shared = "".join(draw.choices(characters, k=400))
     made = []
@@ -79,7 +79,7 @@ def requests(draw: random.Random, count: int) -> list[dict[str, Any]]:
 
 
 class Served(ServedModel):
-    """The server's process, and what it uses."""
+    """A server whose use of resources can be read."""
 
     def __init__(self, model: Path, *options: str) -> None:
         super().__init__(model, *options)
@@ -107,7 +107,10 @@ class Served(ServedModel):
 
 
 def ask(port: int, body: dict[str, Any], *, leave_after: float | None = None) -> list[str] | None:
-    """The texts of a request; None where the client left, after so many seconds or events."""
+    """The texts of a request, or None if the client disconnected.
+
+    With `leave_after`, it does so after that many seconds or, streaming, 20 times as many events.
+    """
     timeout = ANSWER_SECONDS if leave_after is None or body.get("stream") else leave_after
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
     try:
@@ -141,7 +144,7 @@ def ask(port: int, body: dict[str, Any], *, leave_after: float | None = None) ->
 def client(
     port: int, known: list[tuple[dict[str, Any], list[str]]], seed: int, end: float, counts: Counts
 ) -> None:
-    """Ask at random until the end."""
+    """Send random requests until `end`, and count their outcomes."""
     draw = random.Random(seed)
     while time.monotonic() < end:
         body, expected = draw.choice(known)
@@ -162,7 +165,7 @@ def client(
 
 
 def soak(server: Served, clients: int, seconds: float, seed: int) -> tuple[Counts, list[Usage]]:
-    """Let the clients ask; what they saw, and what the server held meanwhile."""
+    """Run the clients; returns their outcomes and the server's resources over time."""
     draw = random.Random(seed)
     known = [(body, ask(server.port, body) or []) for body in requests(draw, 64)]
     counts, usages = Counts(), [server.usage()]
@@ -182,7 +185,7 @@ def soak(server: Served, clients: int, seconds: float, seed: int) -> tuple[Count
     while server.texts_under_way() and time.monotonic() < end:
         time.sleep(0.1)
     if under_way := server.texts_under_way():
-        counts.findings.append(f"{under_way} texts hold rows though nobody waits for them")
+        counts.findings.append(f"{under_way} texts hold rows, though no client waits for them")
     time.sleep(1)
     usages.append(server.usage())
     counts.findings += [line for line in server.log if "Traceback" in line]
@@ -190,11 +193,11 @@ def soak(server: Served, clients: int, seconds: float, seed: int) -> tuple[Count
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Let many clients ask one server for minutes.")
-    parser.add_argument("--clients", type=int, default=64)
-    parser.add_argument("--seconds", type=float, default=300.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--model", type=Path, help="default: the shipped one")
+    parser = argparse.ArgumentParser(description="Load a server with many clients for minutes.")
+    parser.add_argument("--clients", type=int, default=64, help="at once (default: 64)")
+    parser.add_argument("--seconds", type=float, default=300.0, help="default: 300")
+    parser.add_argument("--seed", type=int, default=0, help="of the random requests (default: 0)")
+    parser.add_argument("--model", type=Path, help="model file (default: the shipped model)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model = arguments.model

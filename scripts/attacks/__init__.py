@@ -2,11 +2,11 @@
 
     scripts/attack --seconds 600 --seed 1
 
-An attack is a module of this package with one class of the name `Attack`: made once for a folder
-of its own, then called with a random generator for each case. A case passes if the program gives a
-correct result or one line of error. Everything else is a finding, printed with the command that
-reproduces it: another exception, a traceback, a silently wrong result, a hang, a crash, or too much
-memory.
+An attack is a module of this package with a class named `Attack`, and its name in `NAMES`. The
+class is constructed once, with a folder of its own, and called with a random generator for each
+case. A case passes if the program gives a correct result or a one-line error. Everything else is a
+finding, printed with the seed and the case that reproduce it: another exception, a traceback, a
+silently wrong result, a hang, a crash, or too much memory.
 
 Cases run in worker processes, so a crash ends only the worker.
 """

@@ -1,4 +1,4 @@
-"""Runs the attacks in turn, each in a process of its own, and gathers what they find."""
+"""Run the attacks in turn, each in a process of its own, and collect their findings."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import time
 from scripts.attacks import NAMES
 from scripts.attacks.worker import FINDING
 
-SLICE_SECONDS = 40.0  # about; the start of a worker is part of it
-LEAST_SECONDS = 0.5  # each attack runs at least one case however little time there is
+SLICE_SECONDS = 40.0  # approximate length of a turn, including the start of the worker
+LEAST_SECONDS = 0.5  # so that each attack runs at least one case
 GRACE_SECONDS = 300.0  # beyond the slice, for a worker to start and end its last case
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="scripts/attack", description="Attack what reads and writes."
+        prog="scripts/attack", description="Fuzz everything that reads or writes."
     )
-    parser.add_argument("--seconds", type=float, default=60.0, help="how long (default: 60)")
     parser.add_argument(
-        "--seed", type=int, default=0, help="another seed, other cases (default: 0)"
+        "--seconds", type=float, default=60.0, help="time for all attacks (default: 60)"
     )
-    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, help="these attacks")
+    parser.add_argument("--seed", type=int, default=0, help="selects the cases (default: 0)")
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, help="attacks to run")
     arguments = parser.parse_args()
     end = time.monotonic() + arguments.seconds
     first = dict.fromkeys(arguments.only, 0)
@@ -31,7 +31,7 @@ def main() -> int:
     rounds = max(1, round(arguments.seconds / (SLICE_SECONDS * len(arguments.only))))
     turns = [name for _ in range(rounds) for name in arguments.only]
     for number, name in enumerate(turns):
-        # Equal parts of what is left: a slow start costs the last attacks no more than others.
+        # Equal shares of the remaining time, so that a slow start costs all attacks equally.
         share = max(end - time.monotonic(), 0.0) / (len(turns) - number)
         done, found = run_slice(name, arguments.seed, first[name], max(share, LEAST_SECONDS))
         first[name] += done
@@ -44,7 +44,10 @@ def main() -> int:
 
 
 def run_slice(name: str, seed: int, first: int, seconds: float) -> tuple[int, list[str]]:
-    """Run an attack for so long, its start included; how many cases ran, and the findings."""
+    """Run an attack for `seconds`, including its start, from case `first` on.
+
+    Returns the number of cases and the findings.
+    """
     command = [
         sys.executable,
         "-m",

@@ -1,4 +1,4 @@
-"""Adapters of strangers: merged into finite weights, or one line and nothing written."""
+"""Edited and damaged adapters: merged into finite weights, or one line of error and no file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints as people bring them: whatever stands around the weights, the weights come out."""
+"""Checkpoints with other names and files around the weights: the weights are converted exactly."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class Attack:
         return f"{prefix!r}, {inner} in {wrappers} in {name}"
 
     def _write_shards(self, draw: random.Random, state: dict[str, torch.Tensor]) -> str:
-        """As safetensors or pickles, with their index or without."""
+        """Write the state in shards, as safetensors or pickles, with or without an index."""
         suffix, stem = draw.choice(((".bin", "pytorch_model"), (".safetensors", "model")))
         count, names = draw.randint(1, 4), draw.sample(sorted(state), len(state))
         weight_map: dict[str, str] = {}

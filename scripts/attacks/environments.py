@@ -1,4 +1,4 @@
-"""The programs in odd environments: closed streams, other encodings, folders that can't be used."""
+"""The commands in unusual environments: closed streams, other encodings, unusable folders."""
 
 from __future__ import annotations
 

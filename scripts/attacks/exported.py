@@ -1,4 +1,7 @@
-"""Exported folders, damaged or edited: brought back exactly, or one line; `check` of the same."""
+"""Exported folders, damaged or edited: converted back exactly, or one line of error.
+
+Some cases run `check` on a damaged model file, which must not pass.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from gpt2ml_torch import GPT2ML
 from gpt2ml_torch.export.folder import ExportOptions, export_folder
 from scripts.attacks.tools import ALLOWED, any_json, convert, damaged, run_command, write_model
 
-_CHECKED = 0.1  # of the cases; a check takes seconds
+_CHECKED = 0.1  # share of cases that run `check`, which takes seconds
 
 
 class Attack:
@@ -49,7 +52,7 @@ class Attack:
         except ALLOWED:
             assert not self._out.exists(), f"{path.name}: an error left a file"
             return
-        if path.suffix == ".safetensors":  # which has no checksums
+        if path.suffix == ".safetensors":  # the folder's weights have no checksums
             return
         for name, tensor in GPT2ML.from_pretrained(self._out).state_dict().items():
             assert torch.equal(tensor, self._weights[name]), f"{path.name}: {name} differs"

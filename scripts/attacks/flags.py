@@ -42,8 +42,8 @@ WORDS = (
     ),
     *("x" * 5000, "[SEP]", "\x1b[31m", "/dev/null", "/nonexistent/x", "~", "-", "--", "\udcff"),
 )
-STATUSES = {"check": (0, 1, 2)}  # 1: something does not hold
-QUICK = {  # what keeps a command from working for long, or from waiting
+STATUSES = {"check": (0, 1, 2)}  # 1: a check failed
+QUICK = {  # arguments with which a command ends quickly and does not wait for input
     "finetune": ["--dry-run"],
     "generate": ["今天", "--max-new-tokens", "2"],
     "score": ["今天"],
@@ -52,7 +52,7 @@ QUICK = {  # what keeps a command from working for long, or from waiting
 
 class Attack:
     def __init__(self, folder: Path) -> None:
-        os.chdir(folder)  # where a value that is taken for a file name does no harm
+        os.chdir(folder)  # a value that is used as a file name does no harm here
         self._model = write_model(folder / "model.safetensors")
         Path("text.txt").write_text("春眠不觉晓。\n\n今天天气不错。\n" * 20, encoding="utf-8")
         self._flags = {name: self._options(name) for name in COMMANDS if name != "serve"}

@@ -1,4 +1,4 @@
-"""SIGKILL at random moments: the file under the name is complete, old or new."""
+"""SIGKILL at random moments: the output file is complete, either the old one or the new one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Metadata with arbitrary JSON in any place: one line of error, or a working model."""
+"""Headers and metadata with arbitrary JSON anywhere: one line of error, or a working model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Attack:
     def __call__(self, draw: random.Random) -> None:
         header = json.loads(json.dumps(self._header))
         metadata = header["__metadata__"]
-        metadata.pop("metadata_crc32c", None)  # a hostile writer has the right one, or none
+        metadata.pop("metadata_crc32c", None)  # a hostile writer can leave it out
         for _ in range(draw.randint(1, 3)):
             self._change(draw, header, metadata)
         text = json.dumps(header).encode()

@@ -1,4 +1,4 @@
-"""Damaged bytes of a model file: refused, or exactly the same weights."""
+"""Damaged bytes in a model file: refused, or exactly the same weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Damaged .bin files: nothing in them is executed, and checksums catch every wrong weight."""
+"""Damaged .bin files: refused, or exactly the same weights where the format has checksums."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables and messages of an index with right checksums and damaged contents."""
+"""An index whose table and messages are damaged but have correct checksums: at most an error."""
 
 from __future__ import annotations
 

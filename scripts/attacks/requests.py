@@ -1,4 +1,4 @@
-"""Hostile requests to a server: errors have the promised shape, and other clients are unharmed."""
+"""Hostile requests to a server: errors have the documented form, other clients' texts are right."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Snappy blocks, damaged and made up: refused, in bounded time and memory."""
+"""Damaged and random Snappy blocks: decompressed or refused, in bounded time and memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from convert import bundle
 from scripts.attacks.tools import ALLOWED, CHECKPOINT, damaged
 
-LARGEST = 64 << 20  # of a block that a few hundred bytes may claim to be
+LARGEST = 64 << 20  # bytes of memory, however large a block claims to be
 
 
 class Attack:

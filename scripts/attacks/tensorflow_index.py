@@ -1,4 +1,4 @@
-"""Damaged TensorFlow checkpoints: refused, or exactly the same file."""
+"""Damaged TensorFlow checkpoints: refused, or exactly the same weights."""
 
 from __future__ import annotations
 

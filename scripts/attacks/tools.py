@@ -1,4 +1,4 @@
-"""What the attacks share: damage for bytes and JSON, a tiny model, programs that are watched."""
+"""Shared parts of the attacks: damaged bytes, random JSON, a tiny model, commands and a server."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from gpt2ml_torch.__main__ import main
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINT = ROOT / "checkpoints" / "demo"
-ALLOWED = (ValueError, OSError)  # what a library may raise for bad input
+ALLOWED = (ValueError, OSError)  # exceptions that the library may raise for bad input
 TOKENS = [
     *("[PAD]", *(f"[unused{i}]" for i in range(1, 100)), "[UNK]", "[CLS]", "[SEP]", "[MASK]"),
     *"今天气不错春眠觉晓。，",
@@ -71,9 +71,9 @@ def convert(source: Path, out: Path) -> None:
 
 
 def run_command(words: list[str]) -> tuple[int, str]:
-    """Run a `gpt2ml` command in this process; its status, and what it wrote to standard error.
+    """Run a `gpt2ml` command in this process; returns its status and its standard error.
 
-    Raises `AssertionError` for a traceback, and for an error of more or less than one line.
+    Raises `AssertionError` for a traceback, and for status 2 without an error in the last line.
     """
     errors = io.StringIO()
     with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
@@ -87,7 +87,7 @@ def run_command(words: list[str]) -> tuple[int, str]:
 
 
 def damaged(draw: random.Random, data: bytes) -> bytes:
-    """The bytes with one to four changes of the kinds that disks, networks and people make."""
+    """The bytes after one to four random changes, such as flips, cuts and repetitions."""
     result = bytearray(data)
     for _ in range(draw.randint(1, 4)):
         if not result:
@@ -117,7 +117,7 @@ def damaged(draw: random.Random, data: bytes) -> bytes:
 
 
 def any_json(draw: random.Random, depth: int = 0) -> Any:
-    """A value of any kind, often an extreme one."""
+    """A random JSON value, often an extreme one."""
     kind = draw.randrange(8 if depth < 3 else 6)
     if kind == 0:
         return draw.choice((None, True, False))

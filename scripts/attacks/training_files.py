@@ -1,4 +1,4 @@
-"""Training files in many forms: the texts that were written are read, damage is one line."""
+"""Training files in many forms: all texts are read exactly; damage gives one line of error."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Attack:
             assert found == texts, f"{name}: {trouble or found[:3]} for {content[:200]!r}"
 
     def _read(self, path: Path) -> tuple[list[str], str]:
-        """The documents, or none and the error."""
+        """The documents and no error, or no documents and the error."""
         reader = DocumentReader(self._tokenizer.encode)
         pieces = (piece for source in find_sources(path) for piece in reader.read(source))
         try:
@@ -55,7 +55,7 @@ class Attack:
         return [document.strip() for document in text.split("\0")[:-1]], ""
 
     def _written(self, draw: random.Random, texts: list[str]) -> tuple[str, str]:
-        """A file's name and content that hold these texts."""
+        """The name and content of a file that holds these texts."""
         mark = draw.choice(("", "\ufeff"))
         if draw.random() < 0.3:
             return draw.choice(("a.txt", "a.text")), mark + draw.choice(BLANKS).join(texts)

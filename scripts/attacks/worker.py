@@ -1,6 +1,6 @@
-"""One attack's cases, one after the other: python -m scripts.attacks.worker NAME SEED FIRST SECONDS
+"""Run the cases of one attack: python -m scripts.attacks.worker NAME SEED FIRST SECONDS
 
-With SECONDS 0 the one case FIRST runs, and its exception is shown whole.
+With SECONDS 0 only the case FIRST runs, and its exception is shown in full.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 FINDING = "FINDING"
-CASE_SECONDS = 30  # of the processor's time, so that a busy machine makes no findings
-WAITING_SECONDS = 240  # of the clock's
-MEMORY = 12 << 30  # bytes of address space; PyTorch maps some of them itself
+CASE_SECONDS = 30  # of processor time, so that a busy machine causes no findings
+WAITING_SECONDS = 240  # of wall-clock time
+MEMORY = 12 << 30  # bytes of address space, including the part that PyTorch itself maps
 
 
 def main(name: str, seed: str, first: str, seconds: str) -> None:
@@ -59,7 +59,7 @@ class Hang(Exception):
 
 @contextlib.contextmanager
 def deadline(busy: float, waiting: float) -> Iterator[None]:
-    """Raise `Hang` after so many seconds of this process's time, or of the clock's."""
+    """Raise `Hang` after `busy` seconds of processor time or `waiting` seconds on the clock."""
 
     def ring(number: int, _: object) -> None:
         limit = f"{busy} s of work" if number == signal.SIGPROF else f"{waiting} s"

@@ -2,10 +2,10 @@
 
     scripts/bench assistant                         # about ten minutes on two cores
 
-Tokens a step depend on the quality of the drafts, so they are measured with a trained model: the
-shipped one, on held-out poems. Seconds a step depend on the size, so they are measured at the
-published size with random weights. Their quotient is the speed to expect of a trained model. Writes
-RESULT.json and RESULT.md.
+The number of tokens a step depends on the quality of the drafts, so it is measured with a trained
+model: the shipped one, on held-out poems. The time of a step depends on the size, so it is measured
+at the published size with random weights. Their quotient is the expected speed of a trained model.
+Writes RESULT.json and RESULT.md.
 """
 
 from __future__ import annotations
@@ -94,6 +94,7 @@ def measure(
 
 
 def tokens_a_step(generator: Generator, poems: Sequence[str], choice: str, guesses: int) -> float:
+    """Mean number of tokens that a step adds to the poems."""
     stats = Stats()
     for poem in poems:
         generator.complete(
@@ -107,7 +108,7 @@ def tokens_a_step(generator: Generator, poems: Sequence[str], choice: str, guess
 
 
 def seconds_a_step(generator: Generator, guesses: int) -> float:
-    """Of guesses and check together. Random weights guess badly, so that a step is a token."""
+    """Seconds of a step, drafting and checking; random drafts are wrong, so it adds one token."""
     stats = Stats()
     generator.complete(
         prompt(PROMPT),
@@ -120,7 +121,7 @@ def seconds_a_step(generator: Generator, guesses: int) -> float:
 
 
 def fewer_layers(shipped: Path, poems: Sequence[str]) -> dict[str, float]:
-    """Tokens a step where the assistant is the model's own first layers, top-k 5, 3 guesses."""
+    """Tokens a step with the model's own first layers as the assistant, at top-k 5 and 3 drafts."""
     model, tokenizer = _load(shipped), Tokenizer.from_pretrained(shipped)
     return {
         name: tokens_a_step(Generator(model, tokenizer, assistant=first), poems, "top-k 5", 3)

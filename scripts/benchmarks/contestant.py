@@ -1,7 +1,7 @@
-"""One contestant in a process of its own: JSON requests on stdin, JSON answers on stdout.
+"""Run one contestant in a process of its own: JSON requests on stdin, JSON answers on stdout.
 
-`python -m scripts.benchmarks.contestant NAME PRECISION SIZE DEVICE FOLDER`; the first answer comes
-when it is ready.
+`python -m scripts.benchmarks.contestant NAME PRECISION SIZE DEVICE FOLDER`; the first answer says
+that it is ready.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""Memory and speed of fine-tuning at the published size, ours and transformers' GPT-2.
+"""Memory and speed of fine-tuning at the published size, for this project and transformers' GPT-2.
 
     scripts/bench finetune                          # every setting, a table in benchmarks/
-    scripts/bench finetune bfloat16 --layers 4      # less
+    scripts/bench finetune bfloat16 --layers 4      # one setting on a smaller model
 
 Each setting runs in a process of its own, on random weights that it loads from a file as `gpt2ml
-finetune` does. Memory is the largest resident set so far, less the resident set of a process that
-only imports torch. For speed ours in bfloat16 and transformers' GPT-2 of the same size, with the
-same optimizer, step in the backward pass and checkpointing, stay loaded side by side and take
-turns; the other settings take one step. Writes RESULT.json and RESULT.md.
+finetune` does. Memory is the peak resident set, less the one of a process that only imports torch.
+Speed is measured for our bfloat16 setting and for transformers' GPT-2 of the same size with the
+same optimizer, step in the backward pass and checkpointing; both stay loaded and take turns. The
+other settings take one step. Writes RESULT.json and RESULT.md.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ logger = logging.getLogger("bench")
 
 
 class Contestant:
-    """A process that takes steps when asked to; what it said last is in `facts`."""
+    """A process that takes steps on request; `facts` holds its latest answers."""
 
     def __init__(self, setting: str, options: argparse.Namespace, model: Path) -> None:
         logger.info("loading %s", setting)
@@ -74,7 +74,7 @@ class Contestant:
         return dict(json.loads(line))
 
     def row(self) -> dict[str, Any]:
-        """What was measured; the first step, which allocates, does not count as speed."""
+        """The measurements; the first step, which allocates, is not counted for speed."""
         row = {key: self.facts[key] for key in ("peak_gib", "weights_gib")}
         row["setting"] = self.setting
         if len(self.seconds) == 1:
@@ -95,14 +95,14 @@ def main() -> None:
     parser.add_argument("settings", nargs="*", choices=[*ALL, []], metavar="SETTING")
     parser.add_argument("--layers", type=int, default=48)
     parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--steps", type=int, default=2, help="counted for speed, after one more")
+    parser.add_argument("--steps", type=int, default=2, help="steps timed, after a warm-up step")
     options = start(parser)
     result = measure(options, options.settings or list(ALL))
     finish(options.out, result, markdown(result))
 
 
 def measure(options: argparse.Namespace, settings: list[str]) -> dict[str, Any]:
-    """Memory of each setting, and the speed of bfloat16 and the peer in turns."""
+    """The memory of each setting, and the speed of bfloat16 and the peer, taking turns."""
     config = dataclasses.replace(GPT2MLConfig.mega(), num_hidden_layers=options.layers)
     rates = {name: matmul_rate(getattr(torch, name)) for name in ("float32", "bfloat16")}
     bare = subprocess.run(
@@ -145,7 +145,7 @@ def measure(options: argparse.Namespace, settings: list[str]) -> dict[str, Any]:
 
 
 def matmul_rate(dtype: torch.dtype) -> float:
-    """Operations per second of the MLP's products of this size, the best of several."""
+    """Operations per second of a product of the MLP's size, the best of seven."""
     x = torch.randn(1024, 1536, dtype=dtype)
     weight = torch.randn(6144, 1536, dtype=dtype)
     seconds = [machine.seconds_of(lambda: torch.nn.functional.linear(x, weight)) for _ in range(7)]
@@ -153,7 +153,7 @@ def matmul_rate(dtype: torch.dtype) -> float:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The table, with its targets where they were set for this size."""
+    """The table, with the targets if this is the size that they were set for."""
     about, rates = result["machine"], result["matmul_gflops"]
     whole = (result["layers"], result["tokens"]) == (48, 1024)
     lines = [

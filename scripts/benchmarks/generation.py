@@ -1,11 +1,11 @@
-"""Prefill and decode speed by precision, ours and the peers', interleaved in one run.
+"""Prefill and decode speed by precision, for this project and its peers, interleaved in one run.
 
     scripts/bench                      # everything, the published size
     scripts/bench --size base --groups 16-bit --repeats 2
 
-Contestants of one precision class stay loaded side by side and take turns, so that a machine whose
-speed drifts slows all of them; figures are medians, after one turn that is not counted. Writes
-RESULT.json, RESULT.md and RESULT.png.
+Contestants of one precision class stay loaded side by side and take turns, so a drift of the
+machine's speed affects all of them. Figures are medians, after a warm-up turn that is not counted.
+Writes RESULT.json, RESULT.md and RESULT.png.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ GROUPS: dict[str, list[tuple[str, str]]] = {
 PREFILL = (128, 512, 1000)
 BATCHES = (1, 8, 32)
 PATIENCE = 45  # seconds; a request that takes longer in the first turn is not repeated
-# Slow contestants get a few tokens at batch 1, or smaller batches: more would add nothing.
+# Slow contestants decode only a few tokens at batch 1, or are limited to smaller batches.
 SLOW = ("no cache, as bert4keras", "TensorFlow, with cache")
 LARGEST = {
     "ours, no kernels": 8,
@@ -74,7 +74,7 @@ LARGEST = {
 
 @dataclasses.dataclass
 class Contestant:
-    """A process that answers requests, and what it measured so far, in seconds."""
+    """A process that answers requests, and its measurements so far, in seconds."""
 
     name: str
     precision: str
@@ -84,13 +84,14 @@ class Contestant:
     slow: set[str] = dataclasses.field(default_factory=set)  # requests not to be repeated
 
     def ask(self, what: str, *arguments: int) -> float | None:
+        """The seconds of a request; None if the process died."""
         assert self.process.stdin is not None
         try:
             self.process.stdin.write(json.dumps({"what": what, "arguments": arguments}) + "\n")
             self.process.stdin.flush()
             return float(_answer(self.process)["seconds"])
         except (OSError, EOFError):
-            return None  # it died: too little memory, or a size that it does not support
+            return None  # too little memory, or a size that it does not support
 
 
 def _answer(process: subprocess.Popen[str]) -> dict[str, Any]:
@@ -125,7 +126,7 @@ def start(name: str, precision: str, options: argparse.Namespace, folder: Path) 
 
 
 def requests(contestant: Contestant, options: argparse.Namespace) -> list[tuple[str, int, int]]:
-    """What to ask of a contestant: (what, size, new tokens)."""
+    """The requests to a contestant: (what, size, new tokens)."""
     if contestant.name in SLOW:
         return [("decode", 1, 8)]
     prefills = [("prefill", tokens, 0) for tokens in options.prefill]
@@ -167,9 +168,9 @@ def _measure(contestant: Contestant, request: tuple[str, int, int], *, warm_up: 
     logger.info("%s, %s: %s %d: %.2f s", *log)
     took = time.perf_counter() - began
     if warm_up and took > PATIENCE and "compiled" not in contestant.name:
-        contestant.slow.add(key)  # once is enough, and nothing was compiled meanwhile
+        contestant.slow.add(key)  # nothing was compiled, so the first turn counts
         contestant.seconds[key] = [seconds]
-    elif seconds <= 0:  # a difference of two runs, of which the shorter one was disturbed
+    elif seconds <= 0:  # the difference of two runs, if the shorter one was disturbed
         logger.warning("%s, %s: not counted", contestant.name, contestant.precision)
     elif not warm_up:
         contestant.seconds.setdefault(key, []).append(seconds)
@@ -208,7 +209,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--prefill", type=int, nargs="*", default=PREFILL)
     parser.add_argument("--batches", type=int, nargs="*", default=BATCHES)
     parser.add_argument("--folder", type=Path, help="keep the random weights here")
-    parser.add_argument("--add", action="store_true", help="keep what else RESULT holds")
+    parser.add_argument("--add", action="store_true", help="keep the other rows in RESULT")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "generation")
     parser.add_argument("--verbose", action="store_true")
     options = parser.parse_args(arguments)
@@ -220,7 +221,7 @@ def main(arguments: list[str] | None = None) -> None:
         rows, bandwidths = _kept(options, hardware) if options.add else ([], [])
         for group in options.groups:
             rows = merged(rows, run_group(group, options, folder, bandwidths))
-            # After each, so that a long run loses nothing.
+            # After each group, so that nothing is lost if a long run is interrupted.
             table = write(options, hardware, rows, bandwidths)
     print(table)
 
@@ -228,11 +229,11 @@ def main(arguments: list[str] | None = None) -> None:
 def _kept(
     options: argparse.Namespace, hardware: dict[str, Any]
 ) -> tuple[list[dict[str, Any]], list[float]]:
-    """Rows and bandwidths of an earlier run on this machine; its date joins the hardware's."""
+    """Rows and bandwidths of an earlier run on this machine; its date is added to `hardware`."""
     result = json.loads(options.out.with_suffix(".json").read_text())
     earlier = {**result["machine"], "date": hardware["date"]}
     if (earlier, result["size"]) != (hardware, options.size):
-        raise SystemExit(f"{options.out}.json is of another machine or size; go without --add")
+        raise SystemExit(f"{options.out}.json is of another machine or size; leave out --add")
     began = result["machine"]["date"].split(" to ")[0]
     if began != hardware["date"]:
         hardware["date"] = f"{began} to {hardware['date']}"

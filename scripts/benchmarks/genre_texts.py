@@ -1,7 +1,8 @@
 """Two genres from the demo's corpus: Tang verse, which the shipped model knows, and Yuan drama.
 
-Both go through the same steps: simplified characters, entries with damage or foreign signs dropped,
-repetitions dropped, some held out by a fixed seed, and runs of pieces joined to articles.
+Both are prepared in the same way: characters are simplified; entries that are damaged or hold
+foreign characters, and repetitions, are dropped; a share is held out by a fixed seed; and
+consecutive pieces are joined to articles.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from scripts.demo_model import corpus
 YUAN = re.compile(r"package/dist/yuanqu/yuanqu\.json")
 TEXT = re.compile(f"(?:{corpus.HAN}|[，。、；：？！])+")
 SEED = 7292
-TANG_HELD_OUT = 0.025  # with this seed the very poems that the demo was not trained on
+TANG_HELD_OUT = 0.025  # with this seed, the same poems that the demo was not trained on
 YUAN_HELD_OUT = 0.1
 LENGTH = 1024  # the model's positions
 
@@ -31,7 +32,7 @@ class Genre:
     held_out: list[str]
 
     def write(self, folder: Path) -> tuple[Path, Path]:
-        """The two as text files of one article a line."""
+        """Write both parts as text files with one article a line; returns their paths."""
         paths = folder / f"{self.name}.txt", folder / f"{self.name}-held-out.txt"
         for path, articles in zip(paths, (self.train, self.held_out), strict=True):
             path.write_text("".join(f"{article}\n" for article in articles), encoding="utf-8")
@@ -55,7 +56,7 @@ def yuan(tarball: Path, simplify: Callable[[str], str]) -> Genre:
 
 
 def _joined(parts: Iterable[list[str]]) -> list[str]:
-    """Articles of at most so many characters; pieces of one part stay together."""
+    """Articles of at most `LENGTH` characters; pieces of one part stay together."""
     return [
         article for pieces in parts for article in corpus.articles(pieces, length=LENGTH, seed=SEED)
     ]

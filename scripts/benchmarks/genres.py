@@ -2,8 +2,8 @@
 
     scripts/bench genres                            # about half an hour on two cores
 
-Each method tunes the same file on the same rows; held-out loss of both genres is measured before
-and after, in nats a character. Writes RESULT.json and RESULT.md.
+Each method tunes the same file on the same rows. The held-out loss on both genres, in nats a
+character, is measured before and after. Writes RESULT.json and RESULT.md.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""The cuda tests and the speed of a random model made on the device, within a time limit.
+"""Run the tests marked cuda and measure a random model on the device, within a time limit.
 
-Results are written before the tests and after every measurement, so that a run that is cut off
-loses only the last. What fails, or is not installed, becomes a row that says so.
+Results are written before the tests and after every measurement, so a run that is cut off loses
+only the last one. A measurement that fails, or whose program is not installed, becomes a row that
+says so.
 """
 
 from __future__ import annotations
@@ -52,16 +53,16 @@ TINY = GPT2MLConfig(
     max_position_embeddings=256,
 )
 SIZES: dict[str, Callable[[], GPT2MLConfig]] = {"tiny": lambda: TINY, **weights.SIZES}
-GRACE = 15  # seconds after the limit in which a measurement that has begun may end
-SHORTEST = 100  # seconds that starting up may take on a busy machine
+GRACE = 15  # seconds after the limit for a measurement that has begun
+SHORTEST = 100  # seconds; the least limit, since starting may take so long on a busy machine
 
 
 class CutOff(BaseException):
-    """A signal or the time limit ends the run; no handler of a single measurement's errors."""
+    """A signal or the time limit ends the run; not caught by handlers of `Exception`."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run everything; status 1 if a test failed, 124 if the time ran out, 143 for SIGTERM."""
+    """Run everything; returns 1 if a test failed, 124 if the time ran out, 143 after SIGTERM."""
     parser = argparse.ArgumentParser(prog="scripts/gpu", description=__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--size", choices=SIZES, default="mega")
@@ -101,7 +102,7 @@ def _run(options: argparse.Namespace, report: Report) -> None:
 
 @contextlib.contextmanager
 def _cut_off_after(seconds: float) -> Iterator[None]:
-    """Raise `CutOff` after so many seconds and on SIGTERM, where the system has such signals."""
+    """Raise `CutOff` after `seconds` (where the system has SIGALRM) and on SIGTERM."""
 
     def cut_off(number: int, _frame: Any) -> None:
         reason = signal.Signals(number).name
@@ -122,7 +123,7 @@ def _cut_off_after(seconds: float) -> Iterator[None]:
 
 
 def _run_tests(seconds: float) -> Row:
-    """The tests marked cuda, in parallel where pytest-xdist is installed."""
+    """Run the tests marked cuda, in parallel if pytest-xdist is installed."""
     if importlib.util.find_spec("pytest") is None:
         return {"status": None, "tail": ["not run: pytest is not installed"]}
     command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider"]
@@ -137,8 +138,8 @@ def _run_tests(seconds: float) -> Row:
         except subprocess.TimeoutExpired:
             status = 124
         finally:
-            with contextlib.suppress(OSError):  # nothing is left of it
-                os.killpg(tests.pid, signal.SIGKILL)  # with its workers
+            with contextlib.suppress(OSError):  # the group has ended
+                os.killpg(tests.pid, signal.SIGKILL)  # the workers too
             tests.wait()
         output.seek(0)
         tail = output.read().splitlines()[-40:]
@@ -147,7 +148,7 @@ def _run_tests(seconds: float) -> Row:
 
 
 def _measurements(options: argparse.Namespace, ends: float) -> Iterator[Row]:
-    """The rows, what matters most first; whatever can't be measured is a row that says why."""
+    """The rows, the most important first; a row that can't be measured says why."""
     bandwidth: list[float] = []
     for row in _guarded(partial(_read_bandwidth, options.device, bandwidth)):
         yield row
@@ -163,7 +164,7 @@ def _measurements(options: argparse.Namespace, ends: float) -> Iterator[Row]:
     for setting in ("bfloat16", "float32", "lora"):
         tuning = partial(_of_finetuning, config, setting, options.device)
         parts.append((f"fine-tuning, {setting}", tuning))
-    late = ("float16", "float32")  # few use them
+    late = ("float16", "float32")  # the least used
     for name, part in sorted(parts, key=lambda part: part[0] in late):
         if time.monotonic() >= ends:
             yield {"precision": name, "what": "skipped", "error": "no time was left"}
@@ -174,7 +175,7 @@ def _measurements(options: argparse.Namespace, ends: float) -> Iterator[Row]:
 
 
 def _guarded(part: Callable[[], Iterator[Row]]) -> Iterator[Row]:
-    """The rows of a measurement; memory, compilers and packages fail in many ways: a row too."""
+    """The rows of a measurement; an exception of any kind becomes a row."""
     try:
         yield from part()
     except Exception as error:
@@ -188,7 +189,7 @@ def _read_bandwidth(device: str, found: list[float]) -> Iterator[Row]:
 
 
 def _release_memory() -> None:
-    """Graphs hold the weights and caches that they were compiled with."""
+    """Free graphs, which hold the weights and caches that they were compiled with, and memory."""
     torch.compiler.reset()
     gc.collect()
     if torch.cuda.is_available():
@@ -196,7 +197,7 @@ def _release_memory() -> None:
 
 
 def _of_finetuning(config: GPT2MLConfig, setting: str, device: str) -> Iterator[Row]:
-    """One step on the longest row, the second of two, and its memory beside the prediction."""
+    """Time the second of two steps on a row of full length; memory, measured and predicted."""
     length = config.max_position_embeddings
     settings = dataclasses.replace(settings_of(setting, length=length), device=device)
     torch.manual_seed(0)
@@ -225,7 +226,7 @@ def _of_finetuning(config: GPT2MLConfig, setting: str, device: str) -> Iterator[
 def _of_transformers(
     config: GPT2MLConfig, compiled: bool, options: argparse.Namespace, ends: float
 ) -> Iterator[Row]:
-    """GPT-2 of the same size in bfloat16, through `generate`; compiled with a static cache."""
+    """Decode by `generate` of a GPT-2 of the same size in bfloat16; if compiled, a static cache."""
     peer = TransformersGPT2(config, "bfloat16", compile=compiled, device=options.device)
     new = min(64, config.max_position_embeddings - PROMPT - 1)
     for batch in (1, 8):
@@ -279,8 +280,9 @@ def _of_precision(
 
 
 def _seconds_between_steps(generator: Generator) -> float:
-    """From the end of the model's step to the start of the next on the device, in the mean: what
-    the loop around the model costs at batch 1, sampling included.
+    """The mean time from the end of a model's step to the start of the next, on the device.
+
+    This is the cost of the loop around the model at batch 1, sampling included.
     """
     engine, on_gpu = generator.engine, generator.engine.on_cuda
     decode, marks = engine.decode, []

@@ -13,13 +13,15 @@ from typing import Any
 from scripts.benchmarks import machine
 
 Row = dict[str, Any]
-PLOT_EVERY = 10  # seconds, since a plot takes part of one
+PLOT_EVERY = 10  # seconds; drawing takes a part of a second
 
 
 @dataclasses.dataclass
 class Report:
-    """What is known so far. `write` replaces whole files, so that a run that is cut off, even by
-    SIGKILL, leaves complete ones.
+    """The results so far.
+
+    `write` replaces whole files, so that a run that is cut off, even by SIGKILL, leaves complete
+    ones.
     """
 
     out: Path
@@ -68,7 +70,7 @@ class Report:
         return "\n".join([*lines, ""])
 
     def _plot(self) -> None:
-        """As PNG by matplotlib, or else as SVG."""
+        """Draw the decode rows as PNG with matplotlib, or as SVG without it."""
         bars = {
             f"{row['precision']}, {row['what'].removesuffix(', tokens/s')}": row["value"]
             for row in self.rows

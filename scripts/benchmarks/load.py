@@ -1,7 +1,7 @@
-"""Closed-loop load on a completion server: each client sends its next request as one ends.
+"""Closed-loop load on a completion server: each client sends a request when its last one ends.
 
-The client is a few lines over asyncio's streams, because it runs beside the servers on the cores
-that they need.
+The client uses asyncio's streams directly, because it shares the cores with the servers and must
+not slow them down.
 """
 
 from __future__ import annotations
@@ -21,13 +21,11 @@ PROMPT_TOKENS, NEW_TOKENS = 32, 64
 
 @dataclasses.dataclass(frozen=True)
 class Server:
-    """Where its processes listen, among which clients are divided evenly, and what its requests
-    hold beside the prompt and the length.
-    """
+    """A server to measure."""
 
     name: str
-    urls: tuple[str, ...]
-    extra: dict[str, Any]
+    urls: tuple[str, ...]  # one for each process; clients are divided evenly among them
+    extra: dict[str, Any]  # fields of its requests beside the prompt and the length
 
 
 @dataclasses.dataclass
@@ -39,10 +37,10 @@ class _Seen:
 
 
 async def measure(server: Server, clients: int, seconds: float) -> dict[str, float | int]:
-    """Tokens per second over all clients within so many seconds, and times to the first token.
+    """Tokens per second of all clients together, and times to the first token.
 
-    All clients begin at once. A request still without a token at the end counts with the time that
-    it has waited, which makes the reported times too low, not too high.
+    All clients begin at once. A request without a token at the end counts with the time that it has
+    waited, so the reported times may be too low, but not too high.
     """
     seen = _Seen()
     tasks = [asyncio.create_task(_client(server, number, seen)) for number in range(clients)]
@@ -53,7 +51,7 @@ async def measure(server: Server, clients: int, seconds: float) -> dict[str, flo
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     for task in done:
-        task.result()  # a client ends only by an error
+        task.result()  # raises: a client ends only by an error
     first = sorted([*seen.first, *(time.perf_counter() - start for start in seen.waiting)])
     return {
         "tokens_per_second": seen.tokens / took,

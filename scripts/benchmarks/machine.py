@@ -1,4 +1,4 @@
-"""A description of the machine, for the head of every table."""
+"""A description of the machine for the head of every table, and a stopwatch."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _processor() -> str:
 
 
 def seconds_of(work: Callable[[], object]) -> float:
-    """Seconds that one call takes."""
+    """The seconds that one call takes."""
     started = time.perf_counter()
     work()
     return time.perf_counter() - started

@@ -1,4 +1,4 @@
-"""GPT2_ML itself, measured through the public `Generator`, as a user would call it."""
+"""GPT2_ML measured through the public `Generator`, as a user would call it."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ class GPT2MLGenerator:
         return stats
 
     def prefill(self, tokens: int) -> float:
-        """Seconds from the prompt to its first new token."""
+        """Seconds from the prompt to the first new token."""
         started = time.perf_counter()
         self._generate(1, tokens, 1)
         return time.perf_counter() - started
 
     def decode(self, batch: int, new_tokens: int) -> float:
-        """Seconds for so many more tokens of each row, sampling and decoding to text included."""
+        """Seconds for `new_tokens` of each row, sampling and decoding to text included."""
         stats = self._generate(batch, PROMPT, new_tokens + 2)
         return stats.step_seconds / stats.steps * new_tokens
 

@@ -1,4 +1,4 @@
-"""What the programs of `scripts/bench` share: their parser, their log, and the files they write."""
+"""Shared by the programs of `scripts/bench`: the parser, the log and the output files."""
 
 from __future__ import annotations
 

@@ -2,9 +2,9 @@
 
     scripts/bench quality                           # about five minutes on two cores
 
-Perplexity is measured with the shipped model on held-out poems, in the way texts are generated:
-over a cache, with the kernels if weights are packed. At the published size, with random weights, it
-is the error of the logits. Writes RESULT.json and RESULT.md.
+Perplexity is measured with the shipped model on held-out poems, and computed as in generation:
+through a cache, and with the kernels if weights are packed. At the published size, with random
+weights, the error of the logits is measured. Writes RESULT.json and RESULT.md.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from scripts.benchmarks.program import finish, make_parser, start
 from scripts.benchmarks.shipped import add_arguments, prepare
 from scripts.benchmarks.weights import write_random_model
 
-# Weights, activations: packed for the kernels, except where `None` stands.
+# Weights and activations; weights are packed for the kernels, or plain if None.
 PRECISIONS: list[tuple[str | None, str]] = [
     (None, "float32"),
     (None, "bfloat16"),
@@ -63,7 +63,7 @@ def load(path: Path, weights: str | None, activations: str) -> GPT2ML:
 
 @torch.inference_mode()
 def logits(model: GPT2ML, ids: Sequence[int]) -> Tensor:
-    """Those after each id, (T, V) float32, computed over a cache."""
+    """The logits after each id, (T, V) float32, computed through a cache."""
     cache = KVCache(model.config, batch_size=1, length=len(ids), dtype=model.dtype)
     return model(torch.tensor([ids]), cache=cache)[0].float()
 
@@ -71,7 +71,7 @@ def logits(model: GPT2ML, ids: Sequence[int]) -> Tensor:
 def measure(
     shipped: Path, articles: Sequence[str], random: Path, tokens: int
 ) -> list[dict[str, Any]]:
-    """Loss on the articles, and distance from float32 at the published size, by precision."""
+    """For each precision, the loss on the articles, and the logits' error at the published size."""
     ids = [Tokenizer.from_pretrained(shipped).encode(article) for article in articles]
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(200, 20000, (tokens,), generator=generator).tolist()
@@ -95,7 +95,7 @@ def measure(
 
 
 def mean_loss(model: GPT2ML, articles: Sequence[Sequence[int]]) -> float:
-    """Nats a token."""
+    """The mean loss of the articles' tokens, in nats."""
     total, count = 0.0, 0
     for ids in articles:
         scores = logits(model, ids)[:-1].log_softmax(-1)

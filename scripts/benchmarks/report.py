@@ -62,7 +62,7 @@ def _cell(result: Result, who: tuple[str, str, str], column: tuple[str, int]) ->
 def _share(
     result: Result, who: tuple[str, str, str], column: tuple[str, int], rate: float
 ) -> float | None:
-    """Of the read bandwidth, for our decoding at batch 1."""
+    """The share of the read bandwidth that decoding at batch 1 uses; None for other columns."""
     if column != ("decode", 1):
         return None
     for row in result["rows"]:
@@ -108,7 +108,7 @@ def _starts(result: Result) -> list[str]:
 
 
 def plot(result: Result, path: Path) -> None:
-    """Decoding at batch 1 by precision and contestant, with the line that memory allows."""
+    """Plot decoding at batch 1 by contestant and precision, with the limit set by the bandwidth."""
     import matplotlib
 
     matplotlib.use("Agg")

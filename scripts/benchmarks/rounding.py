@@ -1,10 +1,11 @@
-"""Why bfloat16 weights are rounded stochastically: loss curves of the shipped model, three ways.
+"""Why bfloat16 weights are rounded stochastically: loss curves of three kinds of weights.
 
     scripts/bench rounding                          # about ten minutes on two cores
 
-The model is tuned on Yuan drama at the library's gentle default rate, in the same order of rows,
-with float32 weights, with bfloat16 weights rounded stochastically, and with bfloat16 weights
-rounded to nearest, which loses most of the updates. Writes RESULT.json, RESULT.md and RESULT.png.
+The shipped model is tuned on Yuan drama at the library's small default learning rate, with the same
+rows in the same order: with float32 weights, with bfloat16 weights rounded stochastically, and with
+bfloat16 weights rounded to nearest, which loses most of the updates. Writes RESULT.json, RESULT.md
+and RESULT.png.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def main() -> None:
 
 
 def measure(shipped: Shipped, steps: int) -> dict[str, Any]:
-    """The validation loss on the way, by kind of weights."""
+    """The curve of the validation loss for each kind of weights."""
     train, held_out = shipped.yuan.write(shipped.folder)
     curves: dict[str, list[tuple[int, float]]] = {}
     for name, settings in WEIGHTS.items():

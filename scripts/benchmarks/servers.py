@@ -1,4 +1,4 @@
-"""The servers under load: ours, llama.cpp's and vLLM's, each a process of its own."""
+"""Start the servers to measure: ours, llama.cpp's and vLLM's, each in processes of its own."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from scripts.benchmarks.load import NEW_TOKENS, Server
 from scripts.benchmarks.program import ROOT
 
 READY_SECONDS = 180
-SLOT_TOKENS = 128  # of a llama.cpp slot: a prompt and its continuation
+SLOT_TOKENS = 128  # size of a llama.cpp slot, for a prompt and its continuation
 VLLM_CACHE_GIB = 2
 
 
@@ -26,7 +26,7 @@ VLLM_CACHE_GIB = 2
 def ours(
     model: Path, rows: int, precision: str, log: Path, *, processes: int = 1, threads: int
 ) -> Iterator[Server]:
-    """Our server, in several processes that share the threads if wanted."""
+    """Our server, in one process or in several that share the threads."""
     command = [sys.executable, "-m", "gpt2ml_torch", "serve", str(model)]
     options = ["--max-rows", str(rows), "--quantize", precision, "--prefix-cache-tokens", "0"]
     environment = os.environ | {
@@ -56,7 +56,7 @@ def llama_cpp(program: Path, gguf: Path, rows: int, threads: int, log: Path) -> 
 
 @contextlib.contextmanager
 def vllm(python: Path, folder: Path, rows: int, dtype: str, log: Path) -> Iterator[Server]:
-    """vLLM with the exported folder; this package is in its environment, for the plugin."""
+    """vLLM with the exported folder; its environment must have this package, for the plugin."""
     port = free_port()
     command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     options = ["--host", "127.0.0.1", "--port", str(port), "--dtype", dtype]
@@ -64,7 +64,7 @@ def vllm(python: Path, folder: Path, rows: int, dtype: str, log: Path) -> Iterat
     options += ["--enforce-eager", "--no-enable-prefix-caching"]
     environment = os.environ | {
         "VLLM_CPU_KVCACHE_SPACE": str(VLLM_CACHE_GIB),
-        "VLLM_CPU_OMP_THREADS_BIND": f"0-{(os.cpu_count() or 1) - 1}",  # else it spares one
+        "VLLM_CPU_OMP_THREADS_BIND": f"0-{(os.cpu_count() or 1) - 1}",  # by default it spares one
         "HF_HUB_OFFLINE": "1",
     }
     environment.pop("PYTHONPATH", None)
@@ -74,14 +74,14 @@ def vllm(python: Path, folder: Path, rows: int, dtype: str, log: Path) -> Iterat
 
 
 def write_gguf(path: Path, config: GPT2MLConfig, precision: str) -> None:
-    """A GPT-2 of these dimensions for llama.cpp; needs the package `gguf`."""
+    """Write a GPT-2 of these dimensions for llama.cpp; needs the package `gguf`."""
     from scripts.benchmarks import peers
 
     peers.write_gguf(path, config, peers.GGUF_TYPES[precision])
 
 
 def export(model: Path, folder: Path) -> None:
-    """The folder that vLLM loads."""
+    """Write the folder that vLLM loads."""
     command = [sys.executable, "-m", "gpt2ml_torch", "export", str(model), str(folder)]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
@@ -95,11 +95,14 @@ def running(
     *,
     seconds: float = READY_SECONDS,
 ) -> Iterator[None]:
-    """The process, from when it answers `/health` on; raises `RuntimeError` where it doesn't."""
+    """Run a server; the block begins when it answers `/health`.
+
+    Raises `RuntimeError` if it ends first or takes too long.
+    """
     with open(log, "wb") as output:
         process = subprocess.Popen(
             command,
-            # In another folder Python finds the package that is installed there.
+            # Python imports from this folder first; vLLM's must find the installed package.
             cwd=ROOT if environment is None else log.parent,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -111,7 +114,8 @@ def running(
         yield
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)  # workers that compile don't listen to theirs
+            # The whole group: a worker that compiles does not notice that the server ended.
+            os.killpg(process.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(20)
         with contextlib.suppress(ProcessLookupError):

@@ -1,4 +1,4 @@
-"""The shipped model and two genres as files, and the model's loss on articles, for experiments."""
+"""For experiments: the shipped model and two genres as files, and a model's loss on articles."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class Shipped:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What both experiments take."""
+    """Add the arguments that all experiments share."""
     parser.add_argument("--corpus", type=Path, help=f"the tarball of {PACKAGE}, fetched by default")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "experiments")
 
 
 def prepare(options: argparse.Namespace) -> Shipped:
-    """Fetch the corpus and convert the model, unless that was done."""
+    """Fetch the corpus and convert the model, unless that has been done."""
     folder: Path = options.work
     folder.mkdir(parents=True, exist_ok=True)
     model = folder / "demo.safetensors"
@@ -47,7 +47,7 @@ def prepare(options: argparse.Namespace) -> Shipped:
 
 @torch.no_grad()
 def mean_loss(path: Path, articles: Sequence[str]) -> float:
-    """Nats a character of a model file, computed in float32."""
+    """The mean loss of a model file on articles, in nats a character, computed in float32."""
     model = GPT2ML.from_pretrained(path, dtype=torch.float32)
     tokenizer, objective = Tokenizer.from_pretrained(path), Objective(model)
     total, count = 0.0, 0
@@ -59,7 +59,7 @@ def mean_loss(path: Path, articles: Sequence[str]) -> float:
 
 
 def unknown_share(path: Path, articles: Sequence[str]) -> float:
-    """How much of a genre is outside the model's vocabulary."""
+    """The share of a genre's tokens that the model's vocabulary lacks."""
     tokenizer = Tokenizer.from_pretrained(path)
     ids = [id_ for article in articles for id_ in tokenizer.encode(article)]
     return ids.count(tokenizer.unk_id) / len(ids)

@@ -1,4 +1,4 @@
-"""GPT2_ML in TensorFlow, decoding with its cache: what the original code does."""
+"""GPT2_ML in TensorFlow, decoding with a cache, as the original code does."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from scripts.benchmarks.peers import PROMPT, random_ids
 
 class TensorFlowReference:
     def __init__(self, config: GPT2MLConfig, precision: str, folder: Path) -> None:
-        from scripts.tf_model import TFReference  # a peer that may be absent
+        from scripts.tf_model import TFReference  # TensorFlow may not be installed
 
         weights = random_weights(config)
         reference = TFReference(weights, heads=config.num_attention_heads, dtype=precision)
         self.vocab_size = config.vocab_size
-        # Not a tf.function, which would be traced again for each length of the cache.
+        # Not as a tf.function, which would be traced again for each length of the cache.
         self._step: Any = reference.decode
 
     def prefill(self, tokens: int) -> float:

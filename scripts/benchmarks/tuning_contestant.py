@@ -1,7 +1,8 @@
-"""One setting of fine-tuning in a process of its own: a step for each line on stdin, JSON answers.
+"""Run one setting of fine-tuning in a process of its own.
 
-`python -m scripts.benchmarks.tuning_contestant SETTING MODEL LAYERS TOKENS`; without arguments it
-only imports torch and reports the memory that this takes.
+`python -m scripts.benchmarks.tuning_contestant SETTING MODEL LAYERS TOKENS` takes a step for each
+line on stdin and answers in JSON. Without arguments it only imports torch and reports the memory
+that this takes.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ Step = Callable[[torch.Tensor], float]
 
 
 def settings_of(setting: str, *, model: str = "", length: int = 1024) -> Any:
-    """The setting as `gpt2ml finetune` would have it."""
+    """The setting as a configuration of `gpt2ml finetune`."""
     from gpt2ml_torch.finetuning import FinetuneConfig
 
     return FinetuneConfig(
@@ -63,7 +64,7 @@ def main() -> None:
 
 
 def peak_gib() -> float:
-    """The largest resident set that this process has had."""
+    """The peak resident set of this process, in GiB."""
     with open("/proc/self/status") as status:
         return int(status.read().split("VmHWM:")[1].split()[0]) / 2**20
 
@@ -73,7 +74,7 @@ def _bytes(module: torch.nn.Module) -> int:
 
 
 def _flops(layers: int, tokens: int, *, adapter: bool) -> int:
-    """Of the products with the weights: forward, again for the checkpoints, backward."""
+    """Operations in products with the weights: forward, recomputation and backward."""
     width, inner, rows = 1536, 6144, 21130
     matrices = layers * (4 * width * width + 2 * width * inner) + width * rows
     passes = 3 if adapter else 4  # frozen weights have no gradient

@@ -1,4 +1,4 @@
-"""Models of the published sizes with random weights, made when a contestant needs them."""
+"""Models of the published sizes with random weights, written when a contestant needs them."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def vocabulary(config: GPT2MLConfig) -> list[str]:
 
 
 def prompt(tokens: int) -> str:
-    """A text of exactly so many tokens."""
+    """A text of exactly `tokens` tokens."""
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0x4E00, 0x8000, (tokens,), generator=generator)
     return "".join(chr(int(code)) for code in codes)
 
 
 def write_random_model(path: Path, config: GPT2MLConfig, dtype: torch.dtype) -> None:
-    """Kernels and embeddings drawn with std 0.02; norm weights are 1 and biases 0."""
+    """Write a model file; matrices are drawn with std 0.02, norm weights are 1 and biases 0."""
     generator = torch.Generator().manual_seed(0)
     with ModelWriter(
         path, config, dtype=dtype, vocab="\n".join(vocabulary(config)) + "\n", overwrite=True
