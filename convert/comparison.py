@@ -4,14 +4,12 @@ matrix."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 
 from convert.inputs import Location
-from convert.plan import OptimizerError, Options, Plan, make_plan
+from convert.plan import OptimizerError, TensorPlan, plan_tensors
 from convert.source import Array, Source, rows_in_order
 from convert.tensors import UnstorableError, make_tensors, orders, whole
 from convert.to_safetensors import open_source
@@ -29,12 +27,13 @@ def differing_tensors(file: ModelFile, location: Location) -> list[str]:
     """The tensors, by name and sorted, that are not what the checkpoint gives in the file's
     precision: of another dtype, shape or content, or in only one of the two.
 
-    The optimizer's statistics are compared if the file keeps them. NaN equals NaN of the same bits.
+    The optimizer's statistics are compared if the file keeps them, and NaN equals NaN of the same
+    bits. A configuration beside the checkpoint is not read, since the tensors have their shapes.
     Raises `ValueError` for a checkpoint that is damaged or no complete model, and for a file that
     changes meanwhile, and `OSError`.
     """
     source = open_source(location)
-    plan = _plan(source, location.folder, optimizer=bool(file.slots))
+    plan = _plan(source, optimizer=bool(file.slots))
     expected = expected_tensors(plan.config, file.dtype, file.packed)
     if plan.slots:
         expected |= expected_slots(plan.config)
@@ -61,13 +60,12 @@ def differing_tensors(file: ModelFile, location: Location) -> list[str]:
     return sorted(name.removeprefix(SLOT) for name in differing)
 
 
-def _plan(source: Source, folder: Path, *, optimizer: bool) -> Plan:
-    """The plan of a conversion, without the optimizer where the checkpoint hasn't got all of it."""
-    options = Options(with_vocab=False, keep_optimizer=optimizer)
+def _plan(source: Source, *, optimizer: bool) -> TensorPlan:
+    """The plan of the tensors, without the optimizer where the checkpoint hasn't got all of it."""
     try:
-        return make_plan(source, folder, options)
+        return plan_tensors(source, keep_optimizer=optimizer)
     except OptimizerError:
-        return make_plan(source, folder, dataclasses.replace(options, keep_optimizer=False))
+        return plan_tensors(source, keep_optimizer=False)
 
 
 def _pack(file: ModelFile, name: str, pieces: Iterator[Array]) -> dict[str, Iterator[Array]]:

@@ -84,12 +84,18 @@ class OptimizerError(OptionError):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
-    """How to make each tensor of the model file, and the metadata that goes with them."""
+class TensorPlan:
+    """How to make each tensor of the model file."""
 
     recipes: dict[str, Recipe]
     slots: dict[str, Recipe]  # recipes of the optimizer's statistics that are kept
     config: GPT2MLConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan(TensorPlan):
+    """How to make each tensor of the model file, and the metadata that goes with them."""
+
     source: dict[str, Any]  # the origin of the weights, as far as an exported folder knows it
     generation: dict[str, Any]  # generation defaults in an exported folder
     vocabulary: Vocabulary | None
@@ -107,32 +113,58 @@ def make_plan(source: Source, folder: Path, options: Options) -> Plan:
     inventory = take_inventory(source)
     origin = options.config or configs.find_config(folder)
     _check_architecture(source, inventory, origin)
-    recipes = mapping.recipes(min(inventory.layers, MAX_LAYERS), inventory.layout)
-    sizes = _sizes(source, recipes, inventory)
+    sizes = _sizes(source, inventory)
     given = configs.read_config(origin) if origin else {}
     config, notes = configs.merge(sizes, given, origin=origin)
+    tensors = _plan_tensors(source, inventory, config, keep_optimizer=options.keep_optimizer)
+    vocabulary = None
+    if options.with_vocab:
+        vocabulary = find_vocabulary(folder, options.vocab, config.vocab_size)
+        notes = [*notes, *vocabulary.notes]
+    return Plan(
+        recipes=tensors.recipes,
+        slots=tensors.slots,
+        config=config,
+        source=configs.read_extra(origin, exported.SOURCE_KEY),
+        generation=configs.read_defaults(origin),
+        vocabulary=vocabulary,
+        dropped=_count_dropped(inventory, tensors),
+        notes=[*notes, *_notes_on(inventory)],
+        inputs=[path for path in (origin, vocabulary and vocabulary.path) if path],
+    )
+
+
+def plan_tensors(source: Source, *, keep_optimizer: bool) -> TensorPlan:
+    """Plan the tensors alone, for which no configuration is needed: the `config` has their sizes,
+    but one head.
+
+    Raises `ValueError` as `make_plan` does, and `OptimizerError`.
+    """
+    inventory = take_inventory(source)
+    sizes = _sizes(source, inventory)
+    config, _ = configs.merge(sizes, {"num_attention_heads": 1}, origin=None)
+    return _plan_tensors(source, inventory, config, keep_optimizer=keep_optimizer)
+
+
+def _plan_tensors(
+    source: Source, inventory: Inventory, config: GPT2MLConfig, *, keep_optimizer: bool
+) -> TensorPlan:
+    recipes = _recipes(inventory)
     shapes = expected_shapes(config)
     faults = find_faults(inventory.tensors, recipes, shapes, inventory.unknown)
     if faults:
         raise ValueError(f"{source.name} is no complete GPT2_ML: {_enumerate(faults)}")
     _check_tied(source, inventory)
-    slots = _plan_slots(source, inventory, recipes, config) if options.keep_optimizer else {}
-    vocabulary = None
-    if options.with_vocab:
-        vocabulary = find_vocabulary(folder, options.vocab, config.vocab_size)
-        notes = [*notes, *vocabulary.notes]
-    dropped = _count_dropped(inventory, slots)
-    return Plan(
+    slots = _plan_slots(source, inventory, recipes, config) if keep_optimizer else {}
+    return TensorPlan(
         recipes={key: _renamed(recipes[key], inventory) for key in shapes},
         slots={name: _renamed(recipe, inventory) for name, recipe in slots.items()},
         config=config,
-        source=configs.read_extra(origin, exported.SOURCE_KEY),
-        generation=configs.read_defaults(origin),
-        vocabulary=vocabulary,
-        dropped=dropped,
-        notes=[*notes, *_notes_on(inventory)],
-        inputs=[path for path in (origin, vocabulary and vocabulary.path) if path],
     )
+
+
+def _recipes(inventory: Inventory) -> dict[str, Recipe]:
+    return mapping.recipes(min(inventory.layers, MAX_LAYERS), inventory.layout)
 
 
 def _check_architecture(source: Source, inventory: Inventory, origin: Path | None) -> None:
@@ -161,8 +193,8 @@ def _renamed(recipe: Recipe, inventory: Inventory) -> Recipe:
     return dataclasses.replace(recipe, sources=names)
 
 
-def _count_dropped(inventory: Inventory, slots: Mapping[str, Recipe]) -> dict[str, int]:
-    kept = {name for recipe in slots.values() for name in recipe.sources}
+def _count_dropped(inventory: Inventory, plan: TensorPlan) -> dict[str, int]:
+    kept = {name for recipe in plan.slots.values() for name in recipe.sources}
     counts = {
         reason: sum(name not in kept for name in names)
         for reason, names in inventory.dropped.items()
@@ -230,8 +262,9 @@ def _plan_slots(
     return slots
 
 
-def _sizes(source: Source, recipes: dict[str, Recipe], inventory: Inventory) -> dict[str, int]:
+def _sizes(source: Source, inventory: Inventory) -> dict[str, int]:
     """The model's dimensions, from its tensors' shapes."""
+    recipes = _recipes(inventory)
 
     def shape(key: str, dimensions: int) -> tuple[int, ...]:
         name = recipes[key].sources[0]

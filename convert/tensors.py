@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from convert.mapping import Recipe
-from convert.plan import Plan
+from convert.plan import TensorPlan
 from convert.source import (
     Array,
     Source,
@@ -49,7 +49,7 @@ class UnstorableError(OptionError):
     """A tensor has finite numbers that its dtype can't hold."""
 
 
-def orders(plan: Plan, dtype: str) -> list[Order]:
+def orders(plan: TensorPlan, dtype: str) -> list[Order]:
     """Everything that a plan makes; the optimizer's statistics are float32 in any case."""
     weights = [Order(key, recipe, dtype) for key, recipe in plan.recipes.items()]
     return weights + [Order(SLOT + key, recipe, "float32") for key, recipe in plan.slots.items()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -161,6 +162,37 @@ def test_tensors_in_one_of_both_or_of_another_shape_differ(
     there = tmp_path / "there.safetensors"
     run(other, there, "--dtype", dtype)
     assert differing(there, checkpoint) == changed
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {},
+        {"config.json": '{"hidden_size": 128, "num_hidden_layers": 7}'},
+        {"a.json": json.dumps(factory.CONFIG), "b.json": json.dumps(factory.CONFIG)},
+    ],
+    ids=["none", "another model's", "several"],
+)
+def test_a_configuration_given_by_hand_is_not_needed_again(
+    beside: dict[str, str], tmp_path: Path, out: Path
+) -> None:
+    """Of a width from which the number of heads doesn't follow."""
+    weights = narrowed(factory.tf_weights(), 60)
+    source = write_bin(tmp_path / "checkpoint", weights)
+    for name, text in beside.items():
+        (source / name).write_text(text)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**factory.CONFIG, "hidden_size": 60}))
+    run(source, out, "--config", str(config))
+    assert differing(out, source) == []
+
+
+def narrowed(weights: factory.Arrays, width: int) -> factory.Arrays:
+    """The same weights cut to another width."""
+    return {
+        name: value[tuple(slice(width) if n == factory.WIDTH else slice(n) for n in value.shape)]
+        for name, value in weights.items()
+    }
 
 
 def test_statistics_that_the_checkpoint_lacks_differ(checkpoint: Path, out: Path) -> None:
