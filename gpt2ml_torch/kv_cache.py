@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gpt2ml_torch.config import GPT2MLConfig
+from gpt2ml_torch.kernels.low_rank import RowAdapters
 
 
 class KVCache:
@@ -20,12 +21,16 @@ class KVCache:
     Rows may be reordered, copied or dropped with plain indexing of `keys` and `values`, both
     (layers, B, S, H, K). A new cache is empty; raises `ValueError` for a `length` that the model
     has no positions for.
+
+    `adapters`, for a model on the kernels, tells which LoRA adapter each row is read and written
+    with: keys and values of one adapter mean nothing to another, so it goes wherever they go.
     """
 
-    __slots__ = ("keys", "values")
+    __slots__ = ("adapters", "keys", "values")
 
     keys: Tensor
     values: Tensor
+    adapters: RowAdapters | None
 
     def __init__(
         self,
@@ -51,12 +56,13 @@ class KVCache:
         # Zeros, not empty: a masked slot still multiplies its value by 0, and 0 * NaN is NaN.
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.adapters = None
 
     @classmethod
-    def of(cls, keys: Tensor, values: Tensor) -> KVCache:
+    def of(cls, keys: Tensor, values: Tensor, adapters: RowAdapters | None = None) -> KVCache:
         """A cache on tensors at hand, which it shares; both (layers, B, S, H, K)."""
         cache = cls.__new__(cls)
-        cache.keys, cache.values = keys, values
+        cache.keys, cache.values, cache.adapters = keys, values, adapters
         return cache
 
     @property
@@ -73,10 +79,19 @@ class KVCache:
 
     def rows(self, start: int, end: int) -> KVCache:
         """The rows from `start` to before `end`, as a view."""
-        return self.of(self.keys[:, start:end], self.values[:, start:end])
+        adapters = None if self.adapters is None else self.adapters.rows(start, end)
+        return self.of(self.keys[:, start:end], self.values[:, start:end], adapters)
+
+    @torch.inference_mode()
+    def use_adapter(self, row: int, number: int) -> None:
+        """Read and write a row with this one of `adapters` from now on."""
+        if self.adapters is not None:
+            self.adapters.of_rows[row] = number
 
     @torch.inference_mode()
     def copy_row(self, row: int, target: KVCache, to: int, length: int) -> None:
         """Copy the first `length` slots of a row to a row of a cache, this one or another."""
         target.keys[:, to, :length] = self.keys[:, row, :length]
         target.values[:, to, :length] = self.values[:, row, :length]
+        if self.adapters is not None and target.adapters is not None:
+            target.adapters.of_rows[to] = self.adapters.of_rows[row]

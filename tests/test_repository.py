@@ -28,7 +28,8 @@ PAGES = [
 LAYERS = (
     {"options", "cache", "precision", "valid_json", "textfiles", "foreign", "openmp"},
     {"config", "devices", "disk"},
-    {"kernels", "kv_cache"},
+    {"kernels"},
+    {"kv_cache"},
     {"input_checks"},
     {"modelfile"},
     {"model"},

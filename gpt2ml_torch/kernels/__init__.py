@@ -1,6 +1,13 @@
 """Weights of 32 to 4 bits for decoding at the speed of memory, with kernels built on demand."""
 
 from gpt2ml_torch.kernels.layers import can_run_layers, run_layers
+from gpt2ml_torch.kernels.low_rank import (
+    LINEAR_LAYERS,
+    NO_ADAPTER,
+    LowRank,
+    PackedAdapter,
+    RowAdapters,
+)
 from gpt2ml_torch.kernels.modules import PackedEmbedding, PackedLinear
 from gpt2ml_torch.kernels.ops import (
     load_kernels,
@@ -19,9 +26,14 @@ from gpt2ml_torch.kernels.packed_model import (
 from gpt2ml_torch.kernels.packing import unpack
 
 __all__ = [
+    "LINEAR_LAYERS",
+    "NO_ADAPTER",
+    "LowRank",
+    "PackedAdapter",
     "PackedEmbedding",
     "PackedLinear",
     "PlainState",
+    "RowAdapters",
     "can_run_layers",
     "fill_rows",
     "load_kernels",

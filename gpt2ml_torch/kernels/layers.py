@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gpt2ml_torch.kernels.low_rank import RowAdapters
 from gpt2ml_torch.kernels.modules import PackedLinear
 from gpt2ml_torch.kernels.ops import packed_layers, supports_layers
 
@@ -57,7 +58,12 @@ def is_untouched(module: nn.Module) -> bool:
 
 
 def run_layers(
-    blocks: Iterable[Any], h: Tensor, positions: Tensor, keys: Tensor, values: Tensor
+    blocks: Iterable[Any],
+    h: Tensor,
+    positions: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    adapters: RowAdapters | None = None,
 ) -> Tensor:
     """All blocks over their key-value cache, as `packed_layers` says: (B, T, D) -> (B, T, D)."""
     weights: list[Tensor] = []
@@ -88,4 +94,6 @@ def run_layers(
         biases=biases,
         norms=norms,
         bits=bits,
+        changes=[] if adapters is None else adapters.matrices,
+        adapter_of_row=None if adapters is None else adapters.of_rows,
     )

@@ -32,7 +32,8 @@ _library.define(
 )
 _library.define(
     "packed_layers(Tensor h, Tensor positions, Tensor(a!) keys, Tensor(b!) values, "
-    "Tensor[] weights, Tensor[] scales, Tensor[] biases, Tensor[] norms, int bits) -> Tensor"
+    "Tensor[] weights, Tensor[] scales, Tensor[] biases, Tensor[] norms, int bits, "
+    "Tensor[] changes, Tensor? adapter_of_row) -> Tensor"
 )
 _library.define("pack(Tensor rows, Tensor(a!) weight, Tensor(b!)? scale, int bits) -> ()")
 
@@ -66,18 +67,23 @@ def packed_layers(
     biases: Sequence[Tensor],
     norms: Sequence[Tensor],
     bits: int,
+    changes: Sequence[Tensor] = (),
+    adapter_of_row: Tensor | None = None,
 ) -> Tensor:
     """All layers over their key-value cache: (B, T, D) -> (B, T, D).
 
     keys, values: (layers, B, S, H, K), written to at the slots `positions`, (B, T) int64; each
     token then attends to all slots up to its own. Layer by layer, `weights`, `scales` (none for
     floating-point weights) and `biases` are of qkv, attention output, mlp.up and mlp.down; `norms`
-    are weight and bias of mlp_norm and output_norm. A token's result does not depend on the other
-    rows and tokens of the call, bit for bit. There is a kernel for the CPU alone, and nothing to
-    fall back to: see `supports_layers`.
+    are weight and bias of mlp_norm and output_norm. `changes` are the matrices of LoRA adapters
+    (see `PackedAdapter`), and `adapter_of_row`, (B,) int64, has the number of each row's adapter,
+    -1 for none. A token's result does not depend on the other rows and tokens of the
+    call, bit for bit. There is a kernel for the CPU alone, and nothing to fall back to: see
+    `supports_layers`.
     """
-    run = torch.ops.gpt2ml.packed_layers
-    return run(h, positions, keys, values, weights, scales, biases, norms, bits)
+    layers = weights, scales, biases, norms, bits
+    adapters = changes, adapter_of_row if changes else None
+    return torch.ops.gpt2ml.packed_layers(h, positions, keys, values, *layers, *adapters)
 
 
 def supports_layers(like: Tensor, head_size: int) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 from gpt2ml_torch import GPT2ML, GPT2MLConfig, KVCache, kernels
 from gpt2ml_torch.kernels import ops
 from gpt2ml_torch.model import Block
-from gpt2ml_torch.precision import PACKABLE
+from gpt2ml_torch.precision import PACKABLE, Precision
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SLOTS = 80
@@ -178,7 +178,19 @@ def test_the_operator_is_declared_as_it_behaves(precision: str) -> None:
     h = torch.randn(1, 2, 32)
     cache = KeysValues(*(t.nan_to_num() for t in empty_cache(h, 2)))
     values = arguments(block, h, cache, positions_of(h).contiguous())
-    torch.library.opcheck(torch.ops.gpt2ml.packed_layers.default, tuple(values.values()))
+    operator = torch.ops.gpt2ml.packed_layers.default
+    torch.library.opcheck(operator, (*values.values(), [], None))
+    kinds = {"attention.qkv": (96, 32), "mlp.up": (50, 32)}
+    changes = {
+        f"blocks.0.{kind}": kernels.LowRank(torch.randn(3, inputs), torch.randn(outputs, 3))
+        for kind, (outputs, inputs) in kinds.items()
+    }
+    adapter = kernels.PackedAdapter.pack(
+        changes, shapes=kinds, layers=1, precision=Precision.FLOAT32
+    )
+    torch.library.opcheck(
+        operator, (*values.values(), list(adapter.matrices), torch.zeros(1, dtype=torch.int64))
+    )
 
 
 CONFIG = GPT2MLConfig(

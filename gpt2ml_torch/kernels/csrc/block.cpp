@@ -46,15 +46,50 @@ void normalize(const float* x, int64_t size, const Norm& norm, Numbers out, int6
   }
 }
 
+// Adds to y, (count, outputs), what the adapter of each row adds to a product of x, (count, inputs).
+void add_adapters(const Block& block, Product product, Numbers x, int64_t count, int64_t tokens, const Buffer& y) {
+  for (size_t adapter = 0; adapter < block.adapters.size(); ++adapter) {
+    const auto& [narrow, wide] = block.adapters[adapter][product];
+    if (!narrow.weight) continue;
+    std::vector<int64_t> own;  // of the tokens
+    for (int64_t i = 0; i < count; ++i)
+      if (block.adapter_of_row[i / tokens] == static_cast<int64_t>(adapter)) own.push_back(i);
+    if (own.empty()) continue;
+    const int64_t size = own.size(), inputs = narrow.inputs, outputs = wide.outputs;
+    Buffer inputs_of_own(size, inputs), inner(size, narrow.outputs), added(size, outputs);
+    for (int64_t i = 0; i < size; ++i)
+      for (int64_t k = 0; k < inputs; k += kLanes)
+        store_first(inputs_of_own.numbers(), i * inputs + k, inputs - k,
+                    load_first(x, own[i] * inputs + k, inputs - k));
+    apply(narrow, inputs_of_own.numbers(), size, inner.numbers());
+    apply(wide, inner.numbers(), size, added.numbers());
+    for (int64_t i = 0; i < size; ++i)
+      for (int64_t k = 0; k < outputs; ++k) y.row(own[i])[k] += added.row(i)[k];
+  }
+}
+
+// A product of x, (count, inputs), with what the rows' adapters add to it.
+void multiply(const Block& block, Product product, Numbers x, int64_t count, int64_t tokens, const Buffer& y) {
+  const bool with_gelu = product == kUp, no_adapters = block.adapters.empty();
+  apply(block.products[product], x, count, y.numbers(), with_gelu && no_adapters);
+  if (no_adapters) return;
+  add_adapters(block, product, x, count, tokens, y);
+  if (with_gelu)
+    for_rows(count, [&](int64_t i) {
+      const Numbers row{y.row(i), Type::Float32};
+      for (int64_t k = 0; k < y.size; k += kLanes) store_first(row, k, y.size - k, gelu(load_first(row, k, y.size - k)));
+    });
+}
+
 }  // namespace
 
 void run(const Block& block, Numbers h, Numbers out, Heads keys, Heads values, const int64_t* positions, int64_t rows,
          int64_t tokens, int64_t slots, int64_t heads) {
-  const int64_t count = rows * tokens, width = block.output.outputs, head_size = width / heads;
+  const int64_t count = rows * tokens, width = block.products[kOutput].outputs, head_size = width / heads;
   Buffer x(count, width), normed(count, width);
   {
     Buffer qkv(count, 3 * width);
-    apply(block.qkv, h, count, qkv.numbers());
+    multiply(block, kQkv, h, count, tokens, qkv);
     for_rows(count, [&](int64_t i) {
       const int64_t b = i / tokens, slot = positions[i];
       const Numbers fresh{qkv.row(i), Type::Float32};
@@ -66,16 +101,16 @@ void run(const Block& block, Numbers h, Numbers out, Heads keys, Heads values, c
     const Heads q{qkv.numbers(), tokens * 3 * width, 3 * width}, attended{normed.numbers(), tokens * width, width};
     attend(Attention{q, keys, values, attended, positions, rows, tokens, slots, heads, head_size});
   }
-  apply(block.output, normed.numbers(), count, x.numbers());
+  multiply(block, kOutput, normed.numbers(), count, tokens, x);
   for_rows(count, [&](int64_t i) {  // x = h + attention(h)
     const Numbers row{x.row(i), Type::Float32};
     for (int64_t k = 0; k < width; k += kLanes)
       store_first(row, k, width - k, load_first(row, k, width - k) + load_first(h, i * width + k, width - k));
     normalize(x.row(i), width, block.mlp_norm, normed.numbers(), i * width);
   });
-  Buffer inner(count, block.up.outputs);
-  apply(block.up, normed.numbers(), count, inner.numbers(), true);
-  apply(block.down, inner.numbers(), count, normed.numbers());
+  Buffer inner(count, block.products[kUp].outputs);
+  multiply(block, kUp, normed.numbers(), count, tokens, inner);
+  multiply(block, kDown, inner.numbers(), count, tokens, normed);
   for_rows(count, [&](int64_t i) {  // LayerNorm(x + mlp(LayerNorm(x)))
     const Numbers sum{normed.row(i), Type::Float32}, row{x.row(i), Type::Float32};
     for (int64_t k = 0; k < width; k += kLanes)

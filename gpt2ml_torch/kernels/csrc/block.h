@@ -5,13 +5,25 @@
 #include "attention.h"
 #include "linear.h"
 
+#include <array>
+#include <vector>
+
 struct Norm {
   Numbers weight, bias;
 };
 
+// What a LoRA adapter adds to a product: wide(narrow(x)). Without weights where it adds nothing.
+struct LowRank {
+  Linear narrow, wide;
+};
+
+enum Product { kQkv, kOutput, kUp, kDown, kProducts };
+
 struct Block {
-  Linear qkv, output, up, down;
+  Linear products[kProducts];
   Norm mlp_norm, output_norm;
+  std::vector<std::array<LowRank, kProducts>> adapters;
+  const int64_t* adapter_of_row;  // an index of `adapters` for each row, or -1; null where there are none
 };
 
 // h and out: (rows * tokens, width), contiguous, and may be the same. The tokens' keys and values are written to the

@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <array>
 #include <optional>
 #include <vector>
 
@@ -97,11 +98,35 @@ void check_cache(const Tensor& cache, const Tensor& h, int64_t layers) {
   STD_TORCH_CHECK(supports_head_size(cache.size(4)), "heads of ", cache.size(4), " are not supported");
 }
 
+// What each adapter adds to one layer's products: `changes` holds, for each adapter and product, the narrow matrix and
+// the wide one of all layers, (layers, panels, ...), or two empty tensors. `sizes` are the products' inputs and outputs.
+std::vector<std::array<LowRank, kProducts>> adapters_of(const std::vector<Tensor>& changes, int64_t layer, int64_t layers,
+                                                        const int64_t (&sizes)[kProducts][2]) {
+  std::vector<std::array<LowRank, kProducts>> adapters(changes.size() / (2 * kProducts));
+  const auto matrix = [&](const Tensor& all, int64_t outputs, int64_t inputs) {
+    STD_TORCH_CHECK(all.size(0) == layers, "an adapter needs a matrix for each layer");
+    const Format format = format_of(all, 0);
+    const int64_t bytes = round_up(outputs, kPanel) * round_up(inputs, kMultiple) * bits_of(format) / 8;
+    STD_TORCH_CHECK(all.is_contiguous() && all.numel() * all.element_size() == layers * bytes,
+                    "an adapter's matrix is not packed for ", inputs, " inputs and ", outputs, " outputs");
+    const uint8_t* start = static_cast<const uint8_t*>(all.const_data_ptr());
+    return Linear{format, inputs, outputs, start + layer * bytes, nullptr, Numbers{nullptr, Type::Float32}};
+  };
+  for (size_t i = 0; i < adapters.size() * kProducts; ++i) {
+    const Tensor &narrow = changes[2 * i], &wide = changes[2 * i + 1];
+    if (!narrow.numel()) continue;
+    const int64_t product = i % kProducts, rank = narrow.size(1) * kPanel;
+    adapters[i / kProducts][product] = {matrix(narrow, rank, sizes[product][0]), matrix(wide, sizes[product][1], rank)};
+  }
+  return adapters;
+}
+
 Tensor packed_layers(const Tensor& h, const Tensor& positions, Tensor keys, Tensor values, std::vector<Tensor> weights,
-                     std::vector<Tensor> scales, std::vector<Tensor> biases, std::vector<Tensor> norms, int64_t bits) {
-  const int64_t B = h.size(0), T = h.size(1), D = h.size(2), layers = weights.size() / 4;
-  STD_TORCH_CHECK(weights.size() == layers * 4 && biases.size() == weights.size() && norms.size() == weights.size() &&
-                      (scales.empty() || scales.size() == weights.size()),
+                     std::vector<Tensor> scales, std::vector<Tensor> biases, std::vector<Tensor> norms, int64_t bits,
+                     std::vector<Tensor> changes, Maybe adapter_of_row) {
+  const int64_t B = h.size(0), T = h.size(1), D = h.size(2), layers = weights.size() / kProducts;
+  STD_TORCH_CHECK(weights.size() == layers * kProducts && biases.size() == weights.size() &&
+                      norms.size() == weights.size() && (scales.empty() || scales.size() == weights.size()),
                   "expected four products, with biases and scales, and two norms of each layer");
   check_cache(keys, h, layers);
   check_cache(values, h, layers);
@@ -114,20 +139,31 @@ Tensor packed_layers(const Tensor& h, const Tensor& positions, Tensor keys, Tens
     STD_TORCH_CHECK(position[i] >= 0 && position[i] < S, "position ", position[i], " is outside the cache of ", S,
                     " slots");
   for (const Tensor& norm : norms) STD_TORCH_CHECK(norm.numel() == D, "a norm needs ", D, " values");
+  STD_TORCH_CHECK(changes.size() % (2 * kProducts) == 0 && changes.empty() == !adapter_of_row,
+                  "expected two matrices for each product of an adapter, and an adapter for each row");
+  STD_TORCH_CHECK(!adapter_of_row || (adapter_of_row->scalar_type() == ScalarType::Long &&
+                                      adapter_of_row->numel() == B && adapter_of_row->is_contiguous()),
+                  "adapter_of_row must be int64 of shape (B,)");
+  const int64_t* adapter = adapter_of_row ? static_cast<const int64_t*>(adapter_of_row->const_data_ptr()) : nullptr;
 
   Tensor out = torch::stable::new_empty(h, {B, T, D});
   Tensor source = torch::stable::contiguous(h);
   for (int64_t layer = 0; layer < layers; ++layer) {
-    const auto product = [&](int64_t i, int64_t outputs, int64_t inputs) {
-      i += 4 * layer;
-      return linear(weights[i], scales.empty() ? Maybe() : Maybe(scales[i]), biases[i], bits, outputs, inputs);
+    const int64_t inner = biases[kProducts * layer + kUp].numel();
+    const int64_t sizes[kProducts][2] = {{D, 3 * D}, {D, D}, {D, inner}, {inner, D}};
+    const auto product = [&](Product which) {
+      const int64_t i = kProducts * layer + which;
+      const Maybe scale = scales.empty() ? Maybe() : Maybe(scales[i]);
+      return linear(weights[i], scale, biases[i], bits, sizes[which][1], sizes[which][0]);
     };
     const auto norm = [&](int64_t i) {
       return Norm{numbers(norms[4 * layer + 2 * i]), numbers(norms[4 * layer + 2 * i + 1])};
     };
-    const int64_t inner = biases[4 * layer + 2].numel();
-    const Block block{product(0, 3 * D, D), product(1, D, D), product(2, inner, D),
-                      product(3, D, inner), norm(0),          norm(1)};
+    const Block block{{product(kQkv), product(kOutput), product(kUp), product(kDown)},
+                      norm(0),
+                      norm(1),
+                      adapters_of(changes, layer, layers, sizes),
+                      adapter};
     run(block, numbers(layer ? out : source), numbers(out), heads_of(keys, layer), heads_of(values, layer), position, B,
         T, S, H);
   }

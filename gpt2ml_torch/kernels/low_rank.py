@@ -1,0 +1,104 @@
+"""LoRA adapters beside packed weights: what each row's adapter adds to a layer's products.
+
+An adapter's change of a weight, a matrix of low rank, is not added to the weight but multiplied
+apart, so that rows with different adapters share one packed model and one step.
+
+Shapes:
+    L  layers       B  batch rows       N, K  outputs and inputs of a linear layer       r  rank
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gpt2ml_torch.kernels.ops import pack_rows
+from gpt2ml_torch.kernels.packing import empty_in_huge_pages, storage_dtype
+from gpt2ml_torch.precision import PANEL, Precision
+
+LINEAR_LAYERS = ("attention.qkv", "attention.output", "mlp.up", "mlp.down")  # of a block
+NO_ADAPTER = -1
+
+
+class LowRank(NamedTuple):
+    """The factors of one change in plain form: `wide` (N, r) @ `narrow` (r, K) is added."""
+
+    narrow: Tensor
+    wide: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedAdapter:
+    """The packed factors of an adapter: for each of `LINEAR_LAYERS` the narrow matrix and the wide
+    one of all layers, (L, ...), or two empty tensors where the adapter changes nothing.
+    """
+
+    matrices: tuple[Tensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(matrix.nbytes for matrix in self.matrices)
+
+    @classmethod
+    def pack(
+        cls,
+        changes: Mapping[str, LowRank],
+        *,
+        shapes: Mapping[str, tuple[int, int]],
+        layers: int,
+        precision: Precision,
+    ) -> PackedAdapter:
+        """Pack changes by the name of the linear layer, such as `blocks.3.mlp.up`.
+
+        `shapes` has (N, K) of each of `LINEAR_LAYERS`. Layers without a change, and ranks below the
+        largest of a kind, are filled with zeros.
+        """
+        matrices: list[Tensor] = []
+        for kind in LINEAR_LAYERS:
+            found = [changes.get(f"blocks.{layer}.{kind}") for layer in range(layers)]
+            rank = max((len(change.narrow) for change in found if change is not None), default=0)
+            if not rank:
+                matrices += torch.empty(0), torch.empty(0)
+                continue
+            rank = -(-rank // PANEL) * PANEL
+            outputs, inputs = shapes[kind]
+            narrow, wide = torch.zeros(layers, rank, inputs), torch.zeros(layers, outputs, rank)
+            for layer, change in enumerate(found):
+                if change is not None:
+                    own = len(change.narrow)
+                    narrow[layer, :own] = change.narrow
+                    wide[layer, :, :own] = change.wide
+            for factor in (narrow, wide):
+                matrices.append(_packed(factor, precision))
+        return cls(tuple(matrices))
+
+
+class RowAdapters(NamedTuple):
+    """Adapters, and which one each row of a cache is read and written with."""
+
+    adapters: tuple[PackedAdapter, ...]
+    of_rows: Tensor  # (B,) int64: an index of `adapters`, or `NO_ADAPTER`
+
+    def rows(self, start: int, end: int) -> RowAdapters:
+        """Of the rows from `start` to before `end`, as a view."""
+        return self._replace(of_rows=self.of_rows[start:end])
+
+    @property
+    def matrices(self) -> list[Tensor]:
+        """As the operator takes them; none where no row has an adapter."""
+        if not bool((self.of_rows != NO_ADAPTER).any()):
+            return []
+        return [matrix for adapter in self.adapters for matrix in adapter.matrices]
+
+
+def _packed(matrices: Tensor, precision: Precision) -> Tensor:
+    """(L, N, K) -> (L, ...), each matrix packed."""
+    shape = precision.packed_shapes(*matrices.shape[1:]).weight
+    packed = empty_in_huge_pages((len(matrices), *shape), storage_dtype(precision))
+    for place, matrix in zip(packed, matrices, strict=True):
+        pack_rows(matrix, place, None, precision, first=0)
+    return packed
