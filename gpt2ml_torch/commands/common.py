@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -15,6 +16,8 @@ from gpt2ml_torch import GPT2ML, Generator, Tokenizer
 from gpt2ml_torch.commands.output import one_line
 from gpt2ml_torch.commands.streams import read_input
 from gpt2ml_torch.devices import choose_device
+from gpt2ml_torch.finetuning.adapter_packing import pack_adapter
+from gpt2ml_torch.finetuning.adapters import read_adapter
 from gpt2ml_torch.modelfile import ModelFile
 from gpt2ml_torch.options import check_options, check_text, option
 from gpt2ml_torch.precision import PACKABLE
@@ -66,8 +69,12 @@ class LoadOptions:
         check_options(self)
 
 
-def load_generator(options: LoadOptions, *, assistant: str | None = None) -> Generator:
+def load_generator(
+    options: LoadOptions, *, assistant: str | None = None, adapters: Mapping[str, str] | None = None
+) -> Generator:
+    """`adapters` are folders of LoRA adapters by name."""
     show_log(quiet=options.quiet)
+    found = {name: read_adapter(folder) for name, folder in (adapters or {}).items()}
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     began = time.perf_counter()
@@ -87,6 +94,9 @@ def load_generator(options: LoadOptions, *, assistant: str | None = None) -> Gen
         "loaded %s (%s) in %.1f s",
         *(options.model, precision_of(generator.model), time.perf_counter() - began),
     )
+    for name, adapter in found.items():
+        generator.add_adapter(name, pack_adapter(adapter, generator.model))
+        _logger.info("added the adapter %s", name)
     return generator
 
 

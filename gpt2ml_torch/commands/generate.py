@@ -44,6 +44,13 @@ class GenerateOptions(LoadOptions):
         choices=PACKED,
         help="also load the weights in this precision as a draft model (speculative decoding)",
     )
+    adapter_folder: str | None = option(
+        None,
+        flags="--adapter",
+        path=True,
+        metavar="FOLDER",
+        help="write with this LoRA adapter, added beside the packed weights",
+    )
     full_text: bool = option(
         True, flags="--no-prompt", inverted=True, help="print the continuation alone"
     )
@@ -64,7 +71,10 @@ def run(arguments: argparse.Namespace) -> int:
     config = given(arguments, GenerationConfig)
     GenerationConfig(**config)  # bad values are reported before the model is loaded
     prompts = read_texts("prompts", options.prompts, options.file)
-    generator = load_generator(options, assistant=options.assistant)
+    adapters = {} if options.adapter_folder is None else {"adapter": options.adapter_folder}
+    generator = load_generator(options, assistant=options.assistant, adapters=adapters)
+    if adapters:
+        config["adapter"] = "adapter"
     stats = Stats()
     if prompts:
         _warn_of_unknown(generator, prompts)

@@ -15,6 +15,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gpt2ml_torch.finetuning.adapter_packing import load_adapter
     from gpt2ml_torch.finetuning.adapters import merge_adapter
     from gpt2ml_torch.finetuning.config import FinetuneConfig
     from gpt2ml_torch.finetuning.data.batches import BatchStream
@@ -68,6 +69,7 @@ _PLACES = {
     "Trainer": "trainer",
     "estimate_memory": "memory",
     "finetune": "run",
+    "load_adapter": "adapter_packing",
     "merge_adapter": "adapters",
     "next_token_rows": "data.rows",
     "parameter_groups": "optimizers",
@@ -102,6 +104,7 @@ __all__ = [
     "Trainer",
     "estimate_memory",
     "finetune",
+    "load_adapter",
     "merge_adapter",
     "next_token_rows",
     "parameter_groups",

@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 class Adapter:
     """An adapter's folder: its settings, and its tensors by the names in the file."""
 
+    folder: Path
     config: AdapterConfig
     tensors: dict[str, Tensor]
 
@@ -122,7 +123,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
     tensors = _read_safetensors(path) if path is weights else _read_pickle(path)
     for name, tensor in tensors.items():
         _check_tensor(path, name, tensor)
-    return Adapter(config, tensors)
+    return Adapter(folder, config, tensors)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

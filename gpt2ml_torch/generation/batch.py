@@ -53,6 +53,8 @@ class Batch:
         else:
             needed += 1
         self._cache = engine.new_cache(len(texts), min(needed, engine.limit))
+        for row, text in enumerate(texts):
+            self._cache.use_adapter(row, engine.adapter_number(text.config.adapter))
 
     def write(self) -> Iterator[tuple[Text, str]]:
         """Decode to the end of every text; yields what each token adds."""
@@ -157,14 +159,15 @@ class Batch:
 
     def _read_prompts(self) -> Tensor:
         """Logits after each prompt, (B, V); equal prompts are read once."""
-        read: dict[tuple[int, ...], tuple[int, Tensor]] = {}
+        read: dict[tuple[str | None, tuple[int, ...]], tuple[int, Tensor]] = {}
         rows = []
         for row, text in enumerate(self._texts):
             window = tuple(text.ids[text.start :])
-            if window not in read:
-                read[window] = row, self._engine.read_into(self._cache, row, window)
+            key = text.config.adapter, window
+            if key not in read:
+                read[key] = row, self._engine.read_into(self._cache, row, window)
                 self._stats.prompt_tokens += len(window)
-            source, logits = read[window]
+            source, logits = read[key]
             if source != row:
                 self._cache.copy_row(source, self._cache, row, len(window))
             rows.append(logits)

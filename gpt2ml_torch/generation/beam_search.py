@@ -145,7 +145,9 @@ class BeamSearch:
     # -- the model --------------------------------------------------------------------------------
 
     def _read(self, texts: list[Text]) -> Tensor:
-        logits, self._cache = self._engine.read(texts[0].ids[texts[0].start :])
+        logits, self._cache = self._engine.read(
+            texts[0].ids[texts[0].start :], adapter=self._config.adapter
+        )
         return logits
 
     def _step(self, parents: list[int]) -> Tensor:
@@ -172,7 +174,9 @@ class BeamSearch:
         target, self._spare = self._spare, None  # two caches take turns
         if target is None or target.keys.shape[1] != rows or target.length <= position:
             to_come = self._config.max_new_tokens - self._beams[0].count
-            target = self._engine.new_cache(len(parents), position + 1 + to_come)
+            target = self._engine.new_cache(
+                len(parents), position + 1 + to_come, adapter=self._config.adapter
+            )
         self._copy(target.keys, self._cache.keys, parents, position)
         self._copy(target.values, self._cache.values, parents, position)
         if self._cache.batch_size == rows and self._cache.length == target.length:
@@ -188,7 +192,9 @@ class BeamSearch:
     def _slide(self) -> Tensor:
         """Read the end of each beam again, from position 0, when the window is full."""
         rows = []
-        cache = self._engine.new_cache(len(self._beams), self._engine.limit)
+        cache = self._engine.new_cache(
+            len(self._beams), self._engine.limit, adapter=self._config.adapter
+        )
         for row, text in enumerate(self._beams):
             text.slide(self._engine.limit)
             rows.append(self._engine.read_into(cache, row, text.ids[text.start :]))

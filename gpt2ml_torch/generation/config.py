@@ -201,6 +201,10 @@ class GenerationConfig:
         help="tokens that the assistant, where there is one, drafts at once",
     )
 
+    adapter: str | None = option(
+        None, hidden=True, help="the LoRA adapter to write with, by the name it was added under"
+    )
+
     def __post_init__(self) -> None:
         for name in _STRINGS:
             self._normalize(name, _strings(name, getattr(self, name)))

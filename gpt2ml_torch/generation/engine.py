@@ -34,6 +34,7 @@ from gpt2ml_torch.generation import choice
 from gpt2ml_torch.generation.choice import Chosen, SamplerState
 from gpt2ml_torch.generation.regions import are_equal, outline
 from gpt2ml_torch.generation.transfers import to_device
+from gpt2ml_torch.kernels import NO_ADAPTER, PackedAdapter, RowAdapters
 from gpt2ml_torch.kv_cache import KVCache
 from gpt2ml_torch.model import GPT2ML
 
@@ -58,21 +59,28 @@ def prefill(
     places: Tensor,
     keys: Tensor,
     values: Tensor,
+    adapters: RowAdapters | None = None,
 ) -> Tensor:
     """Read tokens from position places[0] on into the cache, (1, T); logits after the one at
     places[1] of them, (1, V).
     """
     positions = places[:1] + torch.arange(token_ids.shape[1], device=token_ids.device)[None]
-    cache = KVCache.of(keys, values)
+    cache = KVCache.of(keys, values, adapters)
     h = model.hidden_states(token_ids, positions=positions, cache=cache, **plan._asdict())
     return model.logits(h.index_select(1, places[1:])[:, 0])
 
 
 def decode(
-    model: GPT2ML, plan: Plan, token_ids: Tensor, positions: Tensor, keys: Tensor, values: Tensor
+    model: GPT2ML,
+    plan: Plan,
+    token_ids: Tensor,
+    positions: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    adapters: RowAdapters | None = None,
 ) -> Tensor:
     """Read T more tokens of each row; logits after each, (B, T) -> (B, T, V)."""
-    cache = KVCache.of(keys, values)
+    cache = KVCache.of(keys, values, adapters)
     h = model.hidden_states(token_ids, positions=positions, cache=cache, **plan._asdict())
     return model.logits(h)
 
@@ -86,9 +94,10 @@ def decode_and_choose(
     logprobs: bool,
     keys: Tensor,
     values: Tensor,
+    adapters: RowAdapters | None = None,
 ) -> Chosen:
     """Read one more token of each row, (B, 1), and choose the next."""
-    logits = decode(model, plan, token_ids, positions, keys, values)[:, -1]
+    logits = decode(model, plan, token_ids, positions, keys, values, adapters)[:, -1]
     return choice.report(logits, choice.choose(logits, state), logprobs=logprobs)
 
 
@@ -107,6 +116,7 @@ class Engine:
         self.on_cuda = model.device.type == "cuda"
         self._compile_wanted = compile
         self._outline: object = None
+        self._adapters: dict[str, PackedAdapter] = {}
         self.refresh()
 
     def refresh(self) -> None:
@@ -117,6 +127,11 @@ class Engine:
         found = outline(self.model) if wanted else on_kernels
         if found == self._outline:
             return
+        if self._adapters and not on_kernels:
+            raise ValueError(
+                "the model's layers are no longer packed ones on a CPU with kernels, and only "
+                "beside these can adapters be added; change them back, or merge the adapters"
+            )
         self._outline = found
         self._steps: dict[tuple[object, ...], Callable[..., Any]] = {}
         self.on_kernels = on_kernels
@@ -144,9 +159,40 @@ class Engine:
         unread = self.model.position_embedding.weight.nbytes
         return sum(tensor.nbytes for tensor in tensors) - unread
 
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the adapters that rows of a cache may be read and written with."""
+        return tuple(self._adapters)
+
+    def add_adapter(self, name: str, adapter: PackedAdapter) -> None:
+        """Raises `ValueError` for a model that does not run on the kernels."""
+        if not self.on_kernels:
+            packed = f"packed as {self.model.packed}" if self.model.packed else "not packed"
+            raise ValueError(
+                f"an adapter is added beside packed weights on a CPU with kernels, and this model "
+                f"is {packed}, on {self.model.device}; merge the adapter into it"
+            )
+        if name in self._adapters:
+            raise ValueError(f"there is an adapter {name!r} already; give another name")
+        self._adapters[name] = adapter
+
+    def adapter_number(self, name: str | None) -> int:
+        """What caches call an adapter; no adapter is `NO_ADAPTER`."""
+        return NO_ADAPTER if name is None else self.adapters.index(name)
+
     @torch.inference_mode()
-    def new_cache(self, rows: int, length: int) -> KVCache:
-        """An empty cache of at least so many rows and slots (but no more than the positions)."""
+    def row_adapters(self, rows: int, adapter: str | None = None) -> RowAdapters | None:
+        """For the rows of a new cache; None where there are no adapters."""
+        if not self._adapters:
+            return None
+        numbers = torch.full((rows,), self.adapter_number(adapter))
+        return RowAdapters(tuple(self._adapters.values()), numbers)
+
+    @torch.inference_mode()
+    def new_cache(self, rows: int, length: int, *, adapter: str | None = None) -> KVCache:
+        """An empty cache of at least so many rows and slots (but no more than the positions), all
+        of which use the adapter of this name.
+        """
         model = self.model
         cache = KVCache(
             model.config,
@@ -155,6 +201,7 @@ class Engine:
             device=model.device,
             dtype=model.dtype,
         )
+        cache.adapters = self.row_adapters(cache.batch_size, adapter)
         if self.compiled and self.on_cuda:
             for tensor in (cache.keys, cache.values):
                 torch._dynamo.mark_static_address(tensor)
@@ -178,9 +225,11 @@ class Engine:
             blocks = 1 << (blocks - 1).bit_length()
         return min(blocks * SLOTS, self.limit)
 
-    def read(self, token_ids: Sequence[int]) -> tuple[Tensor, KVCache]:
+    def read(
+        self, token_ids: Sequence[int], *, adapter: str | None = None
+    ) -> tuple[Tensor, KVCache]:
         """Logits after a text, (1, V), and a cache of its own that holds it."""
-        cache = self.new_cache(1, self.padded_tokens(len(token_ids)))
+        cache = self.new_cache(1, self.padded_tokens(len(token_ids)), adapter=adapter)
         return self.prefill(token_ids, cache), cache
 
     def read_into(self, cache: KVCache, row: int, token_ids: Sequence[int]) -> Tensor:
@@ -270,7 +319,7 @@ class Engine:
         key: tuple[object, ...] = (),
     ) -> Any:
         plan = self._plan if plan is None else plan
-        arguments = (self.model, plan, ids, *others, cache.keys, cache.values)
+        arguments = (self.model, plan, ids, *others, cache.keys, cache.values, cache.adapters)
         if not self.compiled:
             return function(*arguments)
         # Calls of the same key share a graph.

@@ -87,6 +87,14 @@ class Generator:
             self.assistant = Engine(assistant.eval(), compile=compile)
         self.batch_size = batch_size or (32 if self.engine.on_cuda else 8)
 
+    def add_adapter(self, name: str, adapter: kernels.PackedAdapter) -> None:
+        """Let texts be written with a LoRA adapter, which the option `adapter=name` chooses.
+
+        `finetuning.load_adapter` reads one. The weights stay as they are and are shared by all
+        adapters. Raises `ValueError` for a model without packed weights or kernels.
+        """
+        self.engine.add_adapter(name, adapter)
+
     def unpack(self) -> None:
         """Restore the model's plain weights, bit for bit unless they were rounded to integers."""
         kernels.unpack_model(self.model)
@@ -263,6 +271,9 @@ class Generator:
         self, config: GenerationConfig | None, options: Mapping[str, Any]
     ) -> GenerationConfig:
         config = (self.defaults if config is None else config).replace(**options)
+        if config.adapter is not None and config.adapter not in self.engine.adapters:
+            known = ", ".join(map(repr, self.engine.adapters)) or "none"
+            raise OptionError("{adapter} is {!r}; the generator has {}", config.adapter, known)
         keep = config.window_keep
         if keep is not None and keep >= self.engine.limit:
             raise OptionError(

@@ -53,6 +53,10 @@ class RowCache:
         for tensor in (self.cache.keys, self.cache.values):
             tensor.zero_()
 
+    def use_adapter(self, row: int, adapter: str | None) -> None:
+        """Read and write a row with this adapter from now on."""
+        self.cache.use_adapter(row, self._engine.adapter_number(adapter))
+
     def copy(self, row: int, to: int, length: int) -> None:
         """Copy the first `length` slots of a row to another row."""
         self.cache.copy_row(row, self.cache, to, length)
@@ -74,7 +78,8 @@ class RowCache:
         part, tokens = self.cache.rows(row, row + 1), torch.tensor([ids], device=device)
         if self.whole:  # any number of tokens: nothing to compile for
             plan = Plan(on_kernels=False, share_code=False)
-            return decode(self._engine.model, plan, tokens, positions, part.keys, part.values)[0]
+            arguments = tokens, positions, part.keys, part.values, part.adapters
+            return decode(self._engine.model, plan, *arguments)[0]
         return self._engine.decode(tokens, positions, part)[0]
 
     def decode(self, ids: Sequence[int], positions: Sequence[int]) -> Tensor:
@@ -110,7 +115,8 @@ def _lazy_cache(engine: Engine, rows: int) -> KVCache:
         config.num_attention_heads,
         config.head_size,
     )
-    return KVCache.of(*(_lazy_zeros(shape, model.dtype, model.device) for _ in range(2)))
+    keys, values = (_lazy_zeros(shape, model.dtype, model.device) for _ in range(2))
+    return KVCache.of(keys, values, engine.row_adapters(rows))
 
 
 def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
