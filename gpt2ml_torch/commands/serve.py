@@ -12,11 +12,13 @@ from pathlib import Path
 
 from gpt2ml_torch.commands.common import LoadOptions, load_generator
 from gpt2ml_torch.commands.parsing import add_options, given
+from gpt2ml_torch.options import OptionError, option
 from gpt2ml_torch.serving.config import ServeConfig
 
 EXAMPLES = (
     "gpt2ml serve out.safetensors",
     "gpt2ml serve out.safetensors --quantize int4 --host 0.0.0.0 --api-key SECRET",
+    "gpt2ml serve out.safetensors --adapter poems=adapter",
 )
 KEY_VARIABLE = "GPT2ML_API_KEY"
 
@@ -25,29 +27,48 @@ _logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ServeOptions(ServeConfig, LoadOptions):
-    """Which model to serve, and how."""
+    """Which model to serve, with which adapters, and how."""
+
+    adapter: tuple[str, ...] = option(
+        (),
+        path=True,
+        metavar="NAME=FOLDER",
+        help="also serve this LoRA adapter over the model, under this name",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        names = [self.served_name]
+        for name, folder in map(_parts, self.adapter):
+            if not (name and folder and name.isprintable()):
+                raise OptionError("{adapter} is {!r}; expected NAME=FOLDER", f"{name}={folder}")
+            if name in names:
+                raise OptionError("{adapter} gives the name {!r} twice, or the model's", name)
+            names.append(name)
+
+    @property
+    def served_name(self) -> str:
+        """What clients call the model."""
+        return self.name or Path(self.model).stem
+
+    @property
+    def adapters(self) -> dict[str, str]:
+        """The adapters' folders by name."""
+        return dict(map(_parts, self.adapter))
+
+
+def _parts(adapter: str) -> tuple[str, str]:
+    name, _, folder = adapter.partition("=")
+    return name, folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The model, the address and the limits."""
+    """The model, its adapters, the address and the limits."""
     add_options(parser, ServeOptions, without=("batch_size",))
-    parser.add_argument(
-        "--adapter",
-        metavar="NAME=FOLDER",
-        action="append",
-        help="refused: a LoRA adapter is served merged, see gpt2ml merge",
-    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve until a signal comes."""
-    if arguments.adapter:
-        folder = arguments.adapter[0].partition("=")[2] or "FOLDER"
-        raise ValueError(
-            "--adapter: the kernels add no LoRA adapter to packed weights for some rows alone; "
-            f"gpt2ml merge {arguments.model} {folder} --out merged.safetensors, and serve that by "
-            "a process of its own"
-        )
     options = ServeOptions(**given(arguments, ServeOptions))
     try:
         runner = importlib.import_module("gpt2ml_torch.serving.runner")
@@ -56,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
             f"serving needs the package {error.name}; pip install 'gpt2ml-torch[serve]'"
         ) from None
     with runner.listen(options.host, options.port) as sock:  # before the model takes its time
-        generator = load_generator(options)
+        generator = load_generator(options, adapters=options.adapters)
         keys = (*options.api_key, *filter(None, [os.environ.get(KEY_VARIABLE)]))
         host, port, *_ = sock.getsockname()
         _say_where(host, port, keys)
@@ -64,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
             generator,
             sock,
             options,
-            name=options.name or Path(options.model).stem,
+            name=options.served_name,
             api_keys=keys,
             log_level="warning" if options.quiet else "info",
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import logging
 import time
@@ -154,15 +155,20 @@ class Server:
         return Response(self.metrics.render(), media_type="text/plain; version=0.0.4")
 
     async def models(self, _: Request) -> Response:
-        return json_response({"object": "list", "data": [self._model()]})
+        names = [self.name, *self._generator.engine.adapters]
+        return json_response({"object": "list", "data": [self._model(name) for name in names]})
 
     async def model(self, request: Request) -> Response:
-        self._check_model(request.path_params["name"])
-        return json_response(self._model())
+        name = request.path_params["name"]
+        self._adapter_of(name)
+        return json_response(self._model(name))
 
-    def _model(self) -> dict[str, Any]:
+    def _model(self, name: str) -> dict[str, Any]:
+        """A model as OpenAI lists it; an adapter's `parent` is what it is added to, as in vLLM."""
+        parent = {} if name == self.name else {"parent": self.name}
         return {
-            "id": self.name,
+            "id": name,
+            **parent,
             "object": "model",
             "created": self._created,
             "owned_by": "gpt2ml",
@@ -220,14 +226,15 @@ class Server:
             vocab_size=generator.model.config.vocab_size,
             defaults=generator.defaults,
         )
-        self._check_model(wanted.model)
+        adapter = self._adapter_of(wanted.model)
+        wanted = dataclasses.replace(wanted, config=wanted.config.replace(adapter=adapter))
         handles = await asyncio.to_thread(self._submit, wanted)  # it splits prompts into tokens
         self._note(handles)
         answer = Answer(
             wanted,
             handles,
             tokenizer=generator.tokenizer,
-            model=self.name,
+            model=adapter or self.name,
             metrics=self.metrics,
             began=began,
         )
@@ -259,14 +266,20 @@ class Server:
         if self._log_prompts:
             _logger.info("prompts: %s", json.dumps([handle.prompt for handle in handles]))
 
-    def _check_model(self, name: str | None) -> None:
-        if name is not None and name != self.name:
-            raise APIError(
-                404,
-                f"the model {name[:80]!r} is not served; this server has {self.name!r}",
-                param="model",
-                code="model_not_found",
-            )
+    def _adapter_of(self, model: str | None) -> str | None:
+        """The adapter that a model's name stands for, None for the model itself."""
+        if model is None or model == self.name:
+            return None
+        adapters = self._generator.engine.adapters
+        if model in adapters:
+            return model
+        raise APIError(
+            404,
+            f"the model {model[:80]!r} is not served; this server has "
+            f"{', '.join(map(repr, (self.name, *adapters)))}",
+            param="model",
+            code="model_not_found",
+        )
 
 
 async def _http_error(_: Request, error: Exception) -> Response:

@@ -15,7 +15,7 @@ from torch import Tensor
 from gpt2ml_torch.serving.chunks import Pace
 from gpt2ml_torch.serving.handle import TokenInfo
 from gpt2ml_torch.serving.logprobs import token_infos
-from gpt2ml_torch.serving.prefixes import PrefixCache, common_length
+from gpt2ml_torch.serving.prefixes import PrefixCache, Window, common_length
 from gpt2ml_torch.serving.request import Request
 from gpt2ml_torch.serving.rows import RowCache
 
@@ -38,10 +38,11 @@ class PromptReader:
         window = request.window
         logits: Tensor | None = None
         if not request.read:
+            self._rows.use_adapter(request.row, request.adapter)
             if not request.prompt_logprobs:
                 logits = self._share(request, window, beside)
                 request.handle.cached_tokens = max(request.handle.cached_tokens, request.read)
-            request.copy = self._prefixes.begin(window, request.read)
+            request.copy = self._prefixes.begin(_key(request, window), request.read)
         if request.read < len(window):
             end = request.read + (size if self._rows.chunked else len(window))
             part = window[request.read : end]
@@ -66,14 +67,17 @@ class PromptReader:
         """Copy the beginning of a window that is known already; the logits after the window where
         all of it is. Otherwise the last token is left to read, for its logits.
         """
-        lengths = [common_length(other.window, window) for other in beside]
+        lengths = [
+            common_length(other.window, window) if other.adapter == request.adapter else 0
+            for other in beside
+        ]
         longest = max(lengths, default=0)
         source = lengths.index(longest) if longest else None
-        kept, entry = self._prefixes.match(window)
+        kept, entry = self._prefixes.match(_key(request, window))
         if source is not None and longest >= kept:
             known, after = longest, beside[source].after
         elif entry is not None:
-            known, after = kept, (len(entry), self._prefixes.logits(entry))
+            known, after = kept, (len(entry.ids), self._prefixes.logits(entry))
         else:
             return None
         complete = after is not None and known == after[0] == len(window)
@@ -97,3 +101,7 @@ class PromptReader:
         first = () if request.handle.prompt_tokens else (TokenInfo(request.window[0], None),)
         request.handle.prompt_tokens += (*first, *infos)
         return logits[-1:]
+
+
+def _key(request: Request, window: Sequence[int]) -> Window:
+    return Window(tuple(window), request.adapter)

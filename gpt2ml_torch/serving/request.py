@@ -31,6 +31,10 @@ class Request:
         return self.text.ids[self.text.start :]
 
     @property
+    def adapter(self) -> str | None:
+        return self.text.config.adapter
+
+    @property
     def begun(self) -> bool:
         """Whether a token of its continuation was written."""
         return self.text.count > 0

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from gpt2ml_torch import Generator
+from gpt2ml_torch import Generator, kernels
+from tests.helpers.adapters import write_adapter
 from tests.helpers.server import ServerProcess, serving
 
 
@@ -23,4 +24,28 @@ def server(shipped_model: Path) -> Iterator[ServerProcess]:
     with serving(
         shipped_model, "--name", "demo", "--max-rows", "4", "--max-queue", "200"
     ) as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def adapter_folders(
+    shipped_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """Adapters of the shipped model, of different ranks."""
+    folder = tmp_path_factory.mktemp("adapters")
+    return {
+        name: write_adapter(shipped_model, folder / name, seed=seed, rank=seed)
+        for name, seed in (("poems", 3), ("news", 17))
+    }
+
+
+@pytest.fixture(scope="session")
+def adapted_server(
+    shipped_model: Path, adapter_folders: dict[str, Path]
+) -> Iterator[ServerProcess]:
+    """A server of the shipped model and these adapters."""
+    if not kernels.load_kernels():
+        pytest.skip("no compiler or no AVX2")
+    options = [f"--adapter={name}={folder}" for name, folder in adapter_folders.items()]
+    with serving(shipped_model, "--name", "demo", *options) as started:
         yield started

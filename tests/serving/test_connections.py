@@ -220,13 +220,3 @@ def test_a_port_in_use_is_one_line(server: ServerProcess, shipped_model: Path) -
     from gpt2ml_torch.__main__ import main
 
     assert main(["serve", str(shipped_model), "--port", str(port)]) == 2
-
-
-def test_an_adapter_is_refused_with_the_way_to_serve_it(
-    shipped_model: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from gpt2ml_torch.__main__ import main
-
-    assert main(["serve", str(shipped_model), "--adapter", "poems=adapter"]) == 2
-    error = capsys.readouterr().err
-    assert f"gpt2ml merge {shipped_model} adapter --out merged.safetensors" in error

@@ -146,6 +146,28 @@ def test_a_link_holds_the_settings(browser: Any, server: ServerProcess) -> None:
     assert page.run("return writeLink()").startswith(f"{server.url}/#prompt=")
 
 
+def test_an_adapter_is_chosen_by_its_name_and_the_link_holds_it(
+    browser: Any, adapted_server: ServerProcess
+) -> None:
+    page = Page(browser, f"{adapted_server.url}/#language=en")
+    page.wait(lambda: page.all("#choice option"))
+    assert [option.text for option in page.all("#choice option")] == ["demo", "poems", "news"]
+    settings = {"prompt": PROMPT, "n": 1, "max_tokens": 16, "seed": 1}
+    without = page.write(**settings)
+    chosen = page.write(choice="news")
+    assert chosen != without
+    link = page.run("return writeLink()")
+    assert link.endswith("model=news") or "model=news&" in link
+    again = Page(browser, link)
+    again.wait(lambda: again.all("#choice option"))
+    assert again.write() == chosen
+    assert again.problems() == []
+
+
+def test_one_model_needs_no_choice(page: Page) -> None:
+    assert not page.find("#choice").is_displayed()
+
+
 def test_what_is_no_text_stays_text(page: Page) -> None:
     hostile = "<img src=x onerror=\"document.title='broken'\"><script>document.title='x'</script>"
     texts = page.write(prompt=hostile, n=1, max_tokens=8)
@@ -179,7 +201,7 @@ def test_a_phone_needs_no_sideways_scrolling(browser: Any, server: ServerProcess
 
 def test_every_control_has_a_name_for_screen_readers(page: Page) -> None:
     unnamed = page.run(
-        "return [...document.querySelectorAll('button, input, textarea')].filter((node) =>"
+        "return [...document.querySelectorAll('button, input, select, textarea')].filter((node) =>"
         "!node.hidden && !node.textContent.trim() && !(node.labels && node.labels.length"
         "&& node.labels[0].textContent.trim()) && !node.getAttribute('aria-label'))"
         ".map((node) => node.id)"

@@ -6,7 +6,7 @@ const EXAMPLES = ["今天天气不错", "双十一", "科学空间"];
 const DEFAULTS = { temperature: 1, top_k: 5, top_p: 1, max_tokens: 128, n: 2, stop: "", seed: "" };
 const WORDS = {
   en: {
-    skip: "Skip to the prompt", prompt: "Prompt", settings: "Settings", temperature: "Temperature",
+    skip: "Skip to the prompt", prompt: "Prompt", model: "Model", settings: "Settings", temperature: "Temperature",
     promptHint: "The model goes on from here. Ctrl+Enter writes, Escape cancels.",
     examples: "Examples", topK: "Top-k (0: all)", topP: "Top-p", length: "Length, tokens",
     samples: "Samples", stop: "Stop at", seed: "Seed (empty: random)", key: "API key",
@@ -22,7 +22,7 @@ const WORDS = {
     tokenHint: "Point at a token for its probabilities; click it, or press Enter, to go on from there.",
   },
   zh: {
-    skip: "跳到提示", prompt: "提示", settings: "设置", temperature: "温度",
+    skip: "跳到提示", prompt: "提示", model: "模型", settings: "设置", temperature: "温度",
     promptHint: "模型从这里续写。Ctrl+Enter 开始，Esc 取消。",
     examples: "例子", topK: "Top-k（0：全部）", topP: "Top-p", length: "长度（词）",
     samples: "篇数", stop: "停在", seed: "种子（留空：随机）", key: "API 密钥",
@@ -43,7 +43,8 @@ const element = (id) => document.getElementById(id);
 const field = (name) => element(name);
 let language = navigator.language.toLowerCase().startsWith("zh") ? "zh" : "en";
 let running = null; // the AbortController of the request under way
-let models = [];
+let models = []; // the model, and its adapters
+let wantedModel = null; // in the link
 let said = ""; // the status, a name in WORDS or a text of the server's
 let rate = null; // tokens a second
 
@@ -102,11 +103,14 @@ function readLink() {
   }
   element("prompt").value = values.has("prompt") ? values.get("prompt") : EXAMPLES[0];
   if (Object.hasOwn(WORDS, values.get("language"))) language = values.get("language");
+  wantedModel = values.get("model");
+  showModels();
   showValues();
 }
 
 function writeLink() {
   const values = new URLSearchParams({ prompt: element("prompt").value, language });
+  if (models.length > 1) values.set("model", element("choice").value);
   for (const [name, standard] of Object.entries(DEFAULTS)) {
     if (field(name).value !== String(standard)) values.set(name, field(name).value);
   }
@@ -143,7 +147,7 @@ function request() {
     max_tokens: number("max_tokens"), temperature: number("temperature"),
     top_k: number("top_k"), top_p: number("top_p"),
   };
-  if (models.length) body.model = models[0];
+  if (models.length) body.model = element("choice").value;
   if (field("stop").value) body.stop = [field("stop").value];
   if (field("seed").value) body.seed = number("seed");
   return body;
@@ -348,6 +352,14 @@ async function showModel() {
   if (!response || !response.ok) return;
   models = (await response.json()).data.map((model) => model.id);
   element("model").textContent = models[0];
+  showModels();
+}
+
+function showModels() {
+  const options = models.map((name) => create("option", "", name));
+  for (const option of options) option.selected = option.textContent === wantedModel;
+  element("choice").replaceChildren(...options);
+  for (const node of document.querySelectorAll(".choice")) node.hidden = models.length < 2;
 }
 
 function start() {
