@@ -24,6 +24,7 @@ from gpt2ml_torch.generation.text import Completion, Text, shortened
 from gpt2ml_torch.model import GPT2ML
 from gpt2ml_torch.modelfile.pretrained import AUTO, activation_dtype
 from gpt2ml_torch.modelfile.reader import ModelFile
+from gpt2ml_torch.openmp import release_threads
 from gpt2ml_torch.options import OptionError
 from gpt2ml_torch.precision import Precision
 from gpt2ml_torch.tokenizer import Tokenizer
@@ -86,6 +87,7 @@ class Generator:
             check_assistant(assistant, model)
             self.assistant = Engine(assistant.eval(), compile=compile)
         self.batch_size = batch_size or (32 if self.engine.on_cuda else 8)
+        release_threads()  # of the loading, so that any thread writes at full speed
 
     def add_adapter(self, name: str, adapter: kernels.PackedAdapter) -> None:
         """Let texts be written with a LoRA adapter, which the option `adapter=name` chooses.

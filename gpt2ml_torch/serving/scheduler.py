@@ -78,7 +78,7 @@ class Scheduler:
         self._thread: threading.Thread | None = None
 
     def start(self) -> Scheduler:
-        """Start the thread that reads and writes; call it from the one that loaded the model."""
+        """Start the thread that reads and writes; call it from the one that used the model last."""
         if self._thread is None:
             release_threads()
             self._thread = threading.Thread(target=self._loop, name="gpt2ml-scheduler", daemon=True)
