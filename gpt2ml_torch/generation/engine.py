@@ -170,7 +170,7 @@ class Engine:
             packed = f"packed as {self.model.packed}" if self.model.packed else "not packed"
             raise ValueError(
                 f"an adapter is added beside packed weights on a CPU with kernels, and this model "
-                f"is {packed}, on {self.model.device}; merge the adapter into it"
+                f"is {packed}, on {self.model.device}; merge the adapter into it, or pack the model"
             )
         if name in self._adapters:
             raise ValueError(f"there is an adapter {name!r} already; give another name")
