@@ -21,6 +21,7 @@ _READ_BYTES = 1 << 18
 # of few bytes that keeps a machine busy for hours.
 _MAX_RATIO = 200
 _ZSTD_BYTES = 1 << 11  # unpacked at once, to 64 MiB at most: 4 bytes stand for 128 KiB
+_ZSTD_WINDOW_LOG = 31  # what `zstd --long=31` writes; both libraries refuse more than 27 by default
 _FREE_BYTES = 1 << 26  # 64 MiB are given out whatever the ratio
 
 
@@ -87,7 +88,8 @@ def _decompressor(source: Source, file: BinaryIO) -> tuple[Any, tuple[type[Excep
     if sys.version_info >= (3, 14):
         from compression import zstd
 
-        return zstd.ZstdFile(file), (zstd.ZstdError,)
+        options = {zstd.DecompressionParameter.window_log_max: _ZSTD_WINDOW_LOG}
+        return zstd.ZstdFile(file, options=options), (zstd.ZstdError,)
     try:
         import zstandard
     except ImportError:
@@ -107,8 +109,7 @@ class _Zstandard:
     def __init__(self, file: BinaryIO) -> None:
         import zstandard
 
-        # What `zstd --long=31` writes, the largest that the format allows.
-        self._library = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+        self._library = zstandard.ZstdDecompressor(max_window_size=1 << _ZSTD_WINDOW_LOG)
         self._file = file
         self._frame: Any = None
         self._plain = memoryview(b"")

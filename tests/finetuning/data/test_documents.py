@@ -279,6 +279,17 @@ def test_a_line_without_end_is_an_error_before_it_fills_the_memory(
         documents(file)
 
 
+def test_zstd_files_with_the_longest_window_are_read(tmp_path: Path) -> None:
+    if sys.version_info < (3, 14):
+        pytest.importorskip("zstandard", reason="needs the package zstandard")
+    text = "白日依山尽。\n".encode()
+    window, last_raw_block = bytes([(31 - 10) << 3]), (len(text) << 3 | 1).to_bytes(3, "little")
+    frame = b"\x28\xb5\x2f\xfd" + b"\0" + window + last_raw_block + text
+    (tmp_path / "a.txt.zst").write_bytes(frame)
+    (tmp_path / "a.txt").write_bytes(text)
+    assert documents(tmp_path / "a.txt.zst") == documents(tmp_path / "a.txt")
+
+
 @pytest.mark.skipif(sys.version_info >= (3, 14), reason="Python 3.14 reads zstd by itself")
 def test_without_zstandard_the_error_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
