@@ -249,5 +249,5 @@ def _run_block(
 
 
 # In a compiled graph, code for one layer that serves its equals; elsewhere the same function.
-# PyTorch has it since 2.8; it takes gradients too, but dropout and LoRA may break in it.
-_run_block_once_compiled = getattr(torch.compiler, "nested_compile_region", lambda f: f)(_run_block)
+# It takes gradients too, but dropout and LoRA may break in it.
+_run_block_once_compiled = torch.compiler.nested_compile_region(_run_block)

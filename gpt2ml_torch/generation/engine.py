@@ -360,9 +360,7 @@ class Engine:
             options = dict.fromkeys(("triton.cudagraphs", *tuned), True) if replay else {}
         # Each size has one entry in a cache of its own, so there is nothing to tell apart at each
         # call, which takes 2 ms for 48 layers.
-        guards = getattr(torch.compiler, "skip_all_guards_unsafe", None)
-        if guards is not None:
-            options["guard_filter_fn"] = guards
+        options["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe
         compiled: Callable[..., Any] = torch.compile(
             _twin(function, len(self._steps)), fullgraph=True, dynamic=False, options=options
         )
