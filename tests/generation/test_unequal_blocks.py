@@ -32,9 +32,9 @@ class Doubled(nn.Linear):
         return 2 * super().forward(x)
 
 
-class Halved(nn.Module):
+class Reversed(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
-        return weight / 2
+        return -3 * weight
 
 
 class Scaled(nn.Linear):
@@ -105,7 +105,7 @@ def change_heads(block: Any) -> None:
 
 
 def add_parametrization(block: Any) -> None:
-    parametrize.register_parametrization(block.mlp.up, "weight", Halved())
+    parametrize.register_parametrization(block.mlp.up, "weight", Reversed())
 
 
 def freeze(block: Any) -> None:
