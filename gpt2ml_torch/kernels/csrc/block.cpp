@@ -77,7 +77,8 @@ void multiply(const Block& block, Product product, Numbers x, int64_t count, int
   if (with_gelu)
     for_rows(count, [&](int64_t i) {
       const Numbers row{y.row(i), Type::Float32};
-      for (int64_t k = 0; k < y.size; k += kLanes) store_first(row, k, y.size - k, gelu(load_first(row, k, y.size - k)));
+      for (int64_t k = 0; k < y.size; k += kLanes)
+        store_first(row, k, y.size - k, gelu(load_first(row, k, y.size - k)));
     });
 }
 

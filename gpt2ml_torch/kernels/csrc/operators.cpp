@@ -99,9 +99,10 @@ void check_cache(const Tensor& cache, const Tensor& h, int64_t layers) {
 }
 
 // What each adapter adds to one layer's products: `changes` holds, for each adapter and product, the narrow matrix and
-// the wide one of all layers, (layers, panels, ...), or two empty tensors. `sizes` are the products' inputs and outputs.
-std::vector<std::array<LowRank, kProducts>> adapters_of(const std::vector<Tensor>& changes, int64_t layer, int64_t layers,
-                                                        const int64_t (&sizes)[kProducts][2]) {
+// the wide one of all layers, (layers, panels, ...), or two empty tensors. `sizes` are the products' inputs and
+// outputs.
+std::vector<std::array<LowRank, kProducts>> adapters_of(const std::vector<Tensor>& changes, int64_t layer,
+                                                        int64_t layers, const int64_t (&sizes)[kProducts][2]) {
   std::vector<std::array<LowRank, kProducts>> adapters(changes.size() / (2 * kProducts));
   const auto matrix = [&](const Tensor& all, int64_t outputs, int64_t inputs) {
     STD_TORCH_CHECK(all.size(0) == layers, "an adapter needs a matrix for each layer");
