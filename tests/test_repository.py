@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import re
+import shutil
 import subprocess
 import sys
 import unicodedata
@@ -42,14 +42,25 @@ LAYERS = (
 )
 
 
-@pytest.mark.parametrize("command", ["ruff check .", "ruff format --check .", "mypy"])
-def test_linters_find_nothing(command: str) -> None:
-    tool, *words = command.split()
-    if importlib.util.find_spec(tool) is None:
+CSRC = ROOT / "gpt2ml_torch" / "kernels" / "csrc"
+LINTERS = {
+    "ruff check": ["ruff", "check", "."],
+    "ruff format": ["ruff", "format", "--check", "."],
+    "mypy": ["mypy"],
+    "clang-format": [
+        *("clang-format", "--dry-run", "--Werror"),
+        *(str(file) for file in sorted(CSRC.iterdir()) if file.suffix in (".cpp", ".h")),
+    ],
+}
+
+
+@pytest.mark.parametrize("command", LINTERS.values(), ids=LINTERS)
+def test_linters_find_nothing(command: list[str]) -> None:
+    tool, *words = command
+    program = shutil.which(tool, path=Path(sys.executable).parent)
+    if program is None:
         pytest.skip(f"{tool} is not installed")
-    result = subprocess.run(
-        [sys.executable, "-m", tool, *words], cwd=ROOT, capture_output=True, text=True
-    )
+    result = subprocess.run([program, *words], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
