@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gpt2ml_torch.config import GPT2MLConfig
-from gpt2ml_torch.kernels.low_rank import RowAdapters
+from gpt2ml_torch.kernels.low_rank import NO_ADAPTER, RowAdapters
 
 
 class KVCache:
@@ -84,7 +84,13 @@ class KVCache:
 
     @torch.inference_mode()
     def use_adapter(self, row: int, number: int) -> None:
-        """Read and write a row with this one of `adapters` from now on."""
+        """Read and write a row with this one of `adapters` from now on, or `NO_ADAPTER`.
+
+        Raises `ValueError` for a number that `adapters` does not have.
+        """
+        count = 0 if self.adapters is None else len(self.adapters.adapters)
+        if not NO_ADAPTER <= number < count:
+            raise ValueError(f"the cache has no adapter {number}; it has {count}")
         if self.adapters is not None:
             self.adapters.of_rows[row] = number
 

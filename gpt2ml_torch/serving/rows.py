@@ -53,8 +53,13 @@ class RowCache:
         for tensor in (self.cache.keys, self.cache.values):
             tensor.zero_()
 
+    @torch.inference_mode()
     def use_adapter(self, row: int, adapter: str | None) -> None:
         """Read and write a row with this adapter from now on."""
+        current, fresh = self.cache.adapters, self._engine.row_adapters(self.count)
+        if current is not None and fresh is not None:
+            fresh.of_rows.copy_(current.of_rows)
+        self.cache.adapters = fresh  # one may have been added since
         self.cache.use_adapter(row, self._engine.adapter_number(adapter))
 
     def copy(self, row: int, to: int, length: int) -> None:

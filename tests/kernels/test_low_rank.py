@@ -146,6 +146,17 @@ def test_rows_take_their_adapter_along(plain: GPT2ML) -> None:
     assert part.adapters.of_rows.tolist() == [0]
 
 
+def test_an_adapter_that_is_not_there_is_an_error(plain: GPT2ML) -> None:
+    model = kernels.pack_model(copy.deepcopy(plain), "float32")
+    cache = KVCache(CONFIG, batch_size=1, length=8)
+    for adapters in ((), (packed(CHANGES[0]),)):
+        with pytest.raises(ValueError, match=f"no adapter 1; it has {len(adapters)}"):
+            cache.use_adapter(0, 1)
+        cache.adapters = RowAdapters((packed(CHANGES[0]),), torch.tensor([1]))
+    with pytest.raises(RuntimeError, match="there is no adapter 1"), torch.inference_mode():
+        model(torch.tensor([[1]]), cache=cache)
+
+
 def test_matrices_that_do_not_fit_are_an_error(plain: GPT2ML) -> None:
     model = kernels.pack_model(copy.deepcopy(plain), "float32")
     fewer = PackedAdapter.pack(CHANGES[0], shapes=SHAPES, layers=2, precision=Precision.FLOAT32)

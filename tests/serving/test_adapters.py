@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,6 +50,25 @@ def test_requests_with_random_adapters_write_what_each_writes_alone(adapted: Gen
             time.sleep(draw.choice((0, 0, 0.002, 0.01)))
         assert [handle.result(60) for handle in handles] == alone
     assert any(handle.cached_tokens for handle in handles)
+
+
+def test_an_adapter_may_be_added_while_texts_are_written(
+    shipped_model: Path, adapter_folders: dict[str, Path], adapted: Generator
+) -> None:
+    generator = Generator.from_pretrained(shipped_model)
+    options: dict[str, Any] = {"max_new_tokens": 60, "seed": 1}
+    with Scheduler(generator, max_rows=3) as scheduler:
+        running = []
+        for name in (None, "poems", "news"):
+            if name is not None:
+                folder = adapter_folders[name]
+                generator.add_adapter(name, load_adapter(folder, generator.model))
+            running.append(scheduler.submit(PROMPT, adapter=name, **options))
+        found = [handle.result(60) for handle in running]
+    assert found == [
+        adapted.generate(PROMPT, adapter=name, return_full_text=False, **options)[0]
+        for name in (None, "poems", "news")
+    ]
 
 
 def test_the_model_of_a_request_chooses_the_adapter(

@@ -145,7 +145,10 @@ Tensor packed_layers(const Tensor& h, const Tensor& positions, Tensor keys, Tens
   STD_TORCH_CHECK(!adapter_of_row || (adapter_of_row->scalar_type() == ScalarType::Long &&
                                       adapter_of_row->numel() == B && adapter_of_row->is_contiguous()),
                   "adapter_of_row must be int64 of shape (B,)");
+  const int64_t adapters = changes.size() / (2 * kProducts);
   const int64_t* adapter = adapter_of_row ? static_cast<const int64_t*>(adapter_of_row->const_data_ptr()) : nullptr;
+  for (int64_t row = 0; adapter && row < B; ++row)
+    STD_TORCH_CHECK(adapter[row] >= -1 && adapter[row] < adapters, "there is no adapter ", adapter[row]);
 
   Tensor out = torch::stable::new_empty(h, {B, T, D});
   Tensor source = torch::stable::contiguous(h);
