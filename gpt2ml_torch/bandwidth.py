@@ -1,4 +1,4 @@
-"""How fast memory can be read: the yardstick for decoding, which reads all weights at each step."""
+"""Measure memory's read bandwidth, which limits decoding: each step reads all weights."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import time
 
 import torch
 
-_CPU_BYTES = 1 << 29  # far more than the caches hold
+_CPU_BYTES = 1 << 29  # far larger than the caches
 _GPU_BYTES = 8 << 30
 _PASSES = 7
 
 
 def read_bandwidth(device: torch.device | str = "cpu") -> float:
-    """Bytes per second that all cores, or the GPU, read: the median of several sums over memory.
+    """Bytes per second that all cores together, or the GPU, can read; the median of seven sums.
 
-    On a GPU the probe takes at most half of the memory that is free.
+    On a GPU the measurement takes at most half of the free memory.
     """
     device = torch.device(device)
     size = _CPU_BYTES

@@ -1,4 +1,4 @@
-"""The folder for what can be made again: compiled code and tokenised texts."""
+"""The cache folder, for data that can be made again: compiled code and tokenised texts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ VARIABLE = "GPT2ML_CACHE"
 def cache_root() -> Path:
     """The folder of all caches: $GPT2ML_CACHE, or gpt2ml in the user's cache folder.
 
-    The folder may not exist yet. Raises `OSError` where the user has no home folder.
+    The folder may not exist yet. Raises `OSError` if it can't be determined without a home folder.
     """
     configured = os.environ.get(VARIABLE)
     base = os.environ.get("XDG_CACHE_HOME")
@@ -21,5 +21,5 @@ def cache_root() -> Path:
         if base and Path(base).is_absolute():  # XDG's specification: ignore a relative one
             return Path(base) / "gpt2ml"
         return Path.home() / ".cache" / "gpt2ml"
-    except RuntimeError as error:  # what `pathlib` raises where there is no home
+    except RuntimeError as error:  # pathlib's error if there is no home folder
         raise OSError(f"no place for a cache: {error} Set {VARIABLE} to a folder") from None

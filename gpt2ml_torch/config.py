@@ -1,7 +1,7 @@
 """The sizes of a GPT2_ML, validated once for all other modules.
 
-Field names are Hugging Face's, because that is what users know; the two JSON dialects that
-circulate with the original checkpoints are the converter's business.
+Field names are Hugging Face's, because users know them. The converter reads the two JSON dialects
+in which the original checkpoints circulate.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ MAX_DIMENSION = 2**24
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GPT2MLConfig:
-    """Sizes and constants of one GPT2_ML.
+    """Sizes and constants of a GPT2_ML.
 
-    Raises `ValueError` for sizes that no model can have, such as a width that the heads do not
-    divide.
+    Raises `ValueError` for sizes that no model can have, such as a width that is not divisible by
+    the number of heads.
     Source: imcaspar/gpt2-ml, train/modeling.py, GroverConfig.
     """
 
@@ -32,8 +32,8 @@ class GPT2MLConfig:
     hidden_dropout_prob: float = 0.1
     initializer_range: float = 0.0141421
 
-    # Constants of the architecture: no published model deviates, so they are not fields that a file
-    # could get wrong.
+    # Constants of the architecture. No published model has others, so they are not fields, which a
+    # file could get wrong.
     layer_norm_eps = 1e-5
     mlp_initializer_range = 0.02
     pad_token_id = 0
@@ -61,7 +61,7 @@ class GPT2MLConfig:
 
     @property
     def num_parameters(self) -> int:
-        """Weights of the model, embeddings included, the tied output counted once."""
+        """The number of weights, including the embeddings; the tied output is counted once."""
         width, mlp = self.hidden_size, self.intermediate_size
         attention = 4 * (width * width + width)
         feed_forward = 2 * width * mlp + mlp + width

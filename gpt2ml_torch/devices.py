@@ -1,4 +1,4 @@
-"""Choose a device by name, and try it before anything is loaded."""
+"""Choose a device by name, and test it before anything is loaded."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def choose_device(name: str | torch.device, *, present: bool = True) -> torch.de
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        with warnings.catch_warnings():  # of names that PyTorch no longer uses
+        with warnings.catch_warnings():  # about deprecated names of devices
             warnings.simplefilter("ignore")
             device = torch.device(name)
     except (RuntimeError, TypeError):
         template = "{device} is {!r}; expected auto, cpu, cuda, cuda:N or another PyTorch device"
         raise OptionError(template, name) from None
     if device.type == "cpu":
-        return torch.device("cpu")  # there is one
+        return torch.device("cpu")  # without an index: there is only one
     if device.type == "meta":
         raise OptionError("{device} is {!r}, which holds no values; take cpu", name)
     if present:
@@ -42,7 +42,7 @@ def _try_out(device: torch.device) -> None:
         works = torch.ones(1, device=device).add(1).item() == 2
     except Exception as error:  # backends raise AssertionError, ImportError, RuntimeError, ...
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        # PyTorch lists all its backends, in thousands of characters, where one is missing.
+        # For a missing backend, PyTorch lists all others in thousands of characters.
         reason = lines[0] if len(lines[0]) <= 120 else "this build of it lacks the device"
         template = "{device} is {!r}, which PyTorch can't use here ({}); take cpu or cuda"
         raise OptionError(template, str(device), reason) from None

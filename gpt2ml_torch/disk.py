@@ -1,4 +1,4 @@
-"""Write files fast and durably: room, write-back, synchronisation, locks."""
+"""Write files fast and durably: disk space, write-back, synchronisation, locks."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from gpt2ml_torch.options import OptionFileExistsError
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
-# Bytes to write at once: they are still in the processor's cache when their checksum is computed.
-# Linux makes pages of the file as large as the writes are, and pages of 1 MiB and more can cost a
-# virtual machine two to four times the time, since its host has to provide them first.
+# Bytes to write at once; they are still in the processor's cache when their checksum is computed.
+# Linux makes the pages of a file as large as the writes. Pages of 1 MiB and more can take two to
+# four times as long in a virtual machine, since its host has to provide the memory first.
 CHUNK = 128 << 10
 
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)  # where they exist
@@ -33,10 +33,10 @@ def chunks(data: memoryview) -> Iterator[memoryview]:
 
 
 def allocate(fd: int, size: int) -> None:
-    """Reserve room on the disk where Linux and the file system can; elsewhere do nothing.
+    """Reserve space on the disk if Linux and the file system can; otherwise do nothing.
 
-    Finding room for each write costs a quarter of the time. Python itself has only
-    `os.posix_fallocate`, which writes the whole file where the file system can't reserve.
+    Allocating space for each write costs a quarter of the time. Python itself has only
+    `os.posix_fallocate`, which writes the whole file if the file system can't reserve space.
     """
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
@@ -44,21 +44,21 @@ def allocate(fd: int, size: int) -> None:
 
 
 def start_writeback(fd: int, offset: int, size: int) -> None:
-    """Let the disk begin with what was written, so that little is left for `fsync` to wait for.
+    """Start writing these bytes to the disk, so that `fsync` has little left to wait for.
 
-    Linux does so when a process gives up interest in pages of a file; the pages stay in memory,
-    since they aren't on the disk yet.
+    Linux does so when a process declares that it no longer needs pages of a file. The pages stay in
+    memory until they are on the disk.
     """
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(fd, offset, size, os.POSIX_FADV_DONTNEED)
 
 
 def sync_directory(folder: Path) -> None:
-    """Make a new name in the folder survive a loss of power, where the file system can."""
+    """Make a new name in the folder survive a loss of power, if the file system supports it."""
     try:
         fd = os.open(folder, os.O_RDONLY)
     except OSError:
-        return  # Windows opens no folder
+        return  # Windows can't open folders
     try:
         os.fsync(fd)
     except OSError:
@@ -78,8 +78,8 @@ def write_synced(path: Path, text: str) -> None:
 def lock(path: Path, busy: str | None, *, patience: float = 0) -> BaseFileLock:
     """The lock file `path`, held until `unlock`.
 
-    Where another process, or another caller in this one, holds it for more than `patience`
-    seconds, raises `OSError` with the message `busy`; without a message, waits.
+    If another process, or another caller in this one, holds it for more than `patience` seconds,
+    raises `OSError` with the message `busy`; without a message, waits for it.
     """
     from filelock import FileLock, Timeout  # PyTorch brings it
 
@@ -88,7 +88,7 @@ def lock(path: Path, busy: str | None, *, patience: float = 0) -> BaseFileLock:
         held.acquire()
     except Timeout:
         raise OSError(errno.EBUSY, busy) from None
-    except RuntimeError:  # filelock's, where flock is not there
+    except RuntimeError:  # filelock's error if the file system lacks flock
         raise OSError(
             errno.ENOLCK, f"can't lock {path}: its file system has no locks; write elsewhere"
         ) from None
@@ -99,14 +99,14 @@ def lock(path: Path, busy: str | None, *, patience: float = 0) -> BaseFileLock:
 
 def unlock(held: BaseFileLock) -> None:
     """Release a lock and remove its file."""
-    # Removed while it is held: a process that waits on the removed file notices and starts again.
-    with contextlib.suppress(OSError):  # Windows removes no open file
+    # Removed while held: a process that waits for the removed file notices that and starts again.
+    with contextlib.suppress(OSError):  # Windows can't remove open files
         os.unlink(held.lock_file)
     held.release()
 
 
 def open_new(path: Path) -> int:
-    """Open an empty file for reading and writing, over whatever regular file is there."""
+    """Open an empty file for reading and writing, in place of any regular file at the path."""
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | _NO_LINK, 0o666)
     except OSError as error:
@@ -114,7 +114,7 @@ def open_new(path: Path) -> int:
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         raise OSError(errno.EINVAL, f"can't write {path}: it is in the way; remove it")
-    os.ftruncate(fd, 0)  # what a killed process left takes room
+    os.ftruncate(fd, 0)  # what a killed process left would take space
     return fd
 
 
@@ -130,7 +130,7 @@ def check_room(path: Path, size: int) -> None:
 
 
 def check_parent(path: Path) -> None:
-    """Raise `OSError` unless there is a folder for a file or folder of this name."""
+    """Raise `OSError` unless the folder that is to hold `path` exists."""
     parent = path.parent
     if not parent.is_dir():
         what = "is not a folder" if parent.exists() else "does not exist"
@@ -140,9 +140,9 @@ def check_parent(path: Path) -> None:
 
 
 def resolve_target(path: str | os.PathLike[str], *, overwrite: bool) -> Path:
-    """The real place of a file to be written (a symbolic link stays one).
+    """The real path of a file to write; a symbolic link to it stays a link.
 
-    Raises `OSError` where it can't be written, `FileExistsError` if it exists and `overwrite` is
+    Raises `OSError` if it can't be written, and `FileExistsError` if it exists and `overwrite` is
     false.
     """
     path = Path(os.path.realpath(path))

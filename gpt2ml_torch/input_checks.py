@@ -1,4 +1,4 @@
-"""Checks of what is given to a model: token ids, positions, documents and cache."""
+"""Checks of a model's inputs: token ids, positions, documents and cache."""
 
 from __future__ import annotations
 

@@ -36,14 +36,14 @@ import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, Union
 
-Namer = Callable[[str, "str | None"], str]  # (field, value or None) -> what the reader calls it
+Namer = Callable[[str, "str | None"], str]  # (field, value or None) -> the name shown to the user
 
 _KEY = "option"  # in the metadata of a field
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Option:
-    """What a field's metadata says of its option; see `option` for the meanings."""
+    """The metadata of an option's field; `option` explains each."""
 
     help: str
     low: float | None
@@ -85,10 +85,10 @@ def option(
 ) -> Any:
     """A dataclass field that is an option; without a default it is required.
 
-    low, high: the range of a number, or of each item, with its ends; above, below: without them.
-    choices: the allowed strings; a field typed `Literal` has them from its type.
-    flags: names on the command line, the best first, where `--the-field` isn't the right one.
-    default_text: what --help calls the default where the value says too little (None).
+    low, high: inclusive bounds of a number, or of each item; above, below: exclusive bounds.
+    choices: the allowed strings; a field typed `Literal` gets them from its type.
+    flags: names on the command line, the preferred one first, if not `--the-field`.
+    default_text: the default in --help, if the value (such as None) says too little.
     resumable: a run that is resumed may change it.
     inverted: the flag of a boolean turns it off. positional: an argument without a flag.
     hidden: Python only. split: the separator of the items of a tuple given in one word.
@@ -125,7 +125,7 @@ class OptionError(_NamingError, ValueError):
 
 
 class OptionFileExistsError(_NamingError, FileExistsError):
-    """A file in the way, which an option says to replace."""
+    """A file exists already; an option allows to replace it."""
 
     errno = errno.EEXIST
 
@@ -147,8 +147,10 @@ def python_name(name: str, value: str | None) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class OptionField:
-    """A field that is an option, with its type taken apart: `tuple[int, ...] | None` is int, many,
-    optional. `kind` is None for a type that only Python can give.
+    """A field that is an option, with its type analysed.
+
+    `tuple[int, ...] | None` has the kind int and is many and optional. `kind` is None for a type
+    that can't be given on the command line.
     """
 
     name: str
@@ -161,13 +163,13 @@ class OptionField:
 
     @property
     def flags(self) -> tuple[str, ...]:
-        """Its names on the command line; none for an argument that has its place instead."""
+        """Its names on the command line; none for a positional or hidden argument."""
         if self.option.positional or self.option.hidden:
             return ()
         return self.option.flags or (f"--{self.name.replace('_', '-')}",)
 
     def allows(self, value: object) -> bool:
-        """Whether `value` has the type and lies in the range; of a tuple, each item."""
+        """Whether `value`, or each item of a tuple, has the right type and is in the range."""
         if value is None:
             return self.optional
         if not self.many:
@@ -200,7 +202,7 @@ class OptionField:
         )
 
     def expectation(self) -> str:
-        """What it takes, in words."""
+        """The allowed values, in words."""
         if self.choices:
             return f"{'some' if self.many else 'one'} of {', '.join(self.choices)}"
         if self.kind in (int, float):
@@ -290,7 +292,7 @@ def check_text(name: str, text: str | None) -> None:
 
 
 def check_names(cls: type, names: Iterable[str], what: str = "option") -> None:
-    """Raise `ValueError`, with the nearest name that there is, for a name that isn't a field."""
+    """Raise `ValueError`, with the most similar name, for a name that isn't a field."""
     known = [field.name for field in dataclasses.fields(cls)]
     for name in names:
         if name not in known:
@@ -299,11 +301,11 @@ def check_names(cls: type, names: Iterable[str], what: str = "option") -> None:
 
 
 def suggestion(name: str, known: Iterable[str]) -> str | None:
-    """ "did you mean X?" for a mistyped name, or None where none is near."""
+    """ "did you mean X?" for a mistyped name, or None if no name is similar."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"did you mean {close[0]}?" if close else None
 
 
 def resumable_names(cls: type) -> frozenset[str]:
-    """The fields that a resumed run may have otherwise than the run that it goes on with."""
+    """The fields that a resumed run may change."""
     return frozenset(field.name for field in option_fields(cls) if field.option.resumable)

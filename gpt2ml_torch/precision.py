@@ -1,7 +1,7 @@
 """Precision: how numbers are stored, from float64 down to 4-bit integers.
 
-The converter, the loader, the kernels, the engine and the command line all mean the same by a
-precision. PyTorch is imported only when a dtype is asked for, because converting does without it.
+The converter, the loader, the kernels, the engine and the command line all use this type. PyTorch
+is imported only if a dtype is needed, because the converter runs without it.
 
 Shapes:
     N  outputs, padded to a multiple of 16      K  inputs, padded to a multiple of 32
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     import torch
 
-PANEL = 16  # rows of a packed weight that lie together: one vector holds a step of 16 outputs
+PANEL = 16  # rows of a packed weight that are stored together; a vector holds a step of 16 outputs
 MULTIPLE = 32  # inputs of a packed weight are padded to a multiple of this
 
 
@@ -65,8 +65,10 @@ class Precision(str, enum.Enum):
 
     @property
     def of_embedding(self) -> Precision:
-        """The precision of the token embedding beside matrices of this one: at least 8 bits, since
-        the embedding is the output layer too."""
+        """The token embedding's precision beside matrices of this one.
+
+        It has at least 8 bits, since the embedding is the output layer too.
+        """
         return Precision.INT8 if self is Precision.INT4 else self
 
     @property

@@ -79,7 +79,7 @@ def export_folder(
 ) -> Path:
     """Write a model file as a folder for transformers, and return the folder's real path.
 
-    Raises `ValueError` for a model file that can't be exported, and `OSError` where the folder
+    Raises `ValueError` for a model file that can't be exported, and `OSError` if the folder
     can't be written (`FileExistsError` if it exists and `overwrite` is false).
     """
     options = options or ExportOptions()

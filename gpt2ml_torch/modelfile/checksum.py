@@ -1,7 +1,7 @@
 """CRC-32C, the checksum of every tensor in a model file.
 
-The package `crc32c` uses the processor's instruction for it. Where the package is absent a table
-does the same, a thousand times slower.
+The package `crc32c` uses the processor's instruction for it. Without the package, a table in Python
+gives the same result a thousand times more slowly.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _POLYNOMIAL = 0x82F63B78  # reversed
 
 
 def crc32c(data: bytes | bytearray | memoryview, start: int = 0) -> int:
-    """The CRC-32C of some bytes; `start` is the checksum of those before them."""
+    """The CRC-32C of some bytes; `start` is the checksum of the preceding bytes."""
     if _fast is not None:
         return _fast(data, start)
     return table_crc32c(data, start)

@@ -19,7 +19,7 @@ from gpt2ml_torch.precision import Precision
 
 FORMAT_VERSION = 1
 
-# PyTorch's name of a dtype: its code in the header, and the bytes of one number.
+# PyTorch's name of a dtype: its code in the header, and the bytes of one element.
 DTYPES: dict[str, tuple[str, int]] = {
     "float64": ("F64", 8),
     "float32": ("F32", 4),
@@ -42,7 +42,7 @@ TensorSpec = tuple[str, Sequence[int]]  # dtype, by its name in `DTYPES`, and sh
 
 
 def expected_shapes(config: GPT2MLConfig) -> dict[str, tuple[int, ...]]:
-    """Every weight of a model of these sizes, in the order in which it is used."""
+    """The shape of every weight of a model of these sizes, in the order of use."""
     width, mlp = config.hidden_size, config.intermediate_size
     shapes: dict[str, tuple[int, ...]] = {
         "token_embedding.weight": (config.vocab_size, width),
@@ -69,8 +69,8 @@ def expected_shapes(config: GPT2MLConfig) -> dict[str, tuple[int, ...]]:
 def slot_shapes(config: GPT2MLConfig) -> dict[str, tuple[int, ...]]:
     """Adafactor's statistics, all float32: `<weight>.vr` and `.vc` of a matrix, `.v` of a vector.
 
-    Mean squares by row, (out,), and by column, (n, in), for a weight that joins n variables of the
-    original, each of which was factored by itself.
+    They are mean squares by row, (out,), and by column, (n, in). n is the number of the original's
+    variables that a weight joins, since each was factored separately.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in expected_shapes(config).items():
@@ -124,7 +124,7 @@ def dtype_name(dtype: Any) -> str:
 
 
 def byte_size(spec: TensorSpec) -> int:
-    """Bytes of a tensor."""
+    """The bytes of a tensor."""
     dtype, shape = spec
     return math.prod(shape) * DTYPES[dtype][1]
 
@@ -161,6 +161,8 @@ def check_vocab(vocab: str | None, config: GPT2MLConfig) -> None:
 
 
 def count_lines(vocab: str) -> int:
-    r"""Tokens in a vocabulary: lines ended by `\n` and nothing else (two tokens hold other line
-    separators)."""
+    r"""The number of tokens in a vocabulary: lines separated by `\n` only.
+
+    Two published tokens hold other line separators.
+    """
     return len(vocab.removesuffix("\n").split("\n")) if vocab else 0

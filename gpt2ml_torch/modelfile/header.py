@@ -15,8 +15,8 @@ from typing import Any
 
 from gpt2ml_torch.modelfile.format import DTYPES, TensorSpec, byte_size
 
-MAX_HEADER = 16 << 20  # bytes; ours take about 0.4 MB, and parsing costs many times the memory
-ALIGNMENT = 4096  # bytes: a page, so that writing and mapping large tensors costs least
+MAX_HEADER = 16 << 20  # bytes; ours take about 0.4 MB, and parsing takes many times the memory
+ALIGNMENT = 4096  # bytes: a page, with which writing and mapping large tensors is fastest
 CURE = "make it again with `python -m convert`"
 
 _NAMES = {code: name for name, (code, _) in DTYPES.items()}
@@ -24,8 +24,7 @@ _NAMES = {code: name for name, (code, _) in DTYPES.items()}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TensorInfo:
-    """One tensor as the header declares it: its dtype's name, its shape, and its place in the file,
-    in bytes from the beginning."""
+    """One tensor as the header declares it; `start` and `end` are byte offsets in the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -41,7 +40,7 @@ class TensorInfo:
 def header_length(prefix: bytes, size: int) -> int:
     """The length of the header in a file of `size` bytes that begins with `prefix`, 8 bytes."""
     if size < 8:
-        raise ValueError(f"{size} bytes are no safetensors file; {CURE}")
+        raise ValueError(f"{size} bytes are too few for a safetensors file; {CURE}")
     (length,) = struct.unpack("<Q", prefix)
     if length > MAX_HEADER and prefix.startswith((b"PK\x03\x04", b"\x80")):
         raise ValueError(
@@ -89,8 +88,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def check_entries(header: Mapping[str, Any], data_start: int, size: int) -> dict[str, TensorInfo]:
-    """Every tensor in bounds, of the size that its shape takes, and all of them together without
-    gap or overlap."""
+    """The tensors, checked to fill the data without gap or overlap.
+
+    Raises `ValueError` if one is out of bounds or does not have the size of its shape.
+    """
     tensors = {name: _check_entry(name, entry, data_start) for name, entry in header.items()}
     end, previous = data_start, "the header"
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
@@ -135,7 +136,7 @@ def _are_sizes(values: Any) -> bool:
 def build_header(
     specs: Mapping[str, TensorSpec], metadata: Mapping[str, str], *, reserve: int = 0
 ) -> tuple[bytes, dict[str, int], int]:
-    """The header, each tensor's place in the data, and the size of the data.
+    """The header, each tensor's offset in the data, and the size of the data.
 
     The header is padded so that the data begin aligned. The format allows no holes, so further
     alignment comes from the order: tensors whose size keeps the next one aligned come first.

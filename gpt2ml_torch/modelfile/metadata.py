@@ -56,7 +56,7 @@ def _what_it_is(entries: Mapping[str, Any]) -> str:
 def check_specs(
     tensors: Mapping[str, TensorInfo], expected: Mapping[str, TensorSpec], where: str
 ) -> None:
-    """Raise `ValueError` unless the tensors are these, of these dtypes and shapes."""
+    """Raise `ValueError` unless the tensors have the expected names, dtypes and shapes."""
     check_names(tensors, expected, where)
     for name, (wanted, shape) in expected.items():
         info = tensors[name]
@@ -71,7 +71,7 @@ def check_specs(
 def common_dtype(
     tensors: Mapping[str, TensorInfo], config: GPT2MLConfig, packed: Precision | None
 ) -> Precision:
-    """The one dtype of the weights that are not packed."""
+    """The common dtype of the weights that are not packed; `ValueError` if they have several."""
     plain = plain_weights(config, packed)
     dtypes = {tensors[name].dtype for name in plain if name in tensors}
     if len(dtypes) > 1 or not dtypes <= set(FLOATING):
@@ -87,7 +87,7 @@ def parse_checksums(text: str | None, entries: Mapping[str, TensorInfo]) -> dict
     try:
         checksums = {name: int(value, 16) for name, value in values.items()}
     except (TypeError, ValueError):
-        raise ValueError(f"damaged: {CHECKSUMS} holds something that is no checksum") from None
+        raise ValueError(f"damaged: {CHECKSUMS} holds values that are not checksums") from None
     check_names(checksums, entries, f"{CHECKSUMS} in the metadata")
     return checksums
 

@@ -1,7 +1,7 @@
-"""Load a model from a model file and save it: the only loader.
+"""Load a model from a model file, and save it. There is no other loader.
 
 `GPT2ML` inherits `from_file`, `from_pretrained` and `save_pretrained` from here, so that model.py
-holds nothing but the model.
+holds only the model.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 AUTO = "auto"
-SAFE = Precision.INT8  # costs no measurable perplexity, and half of bfloat16's time
+SAFE = Precision.INT8  # takes half of bfloat16's time, and costs no measurable perplexity
 
 _Model = TypeVar("_Model", bound="Pretrained")  # typing.Self, before Python 3.11
 
@@ -39,8 +39,8 @@ class Pretrained(nn.Module):
         super().__init__()
         self.config = config
         self.generation_defaults: dict[str, Any] = {}  # for `Generator`; kept in the file
-        self.packed: Precision | None = None  # of the large matrices, where they are packed
-        self.memory_mapped = False  # weights lie in a file's pages, which freeing them leaves
+        self.packed: Precision | None = None  # of the large matrices, if they are packed
+        self.memory_mapped = False  # whether the weights are pages of a file
 
     @property
     def quantization(self) -> str | None:
@@ -58,8 +58,8 @@ class Pretrained(nn.Module):
     ) -> _Model:
         """Load a model file, as `from_file` does with `quantize` as its `precision`.
 
-        Raises `OSError` where there is no file to read, and `ValueError` where it is damaged, not a
-        model file, or packed otherwise.
+        Raises `OSError` if the file can't be read, and `ValueError` if it is damaged, not a model
+        file, or packed in another precision.
         """
         with ModelFile.open(path) as file:
             return cls.from_file(file, device=device, dtype=dtype, precision=quantize)
@@ -78,8 +78,8 @@ class Pretrained(nn.Module):
         On the CPU weights in the file's dtype are memory-mapped. `precision` packs the large
         matrices on the way, "bfloat16", "int8" or "int4", for fast decoding on the CPU
         (`gpt2ml_torch.kernels`); `dtype` is then the dtype of the activations. "auto" chooses both,
-        as `fastest` says. Raises `ValueError` for a damaged file, a device that is not there, and a
-        file that is packed otherwise.
+        as described in `fastest`. Raises `ValueError` for a damaged file, an unavailable device,
+        and a file that is packed in another precision.
         """
         device = choose_device(device)
         if precision == AUTO:
@@ -122,10 +122,10 @@ class Pretrained(nn.Module):
 
         `source` says where the weights come from; `generation` holds defaults for `Generator` (the
         model's own, if None). An older file is replaced only when the new one is complete. Raises
-        `OSError` where it can't be written, and `ValueError` for a weight that is NaN or infinite,
+        `OSError` if it can't be written, and `ValueError` for a weight that is NaN or infinite,
         unless `allow_non_finite`.
         """
-        # Floats are packed for speed, integers for size too: only these stay packed in a file.
+        # Only integer weights stay packed in a file; packed floats would not make it smaller.
         keeps_packed = self.packed is None or self.packed.is_integer
         save(
             path,
@@ -141,10 +141,10 @@ class Pretrained(nn.Module):
 
 
 def pack_from(file: ModelFile, model: nn.Module, dtype: torch.dtype) -> None:
-    """Fill a model whose layers were packed on `meta`, piece by piece, never all of it unpacked.
+    """Fill a model whose layers were packed on `meta`, unpacking only one piece at a time.
 
-    `dtype` is for the tensors that stay plain. Raises `ValueError` for a file that is damaged or
-    changes meanwhile.
+    `dtype` is the dtype of the tensors that are not packed. Raises `ValueError` for a file that is
+    damaged or changes meanwhile.
     """
     for name, first, rows in file.rows():
         kernels.fill_rows(model, name, rows, first, dtype)
@@ -156,9 +156,9 @@ def fastest(
 ) -> tuple[Precision | None, torch.dtype | None]:
     """The fastest safe way to generate with a file on a device: packed precision and dtype.
 
-    Packs the large matrices as int8 on a CPU with kernels, or in `dtype` where one is asked for;
-    elsewhere leaves them as they are. A file of packed weights keeps them. Activations are bfloat16
-    by default, except where nothing is packed on the CPU.
+    On a CPU with kernels the large matrices are packed as int8, or in `dtype` if it is given;
+    otherwise they stay as they are. Weights that are packed in the file stay so. Activations are
+    bfloat16 by default, except on a CPU without packed weights.
     """
     on_cpu = device.type == "cpu"
     fast = not on_cpu or kernels.load_kernels()  # asked here only: kernels may have to be built
@@ -175,6 +175,6 @@ def fastest(
 
 
 def activation_dtype(precision: Precision | str) -> torch.dtype:
-    """The dtype to compute in beside packed weights, where none is asked for."""
+    """The default dtype of the activations for weights of a precision."""
     precision = Precision.of(precision)
     return torch.bfloat16 if precision.is_integer else precision.dtype

@@ -1,4 +1,4 @@
-"""ModelFile: one file with weights, configuration, vocabulary and origin, never mispaired.
+"""ModelFile: one file with weights, configuration, vocabulary and source, which belong together.
 
 A safetensors file whose metadata holds, beside the customary `format`:
 
@@ -11,10 +11,10 @@ A safetensors file whose metadata holds, beside the customary `format`:
     crc32c           JSON: the CRC-32C of each tensor, 8 hexadecimal digits
     metadata_crc32c  the CRC-32C of all the other metadata
 
-Files come from strangers: every size is checked against the file's real length before anything is
-allocated. The file stays open, so that everything that is asked of a `ModelFile` comes from one
-file, even if another takes its name meanwhile. (The safetensors library's `safe_open` takes a name
-only, and parses the header again.) PyTorch is imported when the first tensor is.
+Files may come from strangers, so every size is checked against the file's real length before
+anything is allocated. The file stays open, so that everything that a `ModelFile` returns comes from
+the same file, even if another takes its name meanwhile. (The safetensors library's `safe_open`
+takes only a name, and parses the header again.) PyTorch is imported when the first tensor is read.
 """
 
 from __future__ import annotations
@@ -66,10 +66,10 @@ if TYPE_CHECKING:
 
     from gpt2ml_torch.tokenizer import Tokenizer
 
-PIECE_BYTES = 4 << 20  # of a tensor that is converted or moved: they stay in the cache
+PIECE_BYTES = 4 << 20  # of a tensor that is converted or moved; a piece stays in the cache
 
 _ROWS_MULTIPLE = 16  # packed together
-# Opening a pipe must not wait for a writer; and Windows must not translate line ends.
+# Opening a pipe must not wait for a writer, and Windows must not translate line ends.
 _NO_WAIT = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
 
@@ -108,8 +108,8 @@ class ModelFile:
     def open(cls, path: str | os.PathLike[str]) -> ModelFile:
         """Open a file and check everything except the weights themselves.
 
-        Raises `OSError` where there is no file to read, and `ValueError` where it is damaged,
-        hostile, not a model file, or of a later version.
+        Raises `OSError` if the file can't be read, and `ValueError` if it is damaged, hostile, not
+        a model file, or of a later version.
         """
         try:
             fd = os.open(path, os.O_RDONLY | _NO_WAIT)
@@ -141,7 +141,7 @@ class ModelFile:
 
     @property
     def precision(self) -> Precision:
-        """How the large matrices are stored."""
+        """The precision in which the large matrices are stored."""
         return self.packed or self.dtype
 
     def close(self) -> None:
@@ -156,7 +156,7 @@ class ModelFile:
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer with the file's vocabulary; raises `ValueError` for a file without one."""
-        from gpt2ml_torch.tokenizer import Tokenizer  # which is built on this module
+        from gpt2ml_torch.tokenizer import Tokenizer  # late, since it is built on this module
 
         if self.vocab is None:
             raise ValueError(f"{self.path} holds no vocabulary: convert it again with one")
@@ -170,8 +170,8 @@ class ModelFile:
     def tensor(self, name: str) -> Tensor:
         """One tensor, in memory of its own, compared with its checksum if the file has one.
 
-        `name` is the one in the file, so `optimizer.` begins a statistic's. Raises `ValueError`
-        where the tensor is damaged.
+        `name` is the name in the file; the names of statistics begin with `optimizer.`. Raises
+        `ValueError` if the tensor is damaged.
         """
         import torch
 
@@ -183,7 +183,7 @@ class ModelFile:
         return tensor
 
     def read_bytes(self, name: str, start: int, size: int) -> bytearray:
-        """Some of a tensor's bytes, as stored and not compared with anything."""
+        """Some of a tensor's bytes as stored, without comparing a checksum."""
         data = bytearray(size)
         self.read_into(memoryview(data), name, start)
         return data
@@ -203,12 +203,11 @@ class ModelFile:
     def state_dict(
         self, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
     ) -> dict[str, Tensor]:
-        """The weights on a device and in a dtype (the file's, if None; packed weights stay as they
-        are).
+        """The weights on a device and in a dtype (the file's, if None); packed ones keep theirs.
 
         On the CPU in the file's dtype they are memory-mapped, private to this process: nothing is
-        read before it is used, and changing them does not change the file. Otherwise, and where
-        they are packed, they are read piece by piece, never two whole copies at a time.
+        read before it is used, and changing them does not change the file. Otherwise, and if they
+        are packed, they are read piece by piece, so that there are never two whole copies.
         """
         import torch
 
@@ -228,10 +227,10 @@ class ModelFile:
         return tensors
 
     def rows(self) -> Iterator[tuple[str, int, Tensor]]:
-        """The weights in pieces: a name, the first row, and rows that are valid until the next.
+        """Yield the weights in pieces: name, index of the first row, and the rows.
 
-        Rows come in multiples of 16 except for a tensor's last. They are read into a buffer rather
-        than mapped, since mapped pages stay in memory once they are read.
+        The rows are valid until the next piece. Their number is a multiple of 16 except in a
+        tensor's last piece. They are read into a buffer, since mapped pages would stay in memory.
         """
         import torch
 
@@ -254,7 +253,7 @@ class ModelFile:
     def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Compare metadata and tensors with their checksums; `progress` gets bytes done and in all.
 
-        Raises `ValueError`, naming the tensor, where one differs, and where the file has none.
+        Raises `ValueError`, naming the tensor, if one differs, and if the file has no checksums.
         """
         if not self.checksums:
             raise ValueError(

@@ -1,10 +1,10 @@
 """Write a model file tensor by tensor, each with its checksum; rename it when complete.
 
 The safetensors library serialises a whole state dict at once, which for a model that just fits in
-memory is one copy too many. Here the header comes first, each tensor goes to its place as it is
-ready, and the finished file is renamed: a process killed at any moment leaves what stood under the
-name untouched. PyTorch is imported only where a tensor is written: the converter writes bytes, and
-is done before PyTorch would have started.
+memory is one copy too many. Here the header is written first, each tensor is written to its place
+when it is ready, and the finished file is renamed: a process killed at any moment leaves the old
+file untouched. PyTorch is imported only if a `torch.Tensor` is written: the converter writes bytes,
+and has finished before PyTorch would have been imported.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ if TYPE_CHECKING:
 _RESERVE = 2 << 10  # bytes of the header kept free for `ModelWriter.set_source`
 
 _NOT_FINITE = (
-    "tensor {!r} has NaN or infinity, with which a model writes nonsense; take a sound source, or "
-    "give {allow_non_finite} to write it all the same"
+    "tensor {!r} has NaN or infinity, so the model would write nonsense; take an undamaged source, "
+    "or give {allow_non_finite} to write it anyway"
 )
 
 _Writer = TypeVar("_Writer", bound="SafetensorsWriter")  # typing.Self, before Python 3.11
@@ -61,12 +61,13 @@ class SafetensorsWriter:
 
     A context manager. The file is built as `NAME.partial` beside its place. Leaving the `with`
     block normally checks that every tensor was written and renames it; leaving it by an exception
-    removes it. The next writer overwrites what a killed process left; two processes writing the
-    same file at once is an error. `checksums` holds each written tensor's CRC-32C.
+    removes it. The next writer overwrites what a killed process left. Two processes must not write
+    the same file at once; the second raises an error. `checksums` holds each written tensor's
+    CRC-32C. `reserve` is the space in the header, in bytes, that is kept for `replace_metadata`.
 
-    Raises `OSError` where the file can't be written (`FileExistsError` if it exists and `overwrite`
-    is false), and `ValueError` for a tensor that was not declared so, and for NaN and infinity
-    unless `allow_non_finite`. `reserve` is room in the header, in bytes, for `replace_metadata`.
+    Raises `OSError` if the file can't be written (`FileExistsError` if it exists and `overwrite` is
+    false), and `ValueError` for a tensor that was declared differently, and for NaN and infinity
+    unless `allow_non_finite`.
     """
 
     def __init__(
@@ -107,7 +108,7 @@ class SafetensorsWriter:
             raise
 
     def write_pieces(self, name: str, pieces: Iterable[Any]) -> None:
-        """Write one declared tensor's numbers, from anything contiguous that has a buffer."""
+        """Write one declared tensor from pieces, which are contiguous objects with a buffer."""
         if name not in self._specs or name in self.checksums:
             state = "was written already" if name in self._specs else "was not declared"
             raise ValueError(f"tensor {name!r} {state}")
@@ -133,7 +134,7 @@ class SafetensorsWriter:
         self.checksums[name] = checksum
 
     def replace_metadata(self, metadata: Mapping[str, str]) -> None:
-        """Replace the metadata by others that take at most `reserve` bytes more than the first."""
+        """Replace the metadata; they may be at most `reserve` bytes longer than before."""
         header, _, _ = build_header(self._specs, metadata)
         spare = self._header_size - len(header)
         if spare < 0:
@@ -143,12 +144,12 @@ class SafetensorsWriter:
             self._write(file, memoryview(struct.pack("<Q", len(text)) + text))
 
     def commit(self) -> None:
-        """Put the complete file on the disk and give it its name."""
+        """Sync the complete file to the disk and rename it."""
         if missing := sorted(set(self._specs) - set(self.checksums)):
             raise ValueError(f"tensors never written: {', '.join(missing)}")
         self._guard(os.fsync, self._fd)
         disk.resolve_target(self.path, overwrite=self._overwrite)  # one may have appeared meanwhile
-        self._close()  # Windows renames no open file
+        self._close()  # Windows can't rename open files
         self._guard(os.replace, self._partial, self.path)
         disk.sync_directory(self.path.parent)
         disk.unlock(self._lock)
@@ -157,7 +158,7 @@ class SafetensorsWriter:
         """Remove what was written so far; does nothing after `commit`."""
         if self._lock.is_locked:
             self._close()
-            if self._owns_partial:  # not what was in its way
+            if self._owns_partial:  # a file that was in the way stays
                 self._partial.unlink(missing_ok=True)
             disk.unlock(self._lock)
 
@@ -182,7 +183,7 @@ class SafetensorsWriter:
             self._fd = -1
 
     def _open(self) -> FileIO:
-        """The unfinished file, with a position of its own in it, so that threads don't meet."""
+        """The unfinished file, opened again so that each thread has its own position."""
         file: FileIO = self._guard(open, self._partial, "r+b", buffering=0)
         return file
 
@@ -201,7 +202,7 @@ class SafetensorsWriter:
 
 
 def _is_finite(data: memoryview, dtype: str) -> bool:
-    """Whether bytes that are numbers of a dtype hold neither NaN nor infinity."""
+    """Whether the elements of a dtype in these bytes are neither NaN nor infinite."""
     if dtype == "bfloat16":  # NumPy lacks it
         return bool((np.frombuffer(data, "<u2") & 0x7FFF).max(initial=0) < 0x7F80)
     if dtype in FLOATING:
@@ -210,12 +211,14 @@ def _is_finite(data: memoryview, dtype: str) -> bool:
 
 
 class ModelWriter(SafetensorsWriter):
-    """Writes a model file tensor by tensor: `with ModelWriter(...) as writer:
-    writer.write_weight(name, tensor)`.
+    """Writes a model file tensor by tensor.
+
+        with ModelWriter(path, config, dtype=torch.float32) as writer:
+            writer.write_weight(name, tensor)
 
     Every weight of `expected_shapes(config)` must be written, in `dtype`. With `packed`, "int8" or
-    "int4", the large ones are packed on the way; with `slots` the optimizer's statistics
-    (`slot_shapes`) must be written too. Raises as `SafetensorsWriter` does.
+    "int4", the large ones are packed when they are written; with `slots`, the optimizer's
+    statistics (`slot_shapes`) must be written too. Raises as `SafetensorsWriter` does.
     """
 
     def __init__(
@@ -244,7 +247,7 @@ class ModelWriter(SafetensorsWriter):
         if slots:
             specs.update(expected_slots(config))
         self._custom = _metadata(config, vocab, source, generation, self._packed)
-        # Checksums of the final size, so that the header has room for them.
+        # Placeholders of the checksums' final length, so that the header has space for them.
         unknown = _with_checksums(self._custom, dict.fromkeys(specs, 0))
         super().__init__(
             path,
@@ -270,7 +273,7 @@ class ModelWriter(SafetensorsWriter):
         self.write_pieces(name, [flat.numpy()])
 
     def write_weight(self, name: str, tensor: Tensor) -> None:
-        """Write one weight, floating point as the model has it, packed where the file packs it."""
+        """Write one weight, given in floating point; it is packed if the file packs this weight."""
         precision = packed_precision(name, self._packed)
         if precision is None:
             return self.write(name, tensor)
@@ -285,7 +288,7 @@ class ModelWriter(SafetensorsWriter):
         self.write(name + SCALE, scale)
 
     def set_source(self, source: Mapping[str, Any]) -> None:
-        """Say where the weights come from, once that is known (a hash takes as long as reading)."""
+        """Set the source of the weights late, since hashing it takes as long as reading it."""
         self._custom["source"] = to_json(source, sort_keys=True)
 
     def commit(self) -> None:
@@ -338,8 +341,8 @@ def save(
 ) -> None:
     """Write a state dict; the file replaces an older one only when it is complete.
 
-    `packed` says that its large matrices are packed already. Raises `ValueError` for tensors that
-    don't belong to the configuration, or of several dtypes, or not finite (unless
+    `packed` is the precision of large matrices that are packed already. Raises `ValueError` for
+    tensors that don't belong to the configuration, have several dtypes, or are not finite (unless
     `allow_non_finite`), and `OSError`.
     """
     packed = None if packed is None else Precision(packed)
