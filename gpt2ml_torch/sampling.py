@@ -1,8 +1,8 @@
 """From logits to the next token: pure tensor functions, the same eager, compiled and on any device.
 
-A rule that keeps some tokens sets the logits of the others to -inf. Each row has a random stream of
-its own, a counter-based hash of (key of the row, number of the token, id) in integer arithmetic, so
-that what a row draws depends neither on its neighbours nor on the order of execution.
+A rule that keeps some tokens sets the logits of the others to -inf. Each row has its own random
+stream, a counter-based hash of (key of the row, number of the token, id) in integer arithmetic. So
+a row's draws depend neither on other rows nor on the order of execution.
 
 Shapes:
     B  batch rows       V  vocabulary
@@ -15,19 +15,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Constants of splitmix64 (Steele, Lea and Flood, 2014), as the signed integers that PyTorch has.
+# Constants of splitmix64 (Steele, Lea and Flood, 2014) as signed integers, as PyTorch requires.
 _GAMMA = 0x9E3779B97F4A7C15 - 2**64
 _MULTIPLY_1 = 0xBF58476D1CE4E5B9 - 2**64
 _MULTIPLY_2 = 0x94D049BB133111EB - 2**64
 
-_SMALL = 1024  # tokens among which looking for candidates takes longer than drawing for all
+_SMALL = 1024  # vocabulary size up to which drawing for all tokens is faster than preselecting some
 
 
 class Knobs(NamedTuple):
-    """What shapes the distribution, as tensors, so that new values recompile nothing.
+    """The sampling parameters as tensors, so that new values need no recompilation.
 
-    Each is 0-dimensional, for all rows, or (B, 1), for each row its own. None leaves a rule out;
-    without `sample`, a bool, or where it is False, the best token is taken.
+    Each is 0-dimensional, for all rows, or (B, 1), one for each row. None switches a rule off. If
+    `sample`, a bool, is None or False, the most probable token is taken.
     """
 
     sample: Tensor | None = None
@@ -42,7 +42,7 @@ class Knobs(NamedTuple):
 def choose(scores: Tensor, knobs: Knobs, *, keys: Tensor, steps: Tensor) -> Tensor:
     """The next token of each row, (B, V) scores from `process` -> (B,) int64.
 
-    `keys` and `steps`, (B,) int64, are the row's random stream and the number of the token in it.
+    `keys` and `steps`, (B,) int64, are each row's random stream and the number of its next token.
     """
     if knobs.sample is None:
         return scores.argmax(-1)  # of equal scores the lowest id
@@ -57,9 +57,9 @@ def choose(scores: Tensor, knobs: Knobs, *, keys: Tensor, steps: Tensor) -> Tens
 
 
 def _draw_from_few(row: Tensor, key: Tensor, step: Tensor, knobs: Knobs) -> Tensor:
-    """As `choose` for one row, (1, V), without sorting and drawing for tokens that have no chance.
+    """As `choose` for one row, (1, V), without work for tokens that can't be drawn.
 
-    Rows are handled one by one, so that none depends on how many tokens others need.
+    Rows are handled one by one, so that none depends on the number of candidates of another.
     """
     if not knobs.sample:
         return row.argmax(-1)
@@ -70,8 +70,9 @@ def _draw_from_few(row: Tensor, key: Tensor, step: Tensor, knobs: Knobs) -> Tens
 
 
 def candidates(row: Tensor, knobs: Knobs) -> tuple[Tensor, Tensor | None]:
-    """The ids, ascending, among which are all that `keep` keeps of one row, (1, V); and the
-    logarithm of the sum of all exponentials, where the rules need it.
+    """Ids, ascending, that include all tokens of one row, (1, V), that `keep` would keep.
+
+    Also returns the logarithm of the sum of all exponentials, if the rules need it.
     """
     if knobs.top_k is not None and knobs.top_k <= row.shape[-1]:
         worst = row.topk(int(knobs.top_k)).values[:, -1:]
@@ -95,10 +96,10 @@ def process(
     seen: Tensor | None = None,
     penalty: Tensor | None = None,
 ) -> Tensor:
-    """The logits, in float32, after what applies to greedy and beam search too.
+    """The logits, in float32, after the rules that apply to greedy and beam search too.
 
-    `blocked`, bool, (V,) or (B, V), is never chosen; `penalty`, 0-dimensional or (B, 1), is the
-    repetition penalty of the tokens in `seen`, (B, V).
+    Tokens in `blocked`, bool, (V,) or (B, V), are never chosen; `penalty`, 0-dimensional or (B, 1),
+    is the repetition penalty of the tokens in `seen`, (B, V).
     """
     scores = logits.float()
     if penalty is not None and seen is not None:

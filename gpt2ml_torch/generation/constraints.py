@@ -1,4 +1,4 @@
-"""Constraints on a text: allowed tokens and where it ends. The sampler draws the tokens.
+"""Constraints on a text: which tokens are allowed and where it ends. The sampler draws the tokens.
 
 Shapes:
     V  vocabulary
@@ -22,8 +22,8 @@ from gpt2ml_torch.tokenizer import Tokenizer
 class Constraints:
     """Bans, forced ids, penalties and ends of one text; several texts may share them.
 
-    `banned`, (V,) bool, is never chosen, `end_ids` not before `min_new_tokens`. `forced` maps the
-    number of a new token to its id, which is chosen whatever else holds.
+    Tokens in `banned`, (V,) bool, are never chosen, `end_ids` not before `min_new_tokens`. `forced`
+    maps the number of a new token to its id, which is chosen regardless of all other rules.
     """
 
     banned: Tensor
@@ -74,15 +74,15 @@ class Constraints:
 class RepeatedNGrams:
     """The tokens that would complete an n-gram that a growing text already holds.
 
-    It follows the list of the text's ids, at a constant cost for each new one.
+    It reads the growing list of the text's ids, at a constant cost for each new id.
     Source: transformers, NoRepeatNGramLogitsProcessor.
     """
 
     def __init__(self, ids: Sequence[int], size: int) -> None:
         self._ids = ids
         self._size = size
-        self._read = size - 1  # the place of the first id that is in no n-gram of the table
-        # The hash of n - 1 ids -> each id that came next, and a place where it did.
+        self._read = size - 1  # index of the first id that no n-gram in the table includes
+        # The hash of n - 1 ids -> each id that came next, and an index where it did.
         self._next: dict[int, dict[int, int]] = {}
 
     def banned(self) -> list[int]:
@@ -137,7 +137,7 @@ def _banned(
 
 
 def _forced(config: GenerationConfig, tokenizer: Tokenizer) -> dict[int, int]:
-    """The number of a new token -> its id."""
+    """Forced tokens: the number of a new token -> its id."""
     start = tokenizer.encode(config.forced_start)
     end = tokenizer.encode(config.forced_end)
     first_of_end = config.max_new_tokens - len(end)

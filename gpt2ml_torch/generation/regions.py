@@ -1,10 +1,10 @@
-"""Whether all blocks of a model are the same, so that code compiled for one serves the others.
+"""Check whether all blocks of a model are alike, so that code compiled for one can serve all.
 
-A nested region of `torch.compile` is traced once and reused, and PyTorch's own check of whether it
-may be (2.13, 2.14) overlooks adapters, hooks, constants and subclasses. Here blocks count as equal
-only where nothing that the trace could see differs, except for the values of their tensors; where
-in doubt, they count as different. It is all blocks or none: beside a block that is compiled in
-line, a region's writes to the cache are lost (PyTorch 2.13).
+A nested region of `torch.compile` is traced once and reused. PyTorch's own check of whether that is
+valid (2.13, 2.14) overlooks adapters, hooks, constants and subclasses. Here blocks count as equal
+only if they differ in nothing that a trace can see, except the values of their tensors; in doubt
+they count as different. Either all blocks are regions or none, because a region's writes to the
+cache are lost beside a block that is compiled inline (PyTorch 2.13).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 _SIMPLE = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, type)
-# Their modules decide what they compute by their own attributes alone.
+# What modules of these packages compute depends only on their own attributes.
 _KNOWN_PACKAGES = ("gpt2ml_torch", "torch", "peft")
 _HOOKS = (
     "_forward_hooks",
@@ -34,16 +34,17 @@ def are_equal(blocks: Iterable[nn.Module]) -> bool:
 
 
 def signature(module: nn.Module) -> tuple[Any, ...]:
-    """Everything about a module and those below it that decides what its forward does, except for
-    the values of tensors: comparable, and equal for modules that run the same code.
+    """Everything that decides what a module's forward does, except the values of tensors.
+
+    It covers the submodules, can be compared, and is equal for modules that run the same code.
     """
-    # What a hook of all modules does may depend on which module it is called for.
+    # A global hook may do something else for each module.
     unique = id(module) if nn_module._has_any_global_hook() else None
     return (unique, *(_of_one(name, part) for name, part in module.named_modules()))
 
 
 def outline(model: nn.Module) -> tuple[Any, ...]:
-    """Which modules a model consists of, their hooks and constants: a quick look for changes."""
+    """A model's modules with their hooks and constants, for a quick check for changes."""
     modules = [
         (id(module), type(module), *(len(vars(module)[key]) for key in _HOOKS), _constants(module))
         for module in model.modules()
@@ -53,14 +54,14 @@ def outline(model: nn.Module) -> tuple[Any, ...]:
 
 
 def _constants(module: nn.Module) -> tuple[tuple[str, Any], ...]:
-    """Attributes that a trace takes as they are, such as `training` and a norm's `eps`."""
+    """Attributes that a trace treats as constants, such as `training` and a norm's `eps`."""
     kinds = (bool, int, float, str)
     return tuple((name, value) for name, value in vars(module).items() if type(value) in kinds)
 
 
 def _of_one(name: str, module: nn.Module) -> tuple[Any, ...]:
     attributes = vars(module)
-    # A hook, or a class that nobody here has read, may look at which module it runs for.
+    # A hook or an unknown class may behave differently for each module.
     unique = any(attributes.get(hooks) for hooks in _HOOKS) or not _is_known(type(module))
     rest = {
         key: value
@@ -83,7 +84,7 @@ def _is_known(kind: type) -> bool:
 
 
 def _value(value: Any) -> Any:
-    """Something hashable that differs where the values do; for an unknown object its identity."""
+    """A hashable value that differs if the attributes do; for an unknown object, its identity."""
     if isinstance(value, Tensor):
         layout = (tuple(value.shape), value.stride() if value.layout == torch.strided else None)
         return (type(value), *layout, value.dtype, value.device, value.requires_grad, value.layout)

@@ -1,7 +1,7 @@
-"""Sampler: the next token of each row of a batch, every row by settings of its own.
+"""Sampler: chooses the next token of each row of a batch, every row with its own settings.
 
-Rows are added and dropped while the others go on; what a row draws depends on its own settings,
-step number and random stream alone.
+Rows can be added and dropped while others continue. The token that a row draws depends only on its
+logits, settings, step number and random stream.
 
 Shapes:
     B  batch rows       V  vocabulary
@@ -26,7 +26,7 @@ from gpt2ml_torch.generation.transfers import to_device
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How a row's tokens are drawn; a field that is None leaves its rule out.
+    """How a row's tokens are drawn; None switches a rule off.
 
     `temperature` None takes the most probable token each time.
     """
@@ -99,9 +99,9 @@ class _Group:
 class Sampler:
     """Chooses the next token of each of `rows` rows, all of which are free at first.
 
-    With `per_row`, for CUDA, every rule that some row has runs for all rows at once, and nothing is
-    read back to the host: `state` is what it chooses by. Otherwise rows of equal settings are drawn
-    together.
+    With `per_row`, for CUDA, every rule that any row uses runs for all rows at once, from the
+    tensors in `state`, and nothing is read back to the host. Otherwise rows with equal settings are
+    drawn together.
     """
 
     @torch.inference_mode()
@@ -122,7 +122,7 @@ class Sampler:
 
     @property
     def device(self) -> torch.device:
-        """Where its tensors are."""
+        """The device of its tensors."""
         return self._device
 
     # -- rows -------------------------------------------------------------------------------------
@@ -138,10 +138,10 @@ class Sampler:
         history: Sequence[int],
         step: int = 0,
     ) -> None:
-        """Let a free row follow these settings.
+        """Give a free row these settings.
 
         `key` is its random stream (`sampling.row_key`) and `step` the number of its next token.
-        `history` is the list of its ids, prompt included, which the caller goes on appending to.
+        `history` is the list of its ids, prompt included, to which the caller continues to append.
         """
         size = constraints.no_repeat_ngram_size
         ngrams = RepeatedNGrams(history, size) if size else None
@@ -153,7 +153,7 @@ class Sampler:
         self._write_adjustments(row, constraints, history[len(history) - step :])
 
     def drop(self, row: int) -> None:
-        """Free a row; what is chosen for it from then on has no meaning."""
+        """Free a row; the tokens chosen for it from then on have no meaning."""
         self._rows[row] = None
         self._groups = None
 
@@ -165,8 +165,10 @@ class Sampler:
         *,
         histories: Sequence[Sequence[int]] | None = None,
     ) -> None:
-        """Go on with these rows in this order, some perhaps several times, then free ones, `size`
-        in all. `histories` are the lists of their ids, where those are other lists from now on.
+        """Keep these rows in this order; a row may occur several times.
+
+        Free rows follow, `size` in all. `histories` are the lists of the rows' ids, if those are
+        other lists from now on.
         """
         index = to_device([*rows, *[0] * (size - len(rows))], self._device)
         chosen = [self._copy_row(row) for row in rows]
@@ -230,7 +232,7 @@ class Sampler:
     def choose(self, logits: Tensor, *, blocked: Tensor | None = None) -> Tensor:
         """The next token of each row, (B, V) -> (B,) int64; changes no state.
 
-        `blocked`, (B, V) bool, is not chosen this once.
+        Tokens in `blocked`, (B, V) bool, are not chosen in this call.
         """
         if self._per_row:
             return choice.choose(logits, self.state(blocked))
@@ -245,7 +247,7 @@ class Sampler:
 
     @torch.inference_mode()
     def state(self, blocked: Tensor | None = None) -> SamplerState:
-        """What `choose` chooses by where every row has its own settings (`per_row`)."""
+        """The tensors that a choice with `per_row` depends on."""
         forced = [-1 if row is None or row.forced is None else row.forced for row in self._rows]
         free = all(id_ < 0 for id_ in forced)
         if self._groups is None:
@@ -263,7 +265,7 @@ class Sampler:
 
     @torch.inference_mode()
     def process(self, logits: Tensor) -> Tensor:
-        """The logits, (B, V) float32, after all constraints: what may not come has -inf."""
+        """The logits, (B, V) float32, after all constraints; forbidden tokens have -inf."""
         scores = self._constrained(logits, None)
         for row, state in enumerate(self._rows):
             forced = None if state is None else state.forced
@@ -274,7 +276,7 @@ class Sampler:
 
     @torch.inference_mode()
     def advance(self, ids: Tensor) -> None:
-        """Take note of the chosen tokens, (B,)."""
+        """Record the chosen tokens, (B,), and move every row on to its next step."""
         if self._seen is not None:
             self._seen.scatter_(1, ids[:, None], True)
         if self._adjustments is not None:
@@ -288,7 +290,7 @@ class Sampler:
                 self._write_bans(row)
 
     def _all_blocked(self, blocked: Tensor | None) -> Tensor:
-        """What may not be chosen now, (B, V) bool."""
+        """The tokens that may not be chosen in this step, (B, V) bool."""
         blocked = self._blocked if blocked is None else self._blocked | blocked
         for row, state in enumerate(self._rows):
             repeated = state.ngrams.banned() if state is not None and state.ngrams else []
@@ -319,7 +321,7 @@ class Sampler:
         return ids
 
     def _grouped(self) -> list[_Group]:
-        """Rows of equal parameters together: each group runs no rule but its own."""
+        """Groups of rows with equal parameters; each group runs only the rules that it uses."""
         members: dict[SamplingParams, list[int]] = {}
         for row, state in enumerate(self._rows):
             if state is not None:
@@ -334,8 +336,9 @@ class Sampler:
         ]
 
     def _all_rows(self) -> _Group:
-        """All rows with every rule that one of them has, each value (B, 1), neutral where a row
-        lacks it.
+        """All rows, with every rule that any of them uses.
+
+        Each value is (B, 1), and neutral in rows that don't use the rule.
         """
         params = [
             SamplingParams(temperature=None) if state is None else state.params

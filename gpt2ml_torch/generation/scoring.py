@@ -1,4 +1,4 @@
-"""How probable given texts are under the model."""
+"""The probability of given texts under the model."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 from gpt2ml_torch.generation.finite import non_finite_logits
 from gpt2ml_torch.model import GPT2ML
 
-_CHUNK = 128  # places whose logits, (B, 128, V) in float32, are held at once
-_SLIDING_TOKENS = 65_536  # read again at most, for a text longer than fits
+_CHUNK = 128  # positions whose logits, (B, 128, V) in float32, are in memory at once
+_SLIDING_TOKENS = 65_536  # the most tokens that are read again for a text that is too long
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
     """The log-likelihood of a text after its first token, which nothing predicts.
 
-    `token_logprobs` are natural logarithms, one for each token but the first.
+    `token_logprobs` are natural logarithms, one for each token except the first.
     """
 
     text: str
@@ -42,16 +42,16 @@ class Score:
 def token_logprobs(
     model: GPT2ML, texts: Sequence[Sequence[int]], *, batch_size: int
 ) -> list[list[float]]:
-    """Natural logarithms of the probability of every token but the first, for each text.
+    """Natural logarithms of the probability of every token except the first, for each text.
 
     A token is predicted from all tokens before it, or from as many as the model has positions for.
-    Where that would read more than `_SLIDING_TOKENS` tokens again, windows slide by more than one
-    token, and some tokens are predicted from fewer, but never from less than half of what fits.
+    If that would read more than `_SLIDING_TOKENS` tokens again, windows slide by more than one
+    token; some tokens then have less context, but at least half a window.
 
     Raises `ValueError` for logits that are not finite.
     """
     limit = model.config.max_position_embeddings
-    spans = []  # (text, start of the window, end, first token whose prediction counts)
+    spans = []  # (text, start and end of the window, first token that is scored in it)
     for number, ids in enumerate(texts):
         slides = max(len(ids) - limit - 1, 0)
         stride = max(min(-(-slides * limit // _SLIDING_TOKENS), limit // 2), 1)
@@ -61,7 +61,7 @@ def token_logprobs(
             spans.append((number, max(end - limit - 1, 0), end, counted))
             counted = end
     results: list[list[float]] = [[] for _ in texts]
-    # Longest first: rows of a batch are then of nearly the same length.
+    # Longest first, so that the rows of a batch have nearly the same length.
     order = sorted(range(len(spans)), key=lambda index: spans[index][1] - spans[index][2])
     values: dict[int, list[float]] = {}
     for first in range(0, len(order), batch_size):
@@ -79,8 +79,10 @@ def token_logprobs(
 
 @torch.inference_mode()
 def _window_logprobs(model: GPT2ML, windows: Sequence[list[int]]) -> list[list[float]]:
-    """For windows of at most one token more than fits, the last of which is only predicted;
-    padding stands on the right, where no token before it sees it.
+    """The log-probabilities of the tokens in windows, each except its first token.
+
+    A window may have one token more than the model has positions, since the last token is only
+    predicted. Padding is on the right, where no other token attends to it.
     """
     longest = max(map(len, windows))
     padded = [window + [0] * (longest - len(window)) for window in windows]

@@ -7,8 +7,9 @@ import dataclasses
 
 @dataclasses.dataclass
 class Stats:
-    """Adds up over the calls it is handed to; each batch's first step, which may compile, is left
-    out of the steps.
+    """Sums over all calls that it is passed to.
+
+    The first step of each batch, which may compile, is not counted among the steps.
     """
 
     prompt_tokens: int = 0
@@ -16,4 +17,4 @@ class Stats:
     steps: int = 0
     step_tokens: int = 0
     step_seconds: float = 0.0
-    assistant_steps: int = 0  # of the model that guesses, in the same seconds
+    assistant_steps: int = 0  # of the draft model, in the same seconds

@@ -1,4 +1,4 @@
-"""The state of one text in generation: its ids, the characters that are certain, and its end."""
+"""The state of one text in generation: its ids, the characters that are final, and its end."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _MAX_QUOTED = 80  # characters
 class Completion:
     """A finished text.
 
-    `text` is what was written after `prompt`; `token_ids` and `logprobs` (natural logarithms under
-    the model itself, before temperature and bans; empty unless asked for) are of the same tokens.
-    `finish_reason` is "stop" (a stop string or end token) or "length".
+    `text` was written after `prompt`; `token_ids` and `logprobs` belong to its tokens. The
+    log-probabilities are natural logarithms under the model itself, before temperature and bans,
+    and empty unless asked for. `finish_reason` is "stop" (a stop string or end token) or "length".
     """
 
     prompt: str
@@ -28,7 +28,7 @@ class Completion:
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish_reason: str
-    score: float | None = None  # beam search: what the beams were ranked by
+    score: float | None = None  # beam search: the score by which the beams were ranked
 
     @property
     def full_text(self) -> str:
@@ -36,12 +36,12 @@ class Completion:
 
 
 class ContinuationDecoder:
-    """Decodes what follows a prompt: pieces, joined to the prompt as typed, read as one text."""
+    """Decodes the tokens after a prompt; appended to the typed prompt, the pieces form one text."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: str, prompt_ids: Sequence[int]) -> None:
         self._decoder = tokenizer.stream_decoder()
         shown = "".join([self._decoder.put(id_) for id_ in prompt_ids])
-        # What the decoder still holds back of the prompt itself must not come out again.
+        # Characters of the prompt that the decoder still holds back must not be returned again.
         self._withheld = tokenizer.decode(prompt_ids)[len(shown) :].strip()
         self._after_space = not prompt or prompt[-1].isspace()
 
@@ -68,7 +68,7 @@ class ContinuationDecoder:
 
 
 class Text:
-    """A text in the making: `put` takes the next id and returns what can be shown of it.
+    """An unfinished text: `put` takes the next id and returns the characters that are final.
 
     `row` is its number in the output, `stream` the number of its random stream under its
     configuration's seed.
@@ -118,25 +118,25 @@ class Text:
 
     @property
     def count(self) -> int:
-        """Tokens written so far."""
+        """The number of tokens written so far."""
         return len(self.ids) - self._prompt_length
 
     @property
     def to_come(self) -> int:
-        """Tokens that it may still grow by."""
+        """The number of tokens that may still be written."""
         return self.constraints.max_new_tokens - self.count
 
     @property
     def position(self) -> int:
-        """Where the last id stands in the model's window."""
+        """The position of the last id in the model's window."""
         return len(self.ids) - 1 - self.start
 
     def slide(self, limit: int) -> None:
-        """Let the window of `limit` tokens begin where `window_keep` tokens are left in it."""
+        """Move the window of `limit` tokens so that `window_keep` tokens stay in it."""
         self.start = len(self.ids) - (self.config.window_keep or (limit + 1) // 2)
 
     def put(self, id_: int) -> str:
-        """Take the next id; returns the text that it makes certain."""
+        """Append the next id; returns the text that is now final."""
         if id_ in self.constraints.end_ids:
             self.finish_reason, self.ended_by_token = "stop", True
             return self._show(self._decoder.end())
@@ -172,7 +172,7 @@ class Text:
         return twin
 
     def become(self, other: Text) -> None:
-        """Take over what another text of the same prompt has written."""
+        """Take over the tokens that another text of the same prompt has written."""
         self.ids, self.written = other.ids, other.written
         self.finish_reason, self.score = other.finish_reason, other.score
 
@@ -188,12 +188,12 @@ class Text:
 
 
 def _with_lower_case(strings: Sequence[str]) -> tuple[str, ...]:
-    """The vocabulary has no upper case, so that is how such a string is written."""
+    """The strings and their lower-case forms, since the vocabulary has no upper case."""
     return tuple(dict.fromkeys([*strings, *(string.lower() for string in strings)]))
 
 
 def _earliest_end(before: str, piece: str, strings: Sequence[str]) -> int | None:
-    """Where in `piece` the first of the strings is complete that was not so before."""
+    """The index in `piece` after the first of the strings that ends in it."""
     ends = []
     for string in strings:
         tail = before[len(before) - len(string) + 1 :] if len(string) > 1 else ""
@@ -205,5 +205,5 @@ def _earliest_end(before: str, piece: str, strings: Sequence[str]) -> int | None
 
 
 def shortened(prompt: str) -> str:
-    """A prompt as messages quote it: its beginning, where it is long."""
+    """A prompt as quoted in messages; a long one is cut off."""
     return prompt if len(prompt) <= _MAX_QUOTED else f"{prompt[:_MAX_QUOTED]}..."

@@ -1,4 +1,4 @@
-"""Ids to text: Chinese joined without spaces, Latin words with one between them.
+"""Ids to text: Chinese is joined without spaces, Latin words are separated by one.
 
 Source: bojone/bert4keras, tokenizers.py, Tokenizer.decode.
 """
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Pieces = Sequence[tuple[str, bool]]
 
-# What decoding leaves no space after: opening and joining ASCII, and all CJK punctuation.
+# Characters without a space after them: opening and joining ASCII, and all CJK punctuation.
 NO_SPACE_AFTER = frozenset(
     "+-/={(<["
     "\u00b7\u2013\u2014\u2018\u2019\u201b\u201c\u201d\u201e\u201f\u2026\u2027"
@@ -37,15 +37,15 @@ def is_bracketed(token: str) -> bool:
 
 
 def steers_a_terminal(token: str) -> bool:
-    """Whether a token holds a control character, as no token of any text does: words have none.
+    """Whether a token holds a control character, which no word of a text has.
 
-    A stranger's vocabulary could otherwise move the cursor or clear the screen.
+    Such a token in a stranger's vocabulary could move the cursor or clear the screen.
     """
     return not token.isprintable() and any(unicodedata.category(c) == "Cc" for c in token)
 
 
 def decoded_piece(token: str) -> tuple[str, bool]:
-    """Return what a token adds to a text, and whether it is joined to what stands before it."""
+    """Return the text that a token adds, and whether it is joined to the text before it."""
     if token == "" or is_bracketed(token) or steers_a_terminal(token):
         return "", True
     if token.startswith("##"):
@@ -58,13 +58,13 @@ def decoded_piece(token: str) -> tuple[str, bool]:
 
 
 class StreamDecoder:
-    """Decodes one id at a time: what `put` and `end` return, joined, is `Tokenizer.decode`'s text.
+    """Decodes one id at a time; the texts of `put` and `end`, joined, equal `Tokenizer.decode`.
 
-    `pieces` holds for each id what `decoded_piece` gives, and `check` returns an id or refuses it;
-    `Tokenizer.stream_decoder` makes one.
+    `pieces` holds the `decoded_piece` of each id, and `check` returns an id or raises. Use
+    `Tokenizer.stream_decoder` to make one.
 
-    Text is given out at once, except spaces, since a later token may delete the space before it,
-    and the one or two letters after "' ", until it is clear whether they are a contraction.
+    Text is returned at once, with two exceptions: spaces, since a later token may delete the space
+    before it, and the one or two letters after "' ", which may be a contraction.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class StreamDecoder:
         self._letters = ""  # the letters waiting behind that space
 
     def put(self, id_: int) -> str:
-        """Take the next id and return the text that has become certain, often the id's own."""
+        """Take the next id and return the text that is now final, often the id's own."""
         text, joined = self._pieces[self._checked(id_)]
         if not text:
             return ""
@@ -110,13 +110,13 @@ class StreamDecoder:
         return text
 
     def end(self) -> str:
-        """Return what was held back, and start again."""
+        """Return the text that was held back, and start again."""
         rest = " " + self._letters if self._letters else ""
         self._reset()
         return rest
 
     def _settle(self, character: str) -> str:
-        """Take one character of the tokens' text and return what it makes certain."""
+        """Take one character of the tokens' text and return the characters that are now final."""
         letters, used_up = self._letters + character, False
         if character == " ":
             contracted = self._letters in _CONTRACTIONS
@@ -129,8 +129,8 @@ class StreamDecoder:
             spaced = self._gap and not used_up and self._given[-1] not in NO_SPACE_AFTER
             settled = " " + letters if spaced else letters
             self._gap, self._letters = False, ""
-        # bert4keras joins decimals by a substitution that uses up the digit after the point, which
-        # then joins no further: "1. 2. 3" becomes "1.2. 3".
+        # bert4keras joins decimals by a substitution that consumes the digit after the point, so
+        # that digit is not joined to a following point: "1. 2. 3" becomes "1.2. 3".
         self._given = " " if used_up else (self._given + settled)[-2:]
         return settled
 

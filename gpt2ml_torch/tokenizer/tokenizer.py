@@ -1,4 +1,4 @@
-"""Tokenizer: a vocabulary, and text to token ids and back exactly as the original did it.
+"""Tokenizer: text to token ids and back, exactly as the original did it.
 
 Its parts: `words` (text to words), `wordpiece` (words to ids), `decoding` (ids to text), and
 `vocabulary` (files).
@@ -36,16 +36,17 @@ SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 class Tokenizer:
-    """A BERT-format vocabulary and the two directions between text and its ids.
+    """A BERT-format vocabulary, and the conversion of text to ids and back.
 
     `vocab` is the vocabulary file's text (one token a line, split at "\\n" only) or its tokens.
     `num_embeddings` is the number of rows of the model's embedding where it exceeds the number of
     tokens: the ids in between are reserved, decode to nothing and are never generated.
 
-    Blank lines at the end that make the tokens more than the embeddings are dropped.
+    Blank lines at the end are dropped if they make more tokens than embeddings.
 
-    Raises ValueError for a vocabulary without [PAD] or [UNK], with more tokens than embeddings, or
-    with more characters than `MAX_VOCABULARY_BYTES`, in one line more than `MAX_TOKEN_CHARACTERS`.
+    Raises ValueError for a vocabulary without [PAD] or [UNK], with more tokens than embeddings,
+    with more characters than `MAX_VOCABULARY_BYTES`, or with a line of more than
+    `MAX_TOKEN_CHARACTERS`.
     """
 
     def __init__(self, vocab: str | Sequence[str], *, num_embeddings: int | None = None) -> None:
@@ -63,7 +64,7 @@ class Tokenizer:
         ):
             self._tokens.pop()
         self._num_embeddings = len(self._tokens) if num_embeddings is None else num_embeddings
-        # Of a token that stands on two lines the later id wins, as in the original.
+        # If a token is on two lines, the later id counts, as in the original.
         self._ids = {token: id_ for id_, token in enumerate(self._tokens)}
         self._check()
         self._words = {t: i for t, i in self._ids.items() if len(t) <= MAX_WORD_CHARACTERS}
@@ -92,9 +93,10 @@ class Tokenizer:
     ) -> Tokenizer:
         """Read the vocabulary of a converted .safetensors file, of a vocab.txt, or of its folder.
 
-        `num_embeddings` defaults to the model's number in a converted file, else to the tokens'.
+        `num_embeddings` defaults to the model's number in a converted file, and otherwise to the
+        number of tokens.
 
-        Raises OSError where nothing can be read, ValueError where it holds no vocabulary.
+        Raises OSError if nothing can be read, and ValueError if the file holds no vocabulary.
         """
         path = find_vocabulary(Path(path))
         if not is_converted(path):
@@ -138,8 +140,8 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of `ids`, any iterable of integers or a 1-D tensor.
 
-        Chinese is joined without spaces, Latin words keep one between them; "##", ids without a
-        token and, unless told otherwise, tokens in square brackets leave nothing behind.
+        Chinese is joined without spaces, and Latin words keep one between them. "##", ids without a
+        token and, by default, tokens in square brackets add no text.
 
         Raises ValueError for an id outside the model's embedding.
         """
@@ -189,8 +191,10 @@ class Tokenizer:
 
     @functools.cached_property
     def banned_ids(self) -> tuple[int, ...]:
-        """The ids that generation never produces, ascending: special, reserved and textless ones,
-        [unused1] and its like, and those shadowed by a later line with the same token.
+        """The ids that are never generated, ascending.
+
+        They are special, reserved and empty tokens, [unused1] and the like, and tokens that a later
+        line repeats.
         """
         textless = {id_ for id_, (text, _) in enumerate(self._pieces) if not text}
         shadowed = {id_ for id_, token in enumerate(self._tokens) if self._ids[token] != id_}

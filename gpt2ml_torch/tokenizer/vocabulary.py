@@ -11,7 +11,7 @@ from gpt2ml_torch.textfiles import read_text_file
 MAX_VOCABULARY_BYTES = 1 << 23
 
 
-# Far more than a word has; a file without line breaks is something else.
+# Far longer than any word; a file without line breaks is something else.
 MAX_TOKEN_CHARACTERS = 1024
 
 
@@ -55,7 +55,7 @@ def find_vocabulary(path: Path) -> Path:
             raise OSError(f"{path} is not a regular file; expected a vocab.txt or a model file")
         return path
     for pattern in ("vocab.txt", "*vocab*.txt", "*.safetensors"):
-        # Names that begin with a dot are what a Mac leaves beside each file.
+        # macOS leaves a file whose name begins with a dot beside each file.
         found = sorted(file for file in path.glob(pattern) if file.name[0] != ".")
         if len(found) == 1:
             return found[0]

@@ -8,15 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 MAX_WORD_CHARACTERS = 200  # a longer word is one [UNK]
-# Longer tokens are found by their first so many characters and their lengths. With a table of every
-# prefix, one token of 200,000 characters would take gigabytes.
+# Longer tokens are found by a prefix of this many characters and by their lengths. With a table of
+# all prefixes, one token of 200,000 characters would take gigabytes.
 _MAX_PREFIX = 32
 
 
 class WordPiece:
     """Splits words into tokens of a vocabulary.
 
-    `ids` maps each token to its id, those that go on a word beginning with "##".
+    `ids` maps each token to its id; tokens that continue a word begin with "##".
     """
 
     def __init__(self, ids: Mapping[str, int], *, unk_id: int) -> None:
@@ -46,7 +46,7 @@ class WordPiece:
         return ids
 
     def _split_long(self, word: str) -> list[int]:
-        """As `split`, for words that tokens of more than `_MAX_PREFIX` characters may match."""
+        """As `split`, for words in which tokens of more than `_MAX_PREFIX` characters may occur."""
         if len(word) > MAX_WORD_CHARACTERS:
             return [self._unk_id]
         ids, start, pieces = [], 0, self._starts
@@ -62,8 +62,8 @@ class WordPiece:
 class _Pieces:
     """Tokens to look up as a word is read character by character.
 
-    `table` maps tokens to their ids, and what only begins a token, up to `_MAX_PREFIX` characters,
-    to -1. `lengths` maps what begins longer tokens to their lengths, longest first.
+    `table` maps tokens to their ids, and prefixes of up to `_MAX_PREFIX` characters that are not
+    tokens to -1. `lengths` maps the prefixes of longer tokens to their lengths, longest first.
     """
 
     def __init__(self, tokens: Iterable[tuple[str, int]]) -> None:
@@ -80,7 +80,7 @@ class _Pieces:
         self.lengths = {start: sorted(found, reverse=True) for start, found in lengths.items()}
 
     def longest(self, word: str, start: int) -> tuple[int, int]:
-        """The id of the longest token at `start`, -1 for none, and where it ends."""
+        """The id of the longest token at `start`, or -1, and the index of its end."""
         for length in self.lengths.get(word[start : start + _MAX_PREFIX], ()):
             id_ = self.table.get(word[start : start + length])
             if id_ is not None and start + length <= len(word):
