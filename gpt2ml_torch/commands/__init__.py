@@ -1,1 +1,1 @@
-"""The subcommands of `gpt2ml`, one a module: `add_arguments(parser)` and `run(arguments)`."""
+"""The subcommands of `gpt2ml`; each module has `add_arguments(parser)` and `run(arguments)`."""

@@ -39,7 +39,7 @@ class LoadOptions:
 
     model: str = option(positional=True, path=True, help="a model file, or a folder with one")
     vocab: str | None = option(
-        None, path=True, metavar="FILE", help="the vocabulary, where the model file holds none"
+        None, path=True, metavar="FILE", help="vocabulary file, if the model file holds none"
     )
     device: str = option(
         "auto", default_text="the first GPU, or else the CPU", help="cpu, cuda, cuda:1 ..."
@@ -58,7 +58,10 @@ class LoadOptions:
         None, low=1, high=MAX_THREADS, metavar="N", default_text="all cores", help="CPU threads"
     )
     compile: bool = option(
-        True, flags="--no-compile", inverted=True, help="start at once, run slower"
+        True,
+        flags="--no-compile",
+        inverted=True,
+        help="don't compile: start at once, but run slower",
     )
     batch_size: int | None = option(
         None, low=1, high=2**16, metavar="N", help="texts decoded at once"

@@ -19,7 +19,7 @@ EXAMPLES = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportArguments(ExportOptions):
-    """Which model to export, where to, and how; or which adapter instead."""
+    """The model, or the adapter, to export, the folder, and how to export."""
 
     model: str = option(
         positional=True, path=True, help="a .safetensors file made by the converter"
@@ -29,17 +29,17 @@ class ExportArguments(ExportOptions):
         None,
         path=True,
         metavar="FOLDER",
-        help="write this LoRA adapter, trained here, for the exported class, and not the model",
+        help="instead of the model, write this LoRA adapter, trained here, for the exported class",
     )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The model, the folder, and how to export."""
+    """Add the command's arguments to a parser."""
     add_options(parser, ExportArguments)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Export the model or the adapter, and say where it is."""
+    """Export the model or the adapter, and print where it is."""
     options = ExportArguments(**given(arguments, ExportArguments))
     if options.adapter is not None:
         from gpt2ml_torch.finetuning.adapter_export import export_adapter

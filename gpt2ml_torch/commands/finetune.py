@@ -32,13 +32,16 @@ _GROUP = "the command"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CommandOptions:
-    """What concerns the command alone. Raises `ValueError` for a memory without a dry run."""
+    """Options of the command only. Raises `ValueError` for `memory` without `dry_run`."""
 
     dry_run: bool = option(
         False, flags="--dry-run", group=_GROUP, help="estimate the memory and stop"
     )
     memory: str | None = option(
-        None, metavar="SIZE", group=_GROUP, help="available memory, such as 22GB, for --dry-run"
+        None,
+        metavar="SIZE",
+        group=_GROUP,
+        help="with --dry-run: the available memory, such as 22GB",
     )
     quiet: bool = option(False, flags="--quiet", group=_GROUP, help="no progress bar")
 
@@ -48,7 +51,7 @@ class CommandOptions:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Every field of `FinetuneConfig`, and what concerns the command alone."""
+    """Add every field of `FinetuneConfig` and the command's own options."""
     add_options(parser, FinetuneConfig)
     add_options(parser, CommandOptions)
     parser.set_defaults(namer=flags_of(parser))
@@ -147,7 +150,7 @@ def _summary(config: FinetuneConfig, result: FinetuneResult) -> str:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[list[int]]:
-    """A list to which the first Ctrl-C (or TERM) adds an item; the second interrupts at once."""
+    """A list to which the first Ctrl-C or SIGTERM adds an item; a second one interrupts at once."""
     stopped: list[int] = []
 
     def note(number: int, frame: types.FrameType | None) -> None:

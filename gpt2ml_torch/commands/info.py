@@ -21,13 +21,15 @@ EXAMPLES = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InfoOptions:
-    """Which model file to describe, and how."""
+    """The model file to describe, and how."""
 
     model: str = option(
         positional=True, path=True, help="a .safetensors file made by the converter"
     )
-    json: bool = option(False, flags="--json", help="as one JSON object")
-    verify: bool = option(False, flags="--verify", help="read all of it and compare every checksum")
+    json: bool = option(False, flags="--json", help="print one JSON object")
+    verify: bool = option(
+        False, flags="--verify", help="read the whole file and compare every checksum"
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -18,23 +18,23 @@ EXAMPLES = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MergeOptions:
-    """Which adapter to add to which model, and where to."""
+    """The model, the adapter to add to it, and the output file."""
 
     model: str = option(
         positional=True, path=True, help="the model that the adapter was trained on"
     )
-    adapter: str = option(positional=True, path=True, help="its folder, as peft saves it")
+    adapter: str = option(positional=True, path=True, help="the adapter's folder, as peft saves it")
     out: str = option(path=True, help="the file to write")
     overwrite: bool = option(False, flags="--force", help="replace an existing file")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The model, the adapter, and where to."""
+    """Add the command's arguments to a parser."""
     add_options(parser, MergeOptions)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Merge and say where the result is."""
+    """Merge, and print the name of the result."""
     options = MergeOptions(**given(arguments, MergeOptions))
     resolve_target(options.out, overwrite=options.overwrite)  # before the imports, which take long
     from gpt2ml_torch.finetuning.adapters import merge_adapter

@@ -1,4 +1,4 @@
-"""What commands print: text that can't steer a terminal, and JSON that is always valid."""
+"""Output of commands: text that can't control a terminal, and JSON that is always valid."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ _STEERING = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # controls, formats, surrogates, lin
 
 
 def one_line(text: str) -> str:
-    """`text` in one line, with an escape for each character that could steer a terminal.
+    """`text` in one line, with an escape for each character that could control a terminal.
 
-    For errors and names, which may come from files of strangers.
+    For errors and names, which may come from strangers' files.
     """
     return escaped(" ".join(text.split()))
 
 
 def escaped(text: str) -> str:
-    """`text` with its spaces, and an escape for each character that could steer a terminal."""
+    """`text` with its spaces, and an escape for each character that could control a terminal."""
     return "".join(map(_escaped, text))
 
 
@@ -35,8 +35,10 @@ def printable(text: str) -> str:
 
 
 def write_json(values: Mapping[str, Any]) -> None:
-    """Print one JSON object a line: NaN and infinities as null, escapes for characters that could
-    steer a terminal, and for all but ASCII where the encoding of standard output lacks one.
+    """Print a JSON object in one line.
+
+    NaN and infinity become null. Characters that could control a terminal are escaped, and all
+    non-ASCII characters if standard output's encoding lacks any of them.
     """
     text = to_json(values)
     try:

@@ -68,7 +68,7 @@ def add_options(parser: argparse.ArgumentParser, cls: type, *, without: Iterable
 
 
 def given(arguments: argparse.Namespace, cls: type) -> dict[str, Any]:
-    """The values of a dataclass's options that stood on the command line."""
+    """The values of a dataclass's options that were given on the command line."""
     values = {}
     for field in option_fields(cls):
         if hasattr(arguments, field.name):
@@ -78,7 +78,7 @@ def given(arguments: argparse.Namespace, cls: type) -> dict[str, Any]:
 
 
 def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
-    """Parse, options and arguments in any order; raises `ValueError` for what isn't known."""
+    """Parse options and arguments in any order; raises `ValueError` for unknown ones."""
     # Intermixed: `MODEL --seed 1 PROMPT` would otherwise leave PROMPT over.
     arguments, unknown = parser.parse_known_intermixed_args(words)
     for word in unknown:
@@ -107,7 +107,7 @@ def run_command(
 
 
 def flags_of(parser: argparse.ArgumentParser) -> Namer:
-    """What the options of a parser are called on its command line."""
+    """The flags of a parser's options, by field and value."""
     actions = {action.dest: action for action in parser._actions}  # argparse has no public list
 
     def namer(name: str, value: str | None) -> str:

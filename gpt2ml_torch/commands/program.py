@@ -1,4 +1,4 @@
-"""How programs of this project end: errors in one line, and the exit statuses of Unix."""
+"""Run a program: errors are one line, and the exit status follows Unix conventions."""
 
 from __future__ import annotations
 

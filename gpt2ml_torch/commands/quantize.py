@@ -19,7 +19,7 @@ EXAMPLES = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantizeOptions:
-    """Which model file to pack, to what."""
+    """The model file to pack, the precision, and the output file."""
 
     model: str = option(
         positional=True, path=True, help="a .safetensors file made by the converter"

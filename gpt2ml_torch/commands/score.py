@@ -1,4 +1,4 @@
-"""`gpt2ml score MODEL [TEXT ...]`: how probable given texts are."""
+"""`gpt2ml score MODEL [TEXT ...]`: the probability of given texts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EXAMPLES = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScoreOptions(LoadOptions):
-    """Which texts to score with which model."""
+    """The model, the texts to score, and how."""
 
     quantize: str = option(
         "none",
@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     texts = read_texts("texts", options.texts, options.file)
     if not texts:
         raise ValueError("no text was given; give one, or - for standard input, or --file")
-    # Each text is read once: there is nothing to compile for.
+    # Each text is read once, so compiling would not pay.
     generator = load_generator(dataclasses.replace(options, compile=False))
     for score in generator.score(texts):
         if options.json:

@@ -1,8 +1,8 @@
-"""Standard input, output and error as a well-made command treats them.
+"""Make standard input, output and error robust.
 
-Python leaves three gaps: a stream that is closed at the start is None, and the next file that is
-opened takes its number; a failed write to standard output can't be told from a failed write to a
-file; and a standard error that can't be written ends the work. `standard_streams` closes them.
+In Python, a stream that is closed at the start is None, and the next file that is opened takes its
+number; a failed write to standard output can't be told from a failed write to a file; and a
+standard error that can't be written ends the program. `standard_streams` mends all three.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class OutputError(OSError):
 def standard_streams() -> Iterator[None]:
     """Make the process's own streams safe to use, for as long as it lasts.
 
-    A closed standard input or output fails when it is used, with EBADF; what is written to a
-    closed or full standard error is lost. Text that an encoding lacks is escaped. Streams that
-    a caller put in place of the process's own are left alone.
+    A closed standard input or output fails with EBADF when it is used. Text written to a closed or
+    full standard error is lost. Characters that an encoding lacks are escaped. Streams that a
+    caller has replaced are left alone.
     """
     before = sys.stdin, sys.stdout, sys.stderr
     _fill_closed()
@@ -43,7 +43,7 @@ def standard_streams() -> Iterator[None]:
 
 
 def discard_output() -> None:
-    """Send what is left of standard output nowhere, so that Python's last flush doesn't fail."""
+    """Discard the rest of standard output, so that Python's last flush doesn't fail."""
     with contextlib.suppress(OSError, ValueError):  # ValueError: not the process's own stream
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())
@@ -90,8 +90,10 @@ class _Discarding(io.FileIO):
 
 
 def _fill_closed() -> None:
-    """Open what is closed: input for writing only and output for reading only, so that they fail
-    as closed ones do; standard error to nowhere.
+    """Open closed streams.
+
+    Input is opened for writing only and output for reading only, so that they fail as closed ones
+    do; standard error is discarded.
     """
     for number, mode in ((0, os.O_WRONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
         try:

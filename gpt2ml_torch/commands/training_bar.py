@@ -43,7 +43,7 @@ class TrainingBar:
             self._bar.write(printable(line), file=sys.stderr)
 
     def tokenizing(self, what: str, done: int, total: int) -> None:
-        """Show how far reading the data is, where it takes longer than a moment."""
+        """Show the progress of reading the data, if it takes longer than a moment."""
         if self._quiet:
             return
         if what != self._what:
@@ -67,7 +67,7 @@ class TrainingBar:
 
 
 def _line(event: Event) -> str | None:
-    """What an event says above the bar, if anything."""
+    """The line for an event above the bar, or None."""
     if isinstance(event, Evaluated):
         bits = event.bits_per_character
         return (

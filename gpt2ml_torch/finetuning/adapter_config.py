@@ -20,7 +20,7 @@ _MAX_RANK = 1 << 16
 _MAX_PATTERN = 1000  # characters
 _MAX_REPEATS = 5  # `*`, `+` and `{...}` in a pattern: matching takes time exponential in them
 
-# Settings of training, or of other settings that are looked at, which don't change the result.
+# Settings that don't change the result: they concern training, or belong to settings checked here.
 _WITHOUT_EFFECT = frozenset(
     [
         "auto_mapping",
@@ -41,7 +41,7 @@ _WITHOUT_EFFECT = frozenset(
         "task_type",
     ]
 )
-# What other libraries put before or into the name of a module.
+# Parts that other libraries put before or into the name of a module.
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _PEFT_PREFIX = "base_model.model."
 
@@ -69,7 +69,7 @@ class AdapterConfig:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> AdapterConfig:
-        """Parse and check; raises `ValueError` for what is damaged or not understood."""
+        """Parse and check; raises `ValueError` for damaged or unsupported settings."""
         try:
             values = json.loads(text, object_pairs_hook=unique)
         except ContradictionError as error:
@@ -85,7 +85,7 @@ class AdapterConfig:
         return cls(**_known(values), **_lists(values), **_patterns(values), **_rest(values))
 
     def targets(self, module: str) -> bool:
-        """Whether a module of the model has an adapter, by the rules of peft."""
+        """Whether a module of the model has an adapter, by peft's rules."""
         if _named(self.exclude_modules, module) or self.saves(module):
             return False
         if not _named(self.target_modules, module):
@@ -94,16 +94,16 @@ class AdapterConfig:
         return exact or not self.layers or self._layer_of(module) in self.layers
 
     def saves(self, module: str) -> bool:
-        """Whether the adapter holds all the module's own weights, to be put in their place."""
+        """Whether the adapter holds whole weights that replace the module's own."""
         parts = f".{module}."
         return any(f".{name}." in parts for name in self.modules_to_save)
 
     def rank_of(self, module: str) -> int:
-        """Rank of the module's adapter."""
+        """The rank of the module's adapter."""
         return int(_by_pattern(self.rank_pattern, module, self.rank))
 
     def scale_of(self, module: str) -> float:
-        """Factor of the product of the module's two matrices."""
+        """The factor of the product of the module's two matrices."""
         rank = self.rank_of(module)
         alpha = _by_pattern(self.alpha_pattern, module, self.alpha)
         return alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
@@ -117,7 +117,7 @@ class AdapterConfig:
 
 
 def _known(values: dict[str, Any]) -> dict[str, Any]:
-    """Numbers and switches."""
+    """Check numbers and switches."""
     alpha = _number("lora_alpha", values.pop("lora_alpha", 8))
     bias = values.pop("bias", "none")
     if bias not in ("none", "all", "lora_only"):
@@ -133,7 +133,7 @@ def _known(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _lists(values: dict[str, Any]) -> dict[str, Any]:
-    """Names of modules and numbers of layers."""
+    """Check names of modules and numbers of layers."""
     found: dict[str, Any] = {}
     for field in ("target_modules", "exclude_modules"):
         value = values.pop(field, None)
@@ -154,7 +154,7 @@ def _lists(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _patterns(values: dict[str, Any]) -> dict[str, Any]:
-    """Ranks and alphas of single modules."""
+    """Check ranks and alphas of single modules."""
     found: dict[str, Any] = {}
     for field, check in (("rank_pattern", _rank), ("alpha_pattern", _number)):
         value = values.pop(field, None) or {}
@@ -165,7 +165,7 @@ def _patterns(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _rest(values: dict[str, Any]) -> dict[str, Any]:
-    """Nothing: what is left must be without effect."""
+    """Check that the remaining settings have no effect."""
     start = values.pop("init_lora_weights", True)
     if not any(start is plain or start == plain for plain in _PLAIN_INITIALIZERS):
         raise ValueError(
@@ -202,7 +202,7 @@ def _names(field: str, value: Any) -> tuple[str, ...]:
 
 
 def _pattern(field: str, text: str) -> str:
-    """A regular expression from a stranger: one that compiles and can't run for hours."""
+    """A regular expression from a stranger, checked to compile and not to run for hours."""
     try:
         if len(text) > _MAX_PATTERN:
             raise ValueError("too long")
@@ -241,7 +241,7 @@ def _short(value: Any) -> str:
 
 
 def plain_name(name: str) -> str:
-    """The name of a module or tensor without what peft, DDP, FSDP and torch.compile add to it."""
+    """The name of a module or tensor without what peft, DDP, FSDP and torch.compile add."""
     name = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
     while name.startswith(_PEFT_PREFIX):
         name = name.removeprefix(_PEFT_PREFIX)

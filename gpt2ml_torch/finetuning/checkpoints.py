@@ -1,6 +1,6 @@
 """Checkpoints of a run: which are kept, what they hold, and how a run resumes from one.
 
-A checkpoint gets its name only when it is complete and on the disk. It is written and read by
+A checkpoint gets its final name only when it is complete and on the disk. It is written and read by
 `torch.distributed.checkpoint`, even in a single process, so a run can resume with a different
 number of processes.
 """
@@ -39,7 +39,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 class CheckpointFolder:
     """The checkpoints of one run: the last `keep`, and the best.
 
-    `save` raises `OSError` where a checkpoint can't be written; earlier ones stay as they were.
+    `save` raises `OSError` if a checkpoint can't be written; earlier ones stay as they were.
     """
 
     def __init__(self, path: Path, *, keep: int = 2) -> None:
@@ -168,7 +168,7 @@ def _check_room(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def _as_os_error(*failures: BaseException) -> OSError:
-    """One `OSError` for what failed in the processes; PyTorch reports a full disk in words."""
+    """One `OSError` for the failures in the processes; PyTorch reports a full disk in words."""
     for failure in failures:
         if isinstance(failure, OSError):
             return failure
@@ -214,7 +214,7 @@ class Snapshots:
         self.saved_step: int | None = None
 
     def save(self, progress: RunState) -> Path:
-        """Write a checkpoint of this step; raises `OSError` where it can't be written."""
+        """Write a checkpoint of this step; raises `OSError` if it can't be written."""
         values = dataclasses.asdict(progress) | {
             "watch": self.stepper.watch.state(),
             "processes": process_count(),
@@ -253,7 +253,7 @@ class Snapshots:
         return RunState(**{name: values[name] for name in names})
 
     def restore_weights(self, step: int) -> None:
-        """Take the weights of one step's checkpoint."""
+        """Load the weights of one step's checkpoint into the model."""
         load_tensors_into(self.folder.at(step), self._weights())
 
     def _weights(self) -> dict[str, Tensor]:

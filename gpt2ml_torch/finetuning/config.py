@@ -50,13 +50,13 @@ class FinetuneConfig(TrainConfig):
     valid: tuple[str, ...] = _data((), "validation data", metavar="FILE", path=True, resumable=True)
     valid_share: float = _data(
         0.05,
-        "share of the documents held out for validation otherwise",
+        "share of the documents held out if there is no validation data",
         low=0.0,
         below=1.0,
         metavar="SHARE",
     )
     valid_limit: int = _data(
-        200, "documents that an evaluation reads at most", low=1, high=MANY, metavar="DOCUMENTS"
+        200, "most documents that an evaluation reads", low=1, high=MANY, metavar="DOCUMENTS"
     )
     separator: str = _data("blank-line", "what ends a document in a text file", choices=SEPARATORS)
     text_field: str | None = _data(
@@ -82,7 +82,9 @@ class FinetuneConfig(TrainConfig):
         default_text="an eighth of the length",
     )
     min_tokens: int = _data(0, "leave shorter documents out", low=0, metavar="TOKENS")
-    pack: bool = _data(False, "put several documents into a row, kept apart", flags="--pack")
+    pack: bool = _data(
+        False, "put several documents into a row; they don't attend to each other", flags="--pack"
+    )
     end_token: str | None = _data(
         None, 'token to append to each document, such as "[SEP]"', metavar="TOKEN"
     )
@@ -91,21 +93,21 @@ class FinetuneConfig(TrainConfig):
     )
     folder: str | None = run_option(
         None,
-        "the run's own files",
+        "folder for the run's own files",
         metavar="DIR",
         path=True,
         default_text="OUT with the suffix .run",
         resumable=True,
     )
     resume: bool = run_option(
-        False, "go on from the last checkpoint", flags="--resume", resumable=True
+        False, "continue from the last checkpoint", flags="--resume", resumable=True
     )
     overwrite: bool = run_option(
         False, "replace an earlier run and its result", flags="--force", resumable=True
     )
     fresh_optimizer: bool = training_option(
         False,
-        "ignore the Adafactor statistics that the model's file may hold",
+        "ignore Adafactor statistics in the model file",
         flags="--fresh-optimizer",
         resumable=True,
     )

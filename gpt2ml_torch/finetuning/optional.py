@@ -1,4 +1,4 @@
-"""Import optional packages when they are needed, quietly; a missing one is one clear error."""
+"""Import optional packages when they are needed, without their warnings; report missing ones."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def require(package: str, purpose: str) -> Any:
-    """Import a package of the extra `finetune`; raises `ValueError` where it isn't installed."""
+    """Import a package of the extra `finetune`; raises `ValueError` if it isn't installed."""
     try:
         with silenced():
             return importlib.import_module(package)

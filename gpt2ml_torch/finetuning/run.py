@@ -63,9 +63,9 @@ def finetune(
     """Fine-tune a model on files and write the result.
 
     `on_data` gets a summary of the data before anything is trained, `callback` the events of the
-    run, and `should_stop` is asked after each step. In a process group every process calls this
+    run, and `should_stop` is called after each step. In a process group every process calls this
     with the same configuration. Raises `ValueError` and `OSError` for faults of settings, data or
-    disk, before training where they can be known, and where another process trains in the folder.
+    disk, before training if possible, and if another process is training in the folder.
     """
     with ModelFile.open(config.model) as file:
         check_files(config, file)
@@ -79,7 +79,7 @@ def finetune(
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-    """What the parts of a run share."""
+    """The objects that the parts of a run share."""
 
     config: FinetuneConfig
     file: ModelFile

@@ -64,11 +64,11 @@ class TrainConfig:
         metavar="ROWS",
     )
     accumulate: int = training_option(
-        1, "batches in a step, with kept gradients", low=1, high=_MOST_BATCHES, metavar="BATCHES"
+        1, "batches in a step; needs kept gradients", low=1, high=_MOST_BATCHES, metavar="BATCHES"
     )
     optimizer: str = training_option(
         "adafactor",
-        "adafactor is the rule that the model was trained with and needs least memory",
+        "adafactor trained the original and needs the least memory",
         choices=OPTIMIZERS,
     )
     learning_rate: float | None = training_option(
@@ -105,7 +105,7 @@ class TrainConfig:
         0.01, "decoupled weight decay of matrices", low=0.0, high=1.0
     )
     clip_norm: float | None = training_option(
-        None, "largest norm of all gradients together, with kept gradients", above=0, metavar="NORM"
+        None, "clip the norm of all gradients; needs kept gradients", above=0, metavar="NORM"
     )
     dropout: float | None = training_option(
         None, "dropout probability", low=0.0, high=0.999, default_text="the model's, usually 0.1"
@@ -120,7 +120,7 @@ class TrainConfig:
         default_text="all",
     )
     freeze_embeddings: bool = training_option(
-        False, "leave both embeddings as they are", flags="--freeze-embeddings"
+        False, "don't train the two embeddings", flags="--freeze-embeddings"
     )
 
     lora_rank: int = _adapter(
@@ -136,19 +136,21 @@ class TrainConfig:
     )
     lora_targets: tuple[str, ...] = _adapter(
         LORA_TARGETS,
-        "linear layers that have an adapter",
+        "linear layers that get an adapter",
         choices=LORA_TARGETS,
         split=",",
         metavar="NAMES",
     )
     lora_dropout: float = _adapter(0.0, "dropout before the adapter", low=0.0, high=0.999)
     lora_base: str = _adapter(
-        "weights", "precision of the frozen matrices; weights: as they are", choices=LORA_BASES
+        "weights",
+        "precision of the frozen matrices; weights leaves them as they are",
+        choices=LORA_BASES,
     )
 
     precision: str = memory_option(
         "bfloat16",
-        "of the weights; mixed keeps float32 weights and computes in bfloat16",
+        "precision of the weights; mixed keeps float32 weights and computes in bfloat16",
         choices=TRAINING_PRECISIONS,
     )
     step_in_backward: bool = memory_option(
@@ -172,7 +174,7 @@ class TrainConfig:
     )
     loss_chunk: int = memory_option(
         128,
-        "positions whose logits exist at once",
+        "positions whose logits are in memory at once",
         low=1,
         high=MANY,
         metavar="POSITIONS",
@@ -188,7 +190,7 @@ class TrainConfig:
     )
 
     seed: int = run_option(
-        0, "of the order of rows, dropout and rounding", low=0, high=(1 << 63) - 1
+        0, "seed of the order of rows, dropout and rounding", low=0, high=(1 << 63) - 1
     )
     eval_every: int | None = run_option(
         None,
@@ -208,7 +210,7 @@ class TrainConfig:
     )
     prompts: tuple[str, ...] = run_option(
         (),
-        "text that the model continues now and then",
+        "prompt that the model continues during training",
         flags="--prompt",
         resumable=True,
         metavar="TEXT",
@@ -250,7 +252,7 @@ class TrainConfig:
         resumable=True,
     )
     on_spike: str = run_option(
-        "stop", "what to do at a step whose loss jumps up", choices=ON_SPIKE, resumable=True
+        "stop", "what to do if the loss jumps up in a step", choices=ON_SPIKE, resumable=True
     )
     spike_factor: float = run_option(
         6.0, "standard deviations above the mean loss that make a spike", low=1.0, metavar="FACTOR"

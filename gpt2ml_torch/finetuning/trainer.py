@@ -1,4 +1,4 @@
-"""The training loop: steps, evaluations, samples and checkpoints in their order.
+"""The training loop: steps, evaluations, samples and checkpoints.
 
 It prints nothing; callbacks receive events (`finetuning.events`).
 """
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 
 class Batches(Protocol):
-    """Batches in an order that is the same in each run, such as a `BatchStream`."""
+    """Batches in a fixed order, the same in each run, such as a `BatchStream`."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -71,14 +71,14 @@ class TrainResult:
 class Trainer:
     """One training run of one model.
 
-    `objective` computes the loss, `optimizer` has its trainable parameters, whose groups may carry
-    a `scale` of the learning rate. `valid_batches` gives the validation rows again at each call,
-    `valid_characters` is the number of characters that are predicted in them. `folder` receives
-    checkpoints/, metrics.jsonl and loss.png; without one nothing is written. `should_stop` is asked
-    after each step. `data_key` names model and data, so that a run is not resumed on others.
+    `objective` computes the loss. `optimizer` holds its trainable parameters, whose groups may have
+    a `scale` of the learning rate. `valid_batches` returns the validation rows anew at each call;
+    `valid_characters` is the number of characters predicted in them. `folder` receives
+    checkpoints/, metrics.jsonl and loss.png; without it nothing is written. `should_stop` is called
+    after each step. `data_key` identifies model and data, so that a run is not resumed on others.
 
-    The run seeds PyTorch's global random numbers, which dropout draws from. Raises `ValueError` on
-    resuming with other settings, and `OSError` where a file can't be written.
+    The run seeds PyTorch's global random numbers, from which dropout draws. Raises `ValueError`
+    when resuming with other settings, and `OSError` if a file can't be written.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class Trainer:
         self._device = objective.model.device
 
     def run(self, *, resume: bool = False) -> TrainResult:
-        """Train to the end, or until told to stop; `resume` goes on from the last checkpoint."""
+        """Train to the end, or until told to stop; `resume` continues from the last checkpoint."""
         torch.manual_seed(self.config.seed + process_rank())
         restored = self.snapshots.restore() if self.snapshots and resume else None
         if restored:

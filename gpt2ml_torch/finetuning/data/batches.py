@@ -1,8 +1,8 @@
 """The order of the rows: endless, fixed by a seed, the same for any number of processes.
 
-There is one global sequence, the epochs' permutations one after the other. Step k of N processes
-with b rows each reads places kNb to (k+1)Nb - 1, process r every N-th of them from r on. A run
-therefore resumes from the number of its step.
+There is one global sequence, the epochs' permutations one after the other. In step k, N processes
+with b rows each read positions kNb to (k+1)Nb - 1; process r reads every N-th of them, starting at
+r. So the number of the step is all that a run needs to resume.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class BatchStream:
         return self.batch_at(index * self.batch_size * self.world_size)
 
     def batch_at(self, place: int) -> Rows:
-        """This process's share of the step that begins at a place of the global sequence."""
+        """This process's share of the step that begins at a position of the global sequence."""
         first = place + self.rank
         places = range(first, first + self.batch_size * self.world_size, self.world_size)
         return collate([self.rows[self.row_at(p)] for p in places], multiple_of=self.multiple_of)
@@ -83,7 +83,7 @@ class BatchStream:
         return {"seed": self.seed, "shuffle": self.shuffle, "rows": self.rows.fingerprint()}
 
     def row_at(self, place: int) -> int:
-        """The number of the row at a place of the global sequence."""
+        """The number of the row at a position of the global sequence."""
         epoch, index = divmod(place, len(self.rows))
         if not self.shuffle:
             return index

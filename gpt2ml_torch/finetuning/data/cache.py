@@ -1,7 +1,7 @@
 """Tokenize files once, into a folder named after their content.
 
-The folder is written under another name and renamed, under a lock. Of several processes that start
-together, one does the work and the others wait; what a killed process left is removed.
+The folder is written under another name and then renamed, under a lock. If several processes start
+together, one does the work and the others wait. What a killed process left is removed.
 """
 
 from __future__ import annotations
@@ -65,13 +65,13 @@ def tokenize_files(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> Corpus:
-    """Tokenize text and JSON files, or find them in the cache, tokenized before.
+    """Tokenize text and JSON files, or find their tokens in the cache.
 
-    `data` is what `find_sources` takes, `separator` what divides text files into documents,
-    `fields` the JSON fields to read where their names are not recognised, `end_token` a token such
-    as "[SEP]" to append to each document. The cache lies in `cache_dir`, by default
+    `data` is passed to `find_sources`. `separator` divides text files into documents, `fields`
+    names the JSON fields to read if they would not be recognised, and `end_token` is a token such
+    as "[SEP]" to append to each document. The cache is in `cache_dir`, by default
     `default_cache_dir()`; it may be deleted at any time. `workers` is the number of processes, by
-    default one a core where it pays. Files may be larger than the memory.
+    default one for each core if there is enough text. Files may be larger than the memory.
 
     Raises `ValueError` and `OSError` as `find_sources` and `DocumentReader.read` do, and for an end
     token that the vocabulary lacks, files without any document, files that change meanwhile, and a
@@ -168,7 +168,7 @@ def _key(
 
 @contextlib.contextmanager
 def _cache_errors(folder: Path) -> Iterator[None]:
-    """Add to an error of the system that it was the cache which could not be written."""
+    """Say in a system error that the cache could not be written."""
     try:
         yield
     except OSError as error:

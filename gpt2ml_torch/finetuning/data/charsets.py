@@ -1,4 +1,4 @@
-"""Guess what a file is that is not UTF-8, and say how to convert it."""
+"""Guess the encoding of a file that is not UTF-8, and say how to convert it."""
 
 from __future__ import annotations
 
@@ -89,8 +89,8 @@ _CHARSETS = (
 def describe_undecodable(data: bytes, bad: int, *, first: bool, seen_utf8: bool) -> str:
     """One line about the byte at `bad` of a block that is not UTF-8, and what to do.
 
-    `first` says that the block is the file's first, `seen_utf8` that characters other than ASCII
-    were read before: then the file is UTF-8, and damaged in this place.
+    `first` means that the block is the file's first. `seen_utf8` means that non-ASCII characters
+    were read before it, so the file is UTF-8 and damaged here.
     """
     nul = data[bad] == 0
     found = "found a NUL byte" if nul else f"byte 0x{data[bad]:02x} is not UTF-8"
@@ -140,8 +140,10 @@ def _guess(sample: bytes) -> tuple[str, str] | None:
 
 
 def _score(sample: bytes, charset: _Charset) -> tuple[float, float, int]:
-    """The shares of frequent and of most common ones among the characters outside ASCII, and how
-    many those are; nothing for what can't be read."""
+    """The shares of frequent and of most common characters among the non-ASCII ones; their number.
+
+    Zeros if the sample can't be decoded.
+    """
     decoder = codecs.getincrementaldecoder(charset.codec)()
     try:
         text = decoder.decode(sample)  # the last character may be cut off

@@ -17,8 +17,8 @@ from typing import Any, BinaryIO, cast
 from gpt2ml_torch.finetuning.data.files import Source, shown
 
 _READ_BYTES = 1 << 18
-# Text shrinks to a third or a tenth, logs and tables to a fiftieth. What shrinks further is a file
-# of few bytes that keeps a machine busy for hours.
+# Text shrinks to a third or a tenth, logs and tables to a fiftieth. A file that shrank further may
+# be a small one that is made to keep a machine busy for hours.
 _MAX_RATIO = 200
 _ZSTD_BYTES = 1 << 11  # unpacked at once, to 64 MiB at most: 4 bytes stand for 128 KiB
 _ZSTD_WINDOW_LOG = 31  # what `zstd --long=31` writes; both libraries refuse more than 27 by default
@@ -33,7 +33,7 @@ class DamagedFile(ValueError):
 def open_source(source: Source) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     """Open a file; yields its plain bytes and the file itself, whose `tell` measures progress.
 
-    Raises `OSError` where it cannot be opened; reading raises `DamagedFile`.
+    Raises `OSError` if it can't be opened; reading raises `DamagedFile`.
     """
     try:
         file = open(source.path, "rb")  # noqa: SIM115 (closed below)
@@ -103,7 +103,7 @@ def _decompressor(source: Source, file: BinaryIO) -> tuple[Any, tuple[type[Excep
 class _Zstandard:
     """`read` over the frames of a zstd file.
 
-    The package's own reader takes a truncated file for a whole one.
+    The package's own reader accepts a truncated file as complete.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -128,7 +128,7 @@ class _Zstandard:
         return bytes(taken)
 
     def _rest(self) -> bytes:
-        """Bytes already read that belong to the next frame, where this one has ended."""
+        """Bytes already read that belong to the next frame, if this one has ended."""
         if self._frame is None or not self._frame.eof:
             return b""
         rest = self._frame.unused_data

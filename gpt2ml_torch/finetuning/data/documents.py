@@ -34,9 +34,9 @@ PLAIN_TEXT = "text files"  # the shape of documents that come from no JSON
 PIECE_CHARACTERS = 1 << 18
 _TABLES = frozenset((".csv", ".tsv", ".html", ".htm", ".xhtml", ".xml"))  # text with marks in it
 
-# After these the tokenizer begins a new word, whatever follows.
+# Characters after which the tokenizer always begins a new word.
 _WORD_END = re.compile("[ \t\n\r\u3000\u4e00-\u9fff]")
-# What Unicode also calls the end of a line: VT, FF, NEL, LINE and PARAGRAPH SEPARATOR.
+# Unicode's other line ends: VT, FF, NEL, LINE and PARAGRAPH SEPARATOR.
 _RARE_LINE_ENDS = "\x0b\x0c\x85\u2028\u2029"
 _RARE_LINE_END = re.compile(f"[{_RARE_LINE_ENDS}]")
 
@@ -52,8 +52,8 @@ class Piece(NamedTuple):
 class BlankRule:
     """Whether a text is blank: the tokenizer makes no token of it.
 
-    White space is blank, and so are the zero width space, byte order marks and whatever else the
-    tokenizer drops. One character that the tokenizer keeps settles it, mostly the first.
+    White space is blank, and so are zero width spaces, byte order marks and all other characters
+    that the tokenizer drops. One character that it keeps decides, which is mostly the text's first.
     """
 
     def __init__(self, encode: Callable[[str], list[int]]) -> None:
@@ -72,10 +72,11 @@ class BlankRule:
 class DocumentReader:
     """Reads the documents of files, and counts their kinds.
 
-    `encode` is the tokenizer's. Text is cut into documents at blank lines, at every line, or not at
-    all (`separator`). In JSON each line is a document, or each element of the only array; `fields`
-    names the fields with the text where they are not recognised. A record without anything to learn
-    is left out and counted in `empty_texts`; `shapes` counts the documents of each shape.
+    `encode` is the tokenizer's method. `separator` says whether text is cut into documents at blank
+    lines, at every line, or not at all. In JSON each line is a document, or each element of the
+    only array; `fields` names the fields with the text if they are not recognised. A record without
+    anything to learn is left out and counted in `empty_texts`; `shapes` counts the documents of
+    each shape.
     """
 
     def __init__(
@@ -202,7 +203,7 @@ class DocumentReader:
 
 
 def _check_downloaded(source: Source) -> None:
-    """Raise `ValueError` for a pointer, a page or a part in place of a file."""
+    """Raise `ValueError` for a git-lfs pointer, a web page or a partial download."""
     if source.path.suffix.lower() in _TABLES or source.compression is not None:
         return
     try:
@@ -243,7 +244,7 @@ def _record_pieces(record: Record) -> Iterator[Piece]:
 
 
 def portions(text: str, *, learned: bool = True, ends: bool = True) -> Iterator[Piece]:
-    """Cut a long text at word ends, where there are any."""
+    """Cut a long text at the ends of words, if there are any."""
     start = 0
     while len(text) - start > 2 * PIECE_CHARACTERS:
         cut = _WORD_END.search(text, start + PIECE_CHARACTERS)

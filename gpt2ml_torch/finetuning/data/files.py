@@ -1,7 +1,6 @@
-"""Which files hold the training text: names, folders and globs to one ordered list.
+"""Find the files with the training text: names, folders and globs become one ordered list.
 
-The order is part of the data (it decides which document is which), so it never depends on the file
-system's own.
+The order numbers the documents, so it must not depend on the order of the file system.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ JSON_SUFFIXES = frozenset((".jsonl", ".ndjson", ".json"))
 
 @dataclass(frozen=True)
 class Source:
-    """One file of documents, and how its name says it is to be read."""
+    """One file of documents, and how to read it, by its name."""
 
     path: Path
     kind: Literal["text", "json"]
@@ -115,7 +114,7 @@ def _source(path: Path, *, named: bool) -> Source:
 
 
 def regular_stat(path: Path) -> os.stat_result:
-    """`os.stat`, of regular files alone: what is read twice must not be a pipe."""
+    """`os.stat` of a regular file; others raise, since a pipe can't be read twice."""
     try:
         found = path.stat()
     except OSError as error:

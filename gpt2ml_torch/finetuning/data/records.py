@@ -1,4 +1,4 @@
-"""The texts in one JSON value of a training file, and the shapes that are understood."""
+"""The texts in one JSON value of a training file, and the shapes that are recognised."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from gpt2ml_torch.options import OptionError
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
-# Question and answer, under the names that published data sets have. The fields in brackets may
-# stand between them.
+# Question and answer, by their names in published data sets. The fields in brackets may be between
+# them.
 _PAIRS = (
     ("prompt", (), "completion"),
     ("prompt", (), "response"),
@@ -32,7 +32,7 @@ _PAIRS = (
 )
 # An article, or a poem, with its title or without.
 _ARTICLES = ("content", "body", "article", "paragraphs")
-# What a list of all documents is called.
+# Names of a list of all documents.
 _LISTS = frozenset(("data", "documents", "texts", "rows", "items", "examples"))
 _CONVERSATIONS = ("messages", "conversations", "conversation")
 _ANSWERING_ROLES = frozenset(("assistant", "gpt", "bot", "model", "chatgpt", "chatglm"))
@@ -59,7 +59,7 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True)
 class Fields:
-    """The names of the fields with the texts, where they are not recognised.
+    """The names of the fields with the texts, if they would not be recognised.
 
     Raises `ValueError` for a prompt without a completion, a completion without a prompt, and for
     either beside a text.
@@ -88,7 +88,7 @@ class Fields:
 
 
 def read_record(value: object, fields: Fields) -> Record:
-    """The texts of a JSON value. An empty one is an empty string; whoever calls counts it.
+    """The texts of a JSON value. An empty text is an empty string, which the caller counts.
 
     Raises `ValueError`, without file and line, for values of no known shape, fields that hold no
     string, and halves of surrogate pairs.
@@ -162,7 +162,7 @@ def _pair(value: dict[str, object], first: str, between: list[str], last: str) -
 
 
 def _turns(turns: object, name: str) -> Iterator[Part]:
-    """What each turn of a conversation says; the assistant's turns are learned."""
+    """The text of each turn of a conversation; the assistant's turns are learned."""
     assert isinstance(turns, list)
     for number, turn in enumerate(turns, 1):
         where = f"turn {number} of {name}"
@@ -195,7 +195,7 @@ def _content(content: object, where: str) -> str:
 
 
 def _string(value: dict[str, object], name: str) -> str:
-    """A field's text; null, as tables that lack a cell are exported, is an empty one."""
+    """A field's text; null, the export of an empty cell of a table, is an empty text."""
     if name not in value:
         names = ", ".join(map(repr, itertools.islice(value, 5))) or "none"
         raise ValueError(f"no field {name!r}; found {names}")

@@ -89,7 +89,7 @@ class Summary:
         return "\n".join(lines)
 
     def _shapes(self) -> list[str]:
-        """One line that says which fields were read, where there was a choice."""
+        """One line that says which fields were read, if there was a choice."""
         if set(self.shapes) <= {PLAIN_TEXT}:
             return []
         return ["read as: " + "; ".join(f"{n:,} of {shape}" for shape, n in self.shapes.items())]

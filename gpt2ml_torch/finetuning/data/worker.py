@@ -16,7 +16,7 @@ from typing import Any
 def serve() -> None:
     """Read the set-up, then batches until the input ends, which it does when the parent dies."""
     source, sink = sys.stdin.buffer, os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(2, 1)  # so that nothing printed on import gets among the answers
+    os.dup2(2, 1)  # so that output of imported modules does not mix with the answers
     sys.path[:], tokenizer_bytes, end_id = pickle.load(source)
     from gpt2ml_torch.finetuning.data.encoding import encode_pieces
 
