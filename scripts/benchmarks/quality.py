@@ -42,7 +42,7 @@ logger = logging.getLogger("bench")
 def main() -> None:
     parser = make_parser("quality", __doc__, out="quality")
     add_arguments(parser)
-    parser.add_argument("--tokens", type=int, default=128, help="at the published size")
+    parser.add_argument("--tokens", type=int, default=128, help="read at the published size")
     options = start(parser)
     shipped = prepare(options)
     random = shipped.folder / "random-float32.safetensors"

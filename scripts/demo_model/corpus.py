@@ -1,8 +1,7 @@
-"""The corpus of the demo checkpoint: regular Tang verse out of the npm package `chinese-poetry`, in
-simplified characters.
+"""The corpus of the demo checkpoint: regular Tang verse from the npm package `chinese-poetry`.
 
-Everything is a function of the pinned tarball, so that the same poems, the same vocabulary and the
-same split come out anywhere.
+Characters are simplified. Everything is a function of the pinned tarball, so that the poems, the
+vocabulary and the split are the same on every machine.
 """
 
 from __future__ import annotations
@@ -54,9 +53,7 @@ class Corpus(NamedTuple):
 
 
 def fetch(folder: Path, tarball: Path | None = None) -> Path:
-    """The pinned tarball, downloaded with npm unless given; raises `ValueError` when it is another
-    file.
-    """
+    """The pinned tarball, downloaded with npm unless given; `ValueError` for another file."""
     if tarball is None:
         tarball = folder / "chinese-poetry-2.0.1.tgz"
         if not tarball.exists():
@@ -92,9 +89,7 @@ def read_entries(tarball: Path, names: re.Pattern[str]) -> Iterator[list[str]]:
 
 
 def form_of(poem: str) -> int | None:
-    """5 or 7 for a poem of whole couplets of such lines; None for anything else, damaged entries
-    included.
-    """
+    """5 or 7 for a poem of whole couplets of such lines; None for others and damaged entries."""
     for form, couplets in COUPLETS.items():
         if couplets.fullmatch(poem):
             return form
@@ -102,11 +97,10 @@ def form_of(poem: str) -> int | None:
 
 
 def deduplicate(poems: Iterable[str]) -> list[str]:
-    """Drop each poem that shares a line pair with one before it: variants would leak into the held-
-    out poems.
+    """Drop variants of earlier poems, which would leak into the held-out poems.
 
-    A poem may repeat one couplet of others by chance or quotation; half of its couplets seen before
-    make it a variant.
+    A poem is a variant if at least half of its couplets are in earlier poems; a single couplet may
+    recur by chance or quotation.
     """
     seen: set[str] = set()
     kept = []
@@ -206,7 +200,7 @@ def rows(poems: list[str], *, length: int, seed: int) -> list[str]:
     """Like `articles`, but filled up to exactly `length` with the beginning of the next poem, which
     then opens the next row.
 
-    Training on these spends nothing on padding. The last row is left out where it comes out short.
+    Training on these wastes no time on padding. The last row is left out if it is not full.
     """
     full: list[str] = []
     current = ""

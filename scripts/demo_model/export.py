@@ -39,9 +39,7 @@ LINE = re.compile("([^，。]*)([，。])")
 def tf_variables(
     model: GPT2ML, slots: Mapping[Tensor, Mapping[str, Tensor]], step: int
 ) -> dict[str, NDArray[Any]]:
-    """Weights, Adafactor slots and `global_step` under the original's names; kernels are (in, out)
-    there.
-    """
+    """Weights, Adafactor slots and `global_step` by the original's names; kernels are (in, out)."""
     plan = recipes(model.config.num_hidden_layers, TENSORFLOW)
     variables: dict[str, NDArray[Any]] = {"global_step": np.array(step, dtype=np.int64)}
     for key, parameter in model.named_parameters():
@@ -63,9 +61,7 @@ def _slots(recipe: Recipe, state: Mapping[str, Tensor]) -> Iterator[tuple[str, T
 
 
 def save_tf(folder: Path, variables: Mapping[str, NDArray[Any]]) -> None:
-    """`model.ckpt-N.{index,data-00000-of-00001,meta}` and `checkpoint`, instead of those that lie
-    there.
-    """
+    """Write `model.ckpt-N.{index,data-00000-of-00001,meta}` and `checkpoint`; remove older ones."""
     import tensorflow as tf
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -96,7 +92,7 @@ def save_tf(folder: Path, variables: Mapping[str, NDArray[Any]]) -> None:
 
 
 def save_beside(folder: Path, model: GPT2ML, vocabulary: Sequence[str]) -> None:
-    """config.json in the original's dialect, and vocab.txt."""
+    """Write config.json in the original's dialect, and vocab.txt."""
     config = json.dumps(original_dialect(model.config), indent=2)
     (folder / "config.json").write_text(config + "\n")
     (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
@@ -130,7 +126,7 @@ def sample(
 
 
 class Metre(NamedTuple):
-    """Shares of generated lines and couplets that are right, and of how many lines."""
+    """Shares of generated lines and couplets that are regular, and the number of lines."""
 
     lines: float
     couplets: float
@@ -155,7 +151,7 @@ def measure_metre(texts: Sequence[tuple[int, str]]) -> Metre:
 
 
 def metre_prompts(held_out: Mapping[int, Sequence[str]], *, count: int) -> list[tuple[int, str]]:
-    """(form, first line with its ，) of so many held-out poems of each form."""
+    """(form, first line with its ，) of a number of held-out poems of each form."""
     return [
         (form, poem[: form + 1])
         for form, poems in held_out.items()

@@ -1,5 +1,4 @@
-"""Interpolated, modified Kneser-Ney over integer ids: the character model that the demo checkpoint
-has to beat.
+"""Interpolated, modified Kneser-Ney over integer ids: the baseline of the demo checkpoint.
 
 Source: Chen and Goodman, An Empirical Study of Smoothing Techniques for Language Modeling (1998),
 section 3: three discounts per order, estimated from the counts of counts; lower orders count
@@ -19,9 +18,7 @@ Keys = NDArray[np.int64]  # an n-gram as one number: its ids in base `vocabulary
 
 
 class _Order:
-    """Counts of one order: what a known n-gram keeps, and what each context hands down to the order
-    below.
-    """
+    """Counts of one order: the weight of each known n-gram, and of each context's lower order."""
 
     def __init__(self, grams: Keys, counts: NDArray[np.int64], base: int) -> None:
         self.grams, self.counts = grams, counts  # sorted, distinct
@@ -76,6 +73,6 @@ class KneserNey:
 
 
 def _find(sorted_keys: Keys, wanted: Keys) -> NDArray[np.int64]:
-    """Where each wanted key stands; -1 for missing keys."""
+    """The index of each wanted key; -1 for missing keys."""
     places = np.minimum(np.searchsorted(sorted_keys, wanted), len(sorted_keys) - 1)
     return np.where(sorted_keys[places] == wanted, places, -1)
