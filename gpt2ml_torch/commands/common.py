@@ -72,9 +72,18 @@ class LoadOptions:
         check_options(self)
 
 
-def load_generator(
-    options: LoadOptions, *, assistant: str | None = None, adapters: Mapping[str, str] | None = None
-) -> Generator:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WriteOptions(LoadOptions):
+    """A model that writes, and the one that may help it."""
+
+    assistant: str | None = option(
+        None,
+        choices=PACKED,
+        help="also load the weights in this precision as a draft model (speculative decoding)",
+    )
+
+
+def load_generator(options: LoadOptions, *, adapters: Mapping[str, str] | None = None) -> Generator:
     """`adapters` are folders of LoRA adapters by name."""
     show_log(quiet=options.quiet)
     found = {name: read_adapter(folder) for name, folder in (adapters or {}).items()}
@@ -91,7 +100,7 @@ def load_generator(
             compile=options.compile,
             batch_size=options.batch_size,
             tokenizer=Tokenizer.from_pretrained(options.vocab) if options.vocab else None,
-            assistant=assistant,
+            assistant=options.assistant if isinstance(options, WriteOptions) else None,
         )
     _logger.info(
         "loaded %s (%s) in %.1f s",

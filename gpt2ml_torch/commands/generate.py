@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from gpt2ml_torch.bandwidth import read_bandwidth
-from gpt2ml_torch.commands.common import PACKED, LoadOptions, load_generator, read_texts
+from gpt2ml_torch.commands.common import WriteOptions, load_generator, read_texts
 from gpt2ml_torch.commands.output import printable, write_json
 from gpt2ml_torch.commands.parsing import add_options, given
 from gpt2ml_torch.commands.streams import read_input_line
@@ -29,7 +29,7 @@ EXAMPLES = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerateOptions(LoadOptions):
+class GenerateOptions(WriteOptions):
     """Which texts to continue with which model, and what to print."""
 
     prompts: tuple[str, ...] = option(
@@ -39,11 +39,6 @@ class GenerateOptions(LoadOptions):
         help="- reads one from standard input; without any, each line of it is one",
     )
     file: str | None = option(None, path=True, metavar="FILE", help="prompts, one a line")
-    assistant: str | None = option(
-        None,
-        choices=PACKED,
-        help="also load the weights in this precision as a draft model (speculative decoding)",
-    )
     adapter_folder: str | None = option(
         None,
         flags="--adapter",
@@ -72,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
     GenerationConfig(**config)  # bad values are reported before the model is loaded
     prompts = read_texts("prompts", options.prompts, options.file)
     adapters = {} if options.adapter_folder is None else {"adapter": options.adapter_folder}
-    generator = load_generator(options, assistant=options.assistant, adapters=adapters)
+    generator = load_generator(options, adapters=adapters)
     if adapters:
         config["adapter"] = "adapter"
     stats = Stats()

@@ -10,7 +10,7 @@ import logging
 import os
 from pathlib import Path
 
-from gpt2ml_torch.commands.common import LoadOptions, load_generator
+from gpt2ml_torch.commands.common import WriteOptions, load_generator
 from gpt2ml_torch.commands.parsing import add_options, given
 from gpt2ml_torch.options import OptionError, option
 from gpt2ml_torch.serving.config import ServeConfig
@@ -26,7 +26,7 @@ _logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ServeOptions(ServeConfig, LoadOptions):
+class ServeOptions(ServeConfig, WriteOptions):
     """Which model to serve, with which adapters, and how."""
 
     adapter: tuple[str, ...] = option(

@@ -43,9 +43,9 @@ def adapter_folders(
 def adapted_server(
     shipped_model: Path, adapter_folders: dict[str, Path]
 ) -> Iterator[ServerProcess]:
-    """A server of the shipped model and these adapters."""
+    """A server of the shipped model, these adapters and a draft model."""
     if not kernels.load_kernels():
         pytest.skip("no compiler or no AVX2")
     options = [f"--adapter={name}={folder}" for name, folder in adapter_folders.items()]
-    with serving(shipped_model, "--name", "demo", *options) as started:
+    with serving(shipped_model, "--name", "demo", "--assistant", "int4", *options) as started:
         yield started
