@@ -29,7 +29,7 @@ def main() -> None:
             data=(arguments.text,),
             out=arguments.out,
             epochs=arguments.epochs,
-            learning_rate=1e-3,  # for 2 million parameters; the published size wants the default
+            learning_rate=1e-3,  # for 2 million parameters; use the default for the published size
             precision="float32",
         )
     )

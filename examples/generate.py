@@ -1,4 +1,4 @@
-"""Continue a prompt: as one text, streamed, and several texts with settings of their own.
+"""Continue a prompt: the most probable text, one sampled text as a stream, and three at once.
 
 python examples/generate.py out.safetensors 春眠不觉晓
 """

@@ -1,4 +1,4 @@
-"""Rank texts by how probable the model finds them, and show where each one surprises it.
+"""Rank texts by their probability under the model, and show the least expected token of each.
 
 python examples/score.py out.safetensors 床前明月光，疑是地上霜。 床前明月光，疑是地下霜。
 """
@@ -20,7 +20,7 @@ def main() -> None:
     scores = generator.score(arguments.texts)
     for score in sorted(scores, key=lambda score: score.perplexity):
         print(f"perplexity {score.perplexity:8.2f}  {score.text}")
-        # The first token is predicted by nothing, so it has no log-probability.
+        # The first token is not predicted, so it has no log-probability.
         tokens = [generator.tokenizer.id_to_token(id_) for id_ in score.token_ids[1:]]
         worst = min(zip(score.token_logprobs, tokens, strict=True), default=None)
         if worst is not None:

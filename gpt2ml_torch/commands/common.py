@@ -24,7 +24,7 @@ from gpt2ml_torch.precision import PACKABLE
 from gpt2ml_torch.textfiles import read_text_file
 from gpt2ml_torch.tokenizer.words import WordSplitter
 
-# Far more threads than cores are only slower, and PyTorch crashes where it can't start them.
+# Far more threads than cores are only slower, and PyTorch crashes if it can't start them.
 MAX_THREADS = max(16, 2 * (os.cpu_count() or 1))
 PACKED = tuple(precision.value for precision in PACKABLE)
 

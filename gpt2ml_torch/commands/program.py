@@ -25,10 +25,10 @@ def run_program(
 ) -> int:
     """Run `work` and give its exit status, or what an error of it means.
 
-    `ValueError`, `OSError` and a lack of memory are one line on standard error that begins with
-    the program's `name`; `context` says what was done where the error doesn't name a file, and
-    `interrupted` what Ctrl-C left behind. A closed pipe ends the program silently. All other
-    exceptions are faults of the program and pass.
+    `ValueError`, `OSError` and a lack of memory are printed as one line on standard error that
+    begins with the program's `name`. `context` says what was being done, if the error doesn't name
+    a file, and `interrupted` what Ctrl-C left behind. A closed pipe ends the program silently. All
+    other exceptions are faults of the program and are raised.
     """
     with standard_streams():
         try:
@@ -58,7 +58,7 @@ def run_program(
 
 
 def report_error(name: str, error: Exception, context: str = "") -> None:
-    """Print an error as one line on standard error, as `run_program` does where one ends it."""
+    """Print an error as one line on standard error, as `run_program` does."""
     _report(name, f"error: {describe(error, context)}")
 
 

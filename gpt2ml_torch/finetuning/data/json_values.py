@@ -1,6 +1,6 @@
 """JSON values of a file, one at a time: JSON Lines, one array, or values over several lines.
 
-A file may be larger than the memory; one value may have `MAX_LINE_CHARACTERS` characters.
+A file may be larger than the memory; a single value may have `MAX_LINE_CHARACTERS` characters.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ class Value(NamedTuple):
 
 
 def read_values(source: Source, blocks: Iterator[Numbered]) -> Iterator[Value]:
-    """Yield the values: the elements of the file's only array, or one value a line.
+    """Yield the values: the elements of the file's only array, or one value for each line.
 
-    A file whose first line is the beginning of an object, laid out over several lines, is read as
-    such objects one after the other.
+    If the first line only begins an object, the file is read as consecutive objects over several
+    lines.
 
-    Raises `ValueError`, with file and line, for what is not JSON.
+    Raises `ValueError`, with file and line, for text that is not JSON.
     """
     first = next((block for block in blocks if not block.text.isspace()), None)
     if first is None:
@@ -113,7 +113,7 @@ def _not_json(message: str, column: int) -> str:
 
 
 class _Reader:
-    """Parses values out of blocks, and reads on where a value reaches over the text's end."""
+    """Parses values from blocks of text, and reads more if a value reaches beyond the text."""
 
     def __init__(self, source: Source, blocks: Iterator[Numbered]) -> None:
         self._source, self._blocks = source, blocks
@@ -143,7 +143,7 @@ class _Reader:
             )
 
     def values(self) -> Iterator[Value]:
-        """Values with nothing but white space between."""
+        """Values with only white space between them."""
         while self._skip_space():
             yield self._value()
 
@@ -170,7 +170,7 @@ class _Reader:
             return found
 
     def _skip_space(self) -> str:
-        """Go to the next character that is no white space, and return it, or "" at the end."""
+        """Go to the next character that is not white space, and return it, or "" at the end."""
         while True:
             match = _SPACE.match(self._text, self._at)
             assert match is not None
@@ -185,7 +185,7 @@ class _Reader:
         self._at = at
 
     def _read_on(self) -> bool:
-        """Read at least as much as is held, so that parsing it again takes linear time in all."""
+        """Read at least as much again as is held, so that parsing takes linear time in total."""
         held = len(self._text) - self._at
         if held > lines.MAX_LINE_CHARACTERS:
             limit = f"{lines.MAX_LINE_CHARACTERS:,} characters"

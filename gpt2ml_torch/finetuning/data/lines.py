@@ -15,7 +15,7 @@ from gpt2ml_torch.finetuning.data.compressed import DamagedFile
 from gpt2ml_torch.finetuning.data.files import Source, shown
 
 BLOCK_BYTES = 1 << 18
-MAX_LINE_CHARACTERS = 1 << 26  # 67 million; what has no line break for so long is not text
+MAX_LINE_CHARACTERS = 1 << 26  # 67 million; data without a line break for so long is not text
 
 _LINE = re.compile("\n+|[^\n]+\n?")
 _MARKS_AT_LINE_START = re.compile("(?<=\n)\ufeff+")
@@ -67,7 +67,7 @@ def read_blocks(
 
 def _read(source: Source, plain: BinaryIO, line: int) -> bytes:
     try:
-        # One read of the file below, so that what comes before damage is used first.
+        # One read of the underlying file, so that data before a damaged part are used first.
         return plain.read1(BLOCK_BYTES)  # type: ignore[attr-defined]
     except DamagedFile as error:
         raise ValueError(f"{error} (line {line})") from None
@@ -76,7 +76,7 @@ def _read(source: Source, plain: BinaryIO, line: int) -> bytes:
 
 
 def _decode(data: bytes, *, last: bool) -> tuple[str, bytes, int | None]:
-    """The text of `data`, the bytes to keep for the next block, and where a bad byte stands."""
+    """The text of `data`, the bytes to keep for the next block, and the index of a bad byte."""
     nul = data.find(b"\0")
     stop, bad = (len(data), None) if nul < 0 else (nul, nul)
     try:
@@ -91,7 +91,7 @@ def _decode(data: bytes, *, last: bool) -> tuple[str, bytes, int | None]:
         if not held and not last and bad is None and text.endswith("\r"):
             returns = 2 if text.endswith("\r\r") else 1  # perhaps the start of CR CR LF
             text, held = text[:-returns], b"\r" * returns
-        # CR CR LF is what careless conversions write.
+        # Careless conversions write CR CR LF.
         for end in ("\r\r\n", "\r\n", "\r"):
             text = text.replace(end, "\n")
     return text, held, bad

@@ -26,11 +26,11 @@ class Summary:
     """Counts, lengths and one example of the training data. Lengths are in tokens."""
 
     files: int
-    empty_files: int  # met in a folder and left out
+    empty_files: int  # found in a folder and left out
     documents: int
     empty_texts: int  # JSON records left out because they hold nothing to learn
     shapes: dict[str, int]  # documents of all files by the JSON fields that they were read from
-    duplicates: int  # in all files: documents that say what an earlier one says
+    duplicates: int  # in all files: documents that repeat an earlier one
     too_short: int  # documents left out
     cut_documents: int  # longer than a row
     tokens: int
@@ -38,7 +38,7 @@ class Summary:
     shortest: int
     median: float
     longest: int
-    unknown_share: float  # of [UNK] among all tokens of the files
+    unknown_share: float  # share of [UNK] among all tokens of the files
     unknown_characters: tuple[
         str, ...
     ]  # outside the vocabulary, most frequent first, from a sample
@@ -47,7 +47,7 @@ class Summary:
     fill: float  # share of the rows that is text and not padding
     targets: int  # tokens learned in one epoch
     example: str  # the first row's text as the model sees it, special tokens included
-    example_learned: str  # what is learned of it, where there is a prompt; else empty
+    example_learned: str  # the part that is learned, if there is a prompt; otherwise empty
 
     @property
     def warnings(self) -> tuple[str, ...]:
