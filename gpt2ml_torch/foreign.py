@@ -33,7 +33,7 @@ _ORIGIN = "give the checkpoint that it was made from"
 _GRAPH = "give the checkpoint (.index, .data) of its weights"
 _WEIGHTS = "give the folder or file with the weights"
 _KERAS = (
-    "a TensorFlow checkpoint is wanted: in bert4keras build the model with "
+    "give a TensorFlow checkpoint: in bert4keras build the model with "
     "return_keras_model=False and call its save_weights_as_checkpoint(PREFIX)"
 )
 

@@ -128,8 +128,8 @@ def _judge_margins(model: GPT2ML, readings: list[Reading]) -> Finding:
     faults = []
     if not best.margin >= LEAST_MARGIN:
         faults.append(
-            f"no sentence is told from nonsense by {LEAST_MARGIN} nats a token ({text}): weights "
-            "and vocabulary don't belong together, or the conversion is wrong"
+            f"no sentence is {LEAST_MARGIN} nats a token more probable than nonsense ({text}): "
+            "weights and vocabulary don't belong together, or the conversion is wrong"
         )
     return judge(name, faults, text, sentences=values)
 

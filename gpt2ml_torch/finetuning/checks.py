@@ -75,7 +75,7 @@ def check_run_folder(config: FinetuneConfig) -> None:
     steps = CheckpointFolder(folder / "checkpoints").steps()
     if steps and not (config.resume or config.overwrite):
         raise OptionFileExistsError(
-            "{} holds a run of {} steps; go on with it ({resume=True}), or start over "
+            "{} holds a run of {} steps; continue it ({resume=True}), or start over "
             "({overwrite=True})",
             str(folder),
             steps[-1],

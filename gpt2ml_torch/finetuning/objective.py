@@ -25,8 +25,8 @@ class Objective(nn.Module):
 
     Positions with label 0 are ignored. The logits are computed for `chunk` positions at a time and
     recomputed in the backward pass, unless a single chunk covers the batch. The sum is accumulated
-    in float32 (float64 for a float64 model). With `mixed`, activations are bfloat16 whatever the
-    dtype of the weights; with `packed`, attention does not cross the documents of a row.
+    in float32 (float64 for a float64 model). With `mixed`, activations are bfloat16 for weights of
+    any dtype; with `packed`, attention does not cross the documents of a row.
 
     Source: imcaspar/gpt2-ml, train/modeling.py, lm_loss.
     """

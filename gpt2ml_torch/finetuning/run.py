@@ -124,7 +124,7 @@ def _finetune(
     check_memory(config, sizes, length=min(summary.row_length, max(1, summary.longest - 1)))
     if on_data is not None:
         on_data(summary)
-    for name in job.file.tensors:  # the result of damaged weights would have sound checksums
+    for name in job.file.tensors:  # damaged weights would get valid checksums in the result
         job.file.verify_tensor(name)
     model, adapted = load_model(config, job.file)
     board = TensorBoard(config.run_folder / "tensorboard") if config.tensorboard else None
@@ -194,7 +194,7 @@ def _optimizer(job: _Job, objective: Objective) -> SlicedOptimizer:
         slots = job.file.optimizer_state()
         if slots:
             start_from(optimizer, objective.model, slots)
-            logger.info("the optimizer goes on from the statistics in %s", config.model)
+            logger.info("the optimizer continues from the statistics in %s", config.model)
     return optimizer
 
 

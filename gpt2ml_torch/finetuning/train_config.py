@@ -202,7 +202,7 @@ class TrainConfig:
     )
     patience: int | None = run_option(
         None,
-        "stop after so many evaluations without improvement",
+        "stop after this many evaluations without improvement",
         low=1,
         high=MANY,
         metavar="EVALUATIONS",
@@ -355,7 +355,7 @@ def parse_layers(text: str, layers: int) -> set[int]:
         numbers = _range_of(part, layers)
         if numbers is None or not numbers:
             raise _layers_error(text, layers, "")
-        for end in (numbers[0], numbers[-1]):  # before a range of any length is gone through
+        for end in (numbers[0], numbers[-1]):  # before iterating over a range of any length
             if not 0 <= end < layers:
                 raise _layers_error(text, layers, f", which names block {end}")
         chosen.update(numbers)

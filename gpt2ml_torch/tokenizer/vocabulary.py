@@ -66,7 +66,7 @@ def find_vocabulary(path: Path) -> Path:
 
 
 def is_converted(path: Path) -> bool:
-    """Whether it is a converted model, whatever its name: a length, then JSON."""
+    """Whether a file, by its first bytes, is a converted model: a length, then JSON."""
     if path.suffix == ".safetensors":
         return True
     with path.open("rb") as file:

@@ -55,7 +55,7 @@ class BatchStream:
         return collate([self.rows[self.row_at(p)] for p in places], multiple_of=self.multiple_of)
 
     def __iter__(self) -> Iterator[Rows]:
-        """Batches without end, from where the state stands. Deprecated: call `batch`."""
+        """Endless batches, from the current state on. Deprecated: call `batch`."""
         _warn_of_state("iterating over a BatchStream")
         return self._batches()
 
@@ -66,13 +66,13 @@ class BatchStream:
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Where iterating stands. Deprecated: keep the number of the next batch."""
+        """The state of iteration. Deprecated: keep the number of the next batch."""
         _warn_of_state("BatchStream.state_dict")
         epoch, index = divmod(self._place, len(self.rows))
         return {"epoch": epoch, "index": index, **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state; raises `ValueError` for another's. Deprecated: call `batch`."""
+        """Continue from a state; `ValueError` for another stream's. Deprecated: call `batch`."""
         _warn_of_state("BatchStream.load_state_dict")
         for name, value in self._identity().items():
             if state[name] != value:

@@ -74,9 +74,9 @@ class _Charset(NamedTuple):
     last: int
 
 
-# The frequent characters of a standard form its first level: 3,755 of GB 2312, 5,401 of Big5.
-# Text read in the wrong one of the two hits rare characters about every second time, and hardly any
-# of the most common ones, which tell a few characters apart. Of equal guesses the first wins.
+# Frequent characters are the first level of a standard: 3,755 of GB 2312, 5,401 of Big5. In text
+# that is decoded in the wrong one of the two, about every second character is rare, and hardly any
+# is among the most common ones, which decide short texts. Of equal guesses the first is taken.
 _CHARSETS = (
     _Charset("GB18030", "GB18030", "gb18030", "gb2312", 0xB0A1, 0xD7F9),
     _Charset("Big5", "CP950", "cp950", "big5", 0xA440, 0xC67E),

@@ -20,9 +20,9 @@ _READ_BYTES = 1 << 18
 # Text shrinks to a third or a tenth, logs and tables to a fiftieth. A file that shrank further may
 # be a small one that is made to keep a machine busy for hours.
 _MAX_RATIO = 200
-_ZSTD_BYTES = 1 << 11  # unpacked at once, to 64 MiB at most: 4 bytes stand for 128 KiB
+_ZSTD_BYTES = 1 << 11  # unpacked at once, to at most 64 MiB: 4 bytes can become 128 KiB
 _ZSTD_WINDOW_LOG = 31  # what `zstd --long=31` writes; both libraries refuse more than 27 by default
-_FREE_BYTES = 1 << 26  # 64 MiB are given out whatever the ratio
+_FREE_BYTES = 1 << 26  # 64 MiB are unpacked at any ratio
 
 
 class DamagedFile(ValueError):

@@ -114,7 +114,7 @@ class Corpus(Dataset[npt.NDArray[Any]]):
         ordered = np.sort(values)
         wanted = min(max(round(fraction * len(self)), 1), len(self) - 1)
         chosen = values < ordered[wanted] if wanted else np.zeros(len(self), dtype=bool)
-        if not chosen.any():  # the first value alone is more than what was wanted
+        if not chosen.any():  # the smallest value alone has more documents than were asked for
             chosen = values <= ordered[0]
         if chosen.all():
             raise ValueError(

@@ -215,7 +215,7 @@ def _check_downloaded(source: Source) -> None:
 
 
 def _peek(source: Source, blocks: Iterator[Numbered]) -> tuple[bool, Iterator[Numbered]]:
-    """Whether a text file holds JSON, which is told, and its blocks from the beginning."""
+    """Whether a text file holds JSON, which is logged, and its blocks from the beginning."""
     held = []
     for block in blocks:
         held.append(block)

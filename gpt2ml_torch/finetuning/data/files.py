@@ -30,13 +30,13 @@ class Source:
 def find_sources(data: Sequence[str | os.PathLike[str]] | str | os.PathLike[str]) -> list[Source]:
     """Return the files that `data` names, in the order given, each once.
 
-    An item is a file, a folder (searched through and through, in sorted order, for .txt, .text,
-    .jsonl, .ndjson and .json, with or without .gz, .zst or .xz; hidden names are left out), or a
-    glob in which `**` stands for any folders. A file named outright is JSON Lines where its name
-    says so, and else text.
+    An item is a file, a folder (searched recursively, in sorted order, for .txt, .text, .jsonl,
+    .ndjson and .json, with or without .gz, .zst or .xz; hidden names are left out), or a glob in
+    which `**` matches any folders. A file that is named itself is JSON Lines if its suffix says so,
+    and otherwise text.
 
-    Raises `OSError` for a name that is not there and `ValueError` for a folder or glob without any
-    such file.
+    Raises `OSError` for a name that does not exist and `ValueError` for a folder or glob without
+    any such file.
     """
     items = [data] if isinstance(data, (str, os.PathLike)) else list(data)
     if not items:
@@ -49,7 +49,7 @@ def find_sources(data: Sequence[str | os.PathLike[str]] | str | os.PathLike[str]
 
 
 def shown(path: str | os.PathLike[str]) -> str:
-    """The path as shown in a message: on one line, whatever its characters."""
+    """The path as shown in a message: in one line, with unusual characters escaped."""
     text = os.fspath(path)
     return text if text.isprintable() and text else repr(text)
 

@@ -164,7 +164,7 @@ class _Reader:
             except (ValueError, RecursionError):
                 raise complaint(self._source, self._line, _NOT_READABLE) from None
             if end == len(self._text) and isinstance(value, (int, float)) and self._read_on():
-                continue  # a number may go on
+                continue  # a number may continue
             found = Value(self._line, value)
             self._advance(end)
             return found
