@@ -66,6 +66,11 @@ class KVCache:
         return cache
 
     @property
+    def parts(self) -> tuple[Tensor, Tensor, RowAdapters | None]:
+        """What `of` takes: keys, values and adapters."""
+        return self.keys, self.values, self.adapters
+
+    @property
     def batch_size(self) -> int:
         return self.keys.shape[1]
 
@@ -74,7 +79,12 @@ class KVCache:
         return self.keys.shape[2]
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
-        """The keys and values of one layer, each a view (B, S, H, K)."""
+        """The keys and values of one layer, for blocks that run one by one; views (B, S, H, K).
+
+        Raises `ValueError` for a cache with adapters, which such blocks would leave out.
+        """
+        if self.adapters is not None:
+            raise ValueError("adapters are added by the kernels of packed weights; merge them here")
         return self.keys[index], self.values[index]
 
     def rows(self, start: int, end: int) -> KVCache:

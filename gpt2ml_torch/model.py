@@ -210,11 +210,7 @@ class GPT2ML(Pretrained):
         if on_kernels is None:
             on_kernels = cache is not None and self.runs_on_kernels
         if on_kernels and cache is not None:
-            return kernels.run_layers(
-                self.blocks, h, positions, cache.keys, cache.values, cache.adapters
-            )
-        if cache is not None and cache.adapters is not None:
-            raise ValueError("adapters are added by the kernels of packed weights; merge them here")
+            return kernels.run_layers(self.blocks, h, positions, *cache.parts)
         mask = None  # plain causal attention among the tokens of this call
         if cache is not None and not cache_is_empty:
             slots = torch.arange(cache.length, device=token_ids.device)  # (S,)

@@ -54,7 +54,7 @@ class Batch:
             needed += 1
         self._cache = engine.new_cache(len(texts), min(needed, engine.limit))
         for row, text in enumerate(texts):
-            self._cache.use_adapter(row, engine.adapter_number(text.config.adapter))
+            self._cache.use_adapter(row, engine.adapters.number(text.config.adapter))
 
     def write(self) -> Iterator[tuple[Text, str]]:
         """Decode to the end of every text; yields what each token adds."""

@@ -34,7 +34,7 @@ from gpt2ml_torch.generation import choice
 from gpt2ml_torch.generation.choice import Chosen, SamplerState
 from gpt2ml_torch.generation.regions import are_equal, outline
 from gpt2ml_torch.generation.transfers import to_device
-from gpt2ml_torch.kernels import NO_ADAPTER, PackedAdapter, RowAdapters
+from gpt2ml_torch.kernels import Adapters, PackedAdapter, RowAdapters
 from gpt2ml_torch.kv_cache import KVCache
 from gpt2ml_torch.model import GPT2ML
 
@@ -116,7 +116,7 @@ class Engine:
         self.on_cuda = model.device.type == "cuda"
         self._compile_wanted = compile
         self._outline: object = None
-        self._adapters: dict[str, PackedAdapter] = {}
+        self.adapters = Adapters()
         self.refresh()
 
     def refresh(self) -> None:
@@ -127,7 +127,7 @@ class Engine:
         found = outline(self.model) if wanted else on_kernels
         if found == self._outline:
             return
-        if self._adapters and not on_kernels:
+        if self.adapters.names and not on_kernels:
             raise ValueError(
                 "the model's layers are no longer packed ones on a CPU with kernels, and only "
                 "beside these can adapters be added; change them back, or merge the adapters"
@@ -159,34 +159,15 @@ class Engine:
         unread = self.model.position_embedding.weight.nbytes
         return sum(tensor.nbytes for tensor in tensors) - unread
 
-    @property
-    def adapters(self) -> tuple[str, ...]:
-        """The names of the adapters that rows of a cache may be read and written with."""
-        return tuple(self._adapters)
-
     def add_adapter(self, name: str, adapter: PackedAdapter) -> None:
-        """Raises `ValueError` for a model that does not run on the kernels."""
+        """Raises `ValueError` for a model that does not run on the kernels, and a name in use."""
         if not self.on_kernels:
             packed = f"packed as {self.model.packed}" if self.model.packed else "not packed"
             raise ValueError(
                 f"an adapter is added beside packed weights on a CPU with kernels, and this model "
                 f"is {packed}, on {self.model.device}; merge the adapter into it, or pack the model"
             )
-        if name in self._adapters:
-            raise ValueError(f"there is an adapter {name!r} already; give another name")
-        self._adapters[name] = adapter
-
-    def adapter_number(self, name: str | None) -> int:
-        """What caches call an adapter; no adapter is `NO_ADAPTER`."""
-        return NO_ADAPTER if name is None else self.adapters.index(name)
-
-    @torch.inference_mode()
-    def row_adapters(self, rows: int, adapter: str | None = None) -> RowAdapters | None:
-        """For the rows of a new cache; None where there are no adapters."""
-        if not self._adapters:
-            return None
-        numbers = torch.full((rows,), self.adapter_number(adapter))
-        return RowAdapters(tuple(self._adapters.values()), numbers)
+        self.adapters.add(name, adapter)
 
     @torch.inference_mode()
     def new_cache(self, rows: int, length: int, *, adapter: str | None = None) -> KVCache:
@@ -201,7 +182,7 @@ class Engine:
             device=model.device,
             dtype=model.dtype,
         )
-        cache.adapters = self.row_adapters(cache.batch_size, adapter)
+        cache.adapters = self.adapters.of_rows(cache.batch_size, adapter)
         if self.compiled and self.on_cuda:
             for tensor in (cache.keys, cache.values):
                 torch._dynamo.mark_static_address(tensor)
@@ -319,7 +300,7 @@ class Engine:
         key: tuple[object, ...] = (),
     ) -> Any:
         plan = self._plan if plan is None else plan
-        arguments = (self.model, plan, ids, *others, cache.keys, cache.values, cache.adapters)
+        arguments = (self.model, plan, ids, *others, *cache.parts)
         if not self.compiled:
             return function(*arguments)
         # Calls of the same key share a graph.

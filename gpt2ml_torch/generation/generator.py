@@ -273,9 +273,7 @@ class Generator:
         self, config: GenerationConfig | None, options: Mapping[str, Any]
     ) -> GenerationConfig:
         config = (self.defaults if config is None else config).replace(**options)
-        if config.adapter is not None and config.adapter not in self.engine.adapters:
-            known = ", ".join(map(repr, self.engine.adapters)) or "none"
-            raise OptionError("{adapter} is {!r}; the generator has {}", config.adapter, known)
+        self.engine.adapters.number(config.adapter)  # an error for one that was not added
         keep = config.window_keep
         if keep is not None and keep >= self.engine.limit:
             raise OptionError(

@@ -4,6 +4,7 @@ from gpt2ml_torch.kernels.layers import can_run_layers, run_layers
 from gpt2ml_torch.kernels.low_rank import (
     LINEAR_LAYERS,
     NO_ADAPTER,
+    Adapters,
     LowRank,
     PackedAdapter,
     RowAdapters,
@@ -28,6 +29,7 @@ from gpt2ml_torch.kernels.packing import unpack
 __all__ = [
     "LINEAR_LAYERS",
     "NO_ADAPTER",
+    "Adapters",
     "LowRank",
     "PackedAdapter",
     "PackedEmbedding",

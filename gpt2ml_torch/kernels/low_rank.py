@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gpt2ml_torch.kernels.ops import pack_rows
 from gpt2ml_torch.kernels.packing import empty_in_huge_pages, storage_dtype
+from gpt2ml_torch.options import OptionError
 from gpt2ml_torch.precision import PANEL, Precision
 
 LINEAR_LAYERS = ("attention.qkv", "attention.output", "mlp.up", "mlp.down")  # of a block
@@ -93,6 +94,39 @@ class RowAdapters(NamedTuple):
         if not bool((self.of_rows != NO_ADAPTER).any()):
             return []
         return [matrix for adapter in self.adapters for matrix in adapter.matrices]
+
+
+class Adapters:
+    """The adapters of one model by name."""
+
+    def __init__(self) -> None:
+        self._packed: dict[str, PackedAdapter] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._packed)
+
+    def add(self, name: str, adapter: PackedAdapter) -> None:
+        """Raises `ValueError` for a name in use."""
+        if name in self._packed:
+            raise ValueError(f"there is an adapter {name!r} already; give another name")
+        self._packed[name] = adapter
+
+    def number(self, name: str | None) -> int:
+        """What rows call an adapter; None is `NO_ADAPTER`. Raises `ValueError` for another name."""
+        if name is None:
+            return NO_ADAPTER
+        if name not in self._packed:
+            known = ", ".join(map(repr, self._packed)) or "none"
+            raise OptionError("{adapter} is {!r}; the generator has {}", name, known)
+        return self.names.index(name)
+
+    @torch.inference_mode()
+    def of_rows(self, rows: int, name: str | None = None) -> RowAdapters | None:
+        """For so many rows, all with one adapter; None where there is no adapter at all."""
+        if not self._packed:
+            return None
+        return RowAdapters(tuple(self._packed.values()), torch.full((rows,), self.number(name)))
 
 
 def _packed(matrices: Tensor, precision: Precision) -> Tensor:

@@ -155,7 +155,7 @@ class Server:
         return Response(self.metrics.render(), media_type="text/plain; version=0.0.4")
 
     async def models(self, _: Request) -> Response:
-        names = [self.name, *self._generator.engine.adapters]
+        names = [self.name, *self._generator.engine.adapters.names]
         return json_response({"object": "list", "data": [self._model(name) for name in names]})
 
     async def model(self, request: Request) -> Response:
@@ -270,7 +270,7 @@ class Server:
         """The adapter that a model's name stands for, None for the model itself."""
         if model is None or model == self.name:
             return None
-        adapters = self._generator.engine.adapters
+        adapters = self._generator.engine.adapters.names
         if model in adapters:
             return model
         raise APIError(

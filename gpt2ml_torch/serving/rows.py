@@ -56,11 +56,11 @@ class RowCache:
     @torch.inference_mode()
     def use_adapter(self, row: int, adapter: str | None) -> None:
         """Read and write a row with this adapter from now on."""
-        current, fresh = self.cache.adapters, self._engine.row_adapters(self.count)
+        current, fresh = self.cache.adapters, self._engine.adapters.of_rows(self.count)
         if current is not None and fresh is not None:
             fresh.of_rows.copy_(current.of_rows)
         self.cache.adapters = fresh  # one may have been added since
-        self.cache.use_adapter(row, self._engine.adapter_number(adapter))
+        self.cache.use_adapter(row, self._engine.adapters.number(adapter))
 
     def copy(self, row: int, to: int, length: int) -> None:
         """Copy the first `length` slots of a row to another row."""
@@ -83,7 +83,7 @@ class RowCache:
         part, tokens = self.cache.rows(row, row + 1), torch.tensor([ids], device=device)
         if self.whole:  # any number of tokens: nothing to compile for
             plan = Plan(on_kernels=False, share_code=False)
-            arguments = tokens, positions, part.keys, part.values, part.adapters
+            arguments = tokens, positions, *part.parts
             return decode(self._engine.model, plan, *arguments)[0]
         return self._engine.decode(tokens, positions, part)[0]
 
@@ -121,7 +121,7 @@ def _lazy_cache(engine: Engine, rows: int) -> KVCache:
         config.head_size,
     )
     keys, values = (_lazy_zeros(shape, model.dtype, model.device) for _ in range(2))
-    return KVCache.of(keys, values, engine.row_adapters(rows))
+    return KVCache.of(keys, values, engine.adapters.of_rows(rows))
 
 
 def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

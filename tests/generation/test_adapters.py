@@ -143,7 +143,7 @@ def test_an_unknown_adapter_is_an_error_that_names_the_known_ones(generator: Gen
     with pytest.raises(ValueError, match="adapter is 'prose'; the generator has 'poems', 'news'"):
         generator.generate(PROMPT, adapter="prose")
     with pytest.raises(ValueError, match="there is an adapter 'poems' already"):
-        generator.engine.add_adapter("poems", generator.engine._adapters["news"])
+        generator.engine.add_adapter("poems", generator.engine.adapters._packed["news"])
 
 
 def test_a_model_that_is_not_packed_takes_no_adapter(
