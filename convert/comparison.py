@@ -1,5 +1,6 @@
-"""Compare a model file with the checkpoint that it came from, bit for bit, while its tensors are
-made again: nothing is written, and of each tensor only a few rows are in memory, or one packed
+"""Compare a model file with the checkpoint that it was made from, bit for bit.
+
+Its tensors are made again, but not written: memory holds a few rows of each tensor, or one packed
 matrix."""
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from gpt2ml_torch.modelfile.format import (
 
 
 def differing_tensors(file: ModelFile, location: Location) -> list[str]:
-    """The tensors, by name and sorted, that are not what the checkpoint gives in the file's
-    precision: of another dtype, shape or content, or in only one of the two.
+    """The sorted names of the tensors that differ from the checkpoint's in the file's precision.
 
-    The optimizer's statistics are compared if the file keeps them, and NaN equals NaN of the same
-    bits. A configuration beside the checkpoint is not read, since the tensors have their shapes.
-    Raises `ValueError` for a checkpoint that is damaged or no complete model, and for a file that
-    changes meanwhile, and `OSError`.
+    They have another dtype, shape or content, or are in only one of the two. The optimizer's
+    statistics are compared if the file keeps them; NaN equals NaN of the same bits. A configuration
+    beside the checkpoint is not read, since the shapes of the tensors suffice. Raises `ValueError`
+    for a checkpoint that is damaged or not a complete model, and for a file that changes meanwhile,
+    and `OSError` if one can't be read.
     """
     source = open_source(location)
     plan = _plan(source, optimizer=bool(file.slots))
@@ -61,7 +62,7 @@ def differing_tensors(file: ModelFile, location: Location) -> list[str]:
 
 
 def _plan(source: Source, *, optimizer: bool) -> TensorPlan:
-    """The plan of the tensors, without the optimizer where the checkpoint hasn't got all of it."""
+    """The plan of the tensors, without the optimizer if the checkpoint lacks a part of it."""
     try:
         return plan_tensors(source, keep_optimizer=optimizer)
     except OptimizerError:
@@ -69,7 +70,7 @@ def _plan(source: Source, *, optimizer: bool) -> TensorPlan:
 
 
 def _pack(file: ModelFile, name: str, pieces: Iterator[Array]) -> dict[str, Iterator[Array]]:
-    """A weight and its scale as such a file stores them, each in pieces.
+    """A packed weight and its scale as the file stores them, each in pieces.
 
     Raises `UnstorableError` for what can't be packed.
     """
@@ -93,7 +94,7 @@ def _pack(file: ModelFile, name: str, pieces: Iterator[Array]) -> dict[str, Iter
 
 
 def _is_stored(pieces: Iterator[Array], file: ModelFile, name: str) -> bool:
-    """Whether the file holds just these bytes as its tensor `name`, which has as many."""
+    """Whether the file's tensor `name`, which has the same size, consists of these bytes."""
     buffer, start = bytearray(), 0
     for piece in pieces:
         if len(buffer) < piece.nbytes:

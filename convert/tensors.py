@@ -1,6 +1,7 @@
-"""Make a file's tensors from a checkpoint's: read, join, transpose and round, in a few threads that
-each take one tensor at a time. What becomes of them (`convert.to_safetensors` writes them,
-`convert.comparison` compares them with a file's) is the `Sink`'s to say."""
+"""Make a model file's tensors from a checkpoint's: read, join, transpose and round.
+
+A few threads make one tensor each at a time and pass it to a `Sink`: `convert.to_safetensors`
+writes the tensors, and `convert.comparison` compares them with a file's."""
 
 from __future__ import annotations
 
@@ -29,11 +30,11 @@ from gpt2ml_torch.options import OptionError
 if TYPE_CHECKING:
     from torch import Tensor
 
-_WORKERS = 2  # more only wait for each other, since the kernel lets one at a time write to a file
+_WORKERS = 2  # more would only wait, since the system lets one thread at a time write to a file
 
 Progress = Callable[[int, int], None]  # bytes done since the last call, bytes in all
-# Takes a tensor's name in the file and its rows, piece by piece: as `rows_in_order` gives them, so
-# each is valid until the next is taken. It is called in several threads, and need not take all.
+# Takes a tensor's name in the file and its rows in pieces, each of which is valid until the next is
+# taken (`rows_in_order`). It is called in several threads, and need not take all pieces.
 Sink = Callable[[str, Iterator[Array]], None]
 
 
@@ -46,11 +47,11 @@ class Order(NamedTuple):
 
 
 class UnstorableError(OptionError):
-    """A tensor has finite numbers that its dtype can't hold."""
+    """A tensor has finite values that its dtype can't hold."""
 
 
 def orders(plan: TensorPlan, dtype: str) -> list[Order]:
-    """Everything that a plan makes; the optimizer's statistics are float32 in any case."""
+    """All tensors of a plan; the optimizer's statistics are always float32."""
     weights = [Order(key, recipe, dtype) for key, recipe in plan.recipes.items()]
     return weights + [Order(SLOT + key, recipe, "float32") for key, recipe in plan.slots.items()]
 
@@ -63,11 +64,10 @@ def make_tensors(
     allow_non_finite: bool,
     progress: Progress | None = None,
 ) -> list[str]:
-    """Make tensors and give each to the sink; the first that fails stops the others.
+    """Make tensors and pass each to the sink; the first that fails stops the others.
 
-    Returns a note for each that is not finite, where that is allowed. Raises `ValueError` for a
-    tensor that is damaged, or not finite without permission, `UnstorableError`, and whatever the
-    sink raises.
+    Returns a note on each tensor that is not finite, if that is allowed. Raises `ValueError` for
+    a tensor that is damaged or not finite, `UnstorableError`, and the exceptions of the sink.
     """
     jobs = collections.deque(wanted)
     sizes = {order.name: _bytes_made(source, order) for order in jobs}
@@ -79,7 +79,7 @@ def make_tensors(
         while jobs:
             try:
                 order = jobs.popleft()
-            except IndexError:  # another took the last one
+            except IndexError:  # another thread took the last one
                 return
             maker = _Maker(source, order, allow_non_finite=allow_non_finite)
             sink(order.name, maker.pieces())
@@ -102,7 +102,7 @@ def make_tensors(
 
 
 def whole(pieces: Iterator[Array], dtype: str) -> Tensor:
-    """The PyTorch tensor of all pieces together, in memory of its own."""
+    """All pieces together as a PyTorch tensor in its own memory."""
     import torch  # takes seconds to import, and only packing needs it
 
     joined = torch.from_numpy(np.concatenate(list(map(np.copy, pieces))))
@@ -115,7 +115,7 @@ def _bytes_made(source: Source, order: Order) -> int:
 
 
 class _Maker:
-    """Makes one tensor of the file from the source's, and counts what is not finite in it."""
+    """Makes one tensor of the file from the source's, and counts its non-finite values."""
 
     def __init__(self, source: Source, order: Order, *, allow_non_finite: bool) -> None:
         self._source, self._order, self._allow = source, order, allow_non_finite
