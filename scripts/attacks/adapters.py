@@ -1,4 +1,6 @@
-"""Edited and damaged adapters: merged into finite weights, or one line of error and no file."""
+"""Edited and damaged adapters: merged into finite weights or added beside packed ones, or one line
+of error and no file.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,10 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
+from gpt2ml_torch import Generator
+from gpt2ml_torch.finetuning import load_adapter
 from gpt2ml_torch.modelfile import ModelFile
-from scripts.attacks.tools import CONFIG, any_json, damaged, run_command, write_model
+from scripts.attacks.tools import ALLOWED, CONFIG, any_json, damaged, run_command, write_model
 
 CONFIGURATION: dict[str, Any] = {
     "peft_type": "LORA", "task_type": None, "r": 4, "lora_alpha": 6, "lora_dropout": 0.0,
@@ -32,6 +36,8 @@ class Attack:
             name = f"base_model.model.blocks.{layer}.mlp.up.lora_"
             self._tensors[f"{name}A.weight"] = torch.randn(4, CONFIG.hidden_size)
             self._tensors[f"{name}B.weight"] = torch.randn(CONFIG.intermediate_size, 4)
+        self._packed = Generator.from_pretrained(self._model, quantize="int8")
+        self._expected = self._packed.generate("今天", seed=0, max_new_tokens=4)
         self._write(CONFIGURATION, save(self._tensors))
         status, text = self._merge()
         assert status == 0, f"a sound adapter: {text}"
@@ -54,6 +60,8 @@ class Attack:
                 file.verify()
                 finite = all(tensor.isfinite().all() for tensor in file.state_dict().values())
             assert finite, f"{configuration}: not finite"
+        if self._packed.engine.on_kernels:
+            self._add(configuration)
 
     def _change(
         self, draw: random.Random, configuration: dict[str, Any], tensors: dict[str, torch.Tensor]
@@ -79,6 +87,18 @@ class Attack:
         text = json.dumps(configuration)
         (self._folder / "adapter_config.json").write_text(text, encoding="utf-8")
         (self._folder / "adapter_model.safetensors").write_bytes(data)
+
+    def _add(self, configuration: dict[str, Any]) -> None:
+        generator = Generator(self._packed.model, self._packed.tokenizer, pack=False)
+        error = ""
+        try:
+            generator.add_adapter("a", load_adapter(self._folder, generator.model))
+            generator.generate("今天", adapter="a", seed=0, max_new_tokens=4)
+        except ALLOWED as refusal:
+            error = str(refusal)
+        assert "\n" not in error, f"{configuration}: {error}"
+        text = generator.generate("今天", seed=0, max_new_tokens=4)
+        assert text == self._expected, f"{configuration}: the text without it changed"
 
     def _merge(self) -> tuple[int, str]:
         return run_command(["merge", str(self._model), str(self._folder), "--out", str(self._out)])
