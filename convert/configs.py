@@ -71,7 +71,7 @@ def read_config(path: Path) -> dict[str, Any]:
     values = _load(path)
     if not any(mark in values for mark in _MARKS):
         raise ValueError(
-            f"{path} is no configuration of this model: it has neither {' nor '.join(_MARKS)}"
+            f"{path} is not a configuration of this model: it has neither {' nor '.join(_MARKS)}"
         )
     result: dict[str, Any] = {}
     for field, names in DIALECTS.items():
@@ -179,7 +179,7 @@ def merge(
         width = shapes["hidden_size"]
         if width % PUBLISHED_HEAD_SIZE:
             raise OptionError(
-                "no configuration found, and width {} is no multiple of the published head size "
+                "no configuration found, and width {} is not a multiple of the published head size "
                 "{}, so the number of heads is unknown; give {config}",
                 *(width, PUBLISHED_HEAD_SIZE),
             )

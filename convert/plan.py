@@ -153,7 +153,7 @@ def _plan_tensors(
     shapes = expected_shapes(config)
     faults = find_faults(inventory.tensors, recipes, shapes, inventory.unknown)
     if faults:
-        raise ValueError(f"{source.name} is no complete GPT2_ML: {_enumerate(faults)}")
+        raise ValueError(f"{source.name} is not a complete GPT2_ML: {_enumerate(faults)}")
     _check_tied(source, inventory)
     slots = _plan_slots(source, inventory, recipes, config) if keep_optimizer else {}
     return TensorPlan(
@@ -273,14 +273,14 @@ def _sizes(source: Source, inventory: Inventory) -> dict[str, int]:
             what = "is missing" if found is None else f"has shape {found}"
             others = [f"unknown tensor {other!r}" for other in inventory.unknown]
             raise ValueError(
-                f"{source.name} is no GPT2_ML: {_enumerate([f'{name!r} {what}', *others])}"
+                f"{source.name} is not a GPT2_ML: {_enumerate([f'{name!r} {what}', *others])}"
             )
         return found
 
     rows, width = shape("token_embedding.weight", 2)
     positions, _ = shape("position_embedding.weight", 2)
     if not inventory.layers:
-        raise ValueError(f"{source.name} is no GPT2_ML: it has no layers")
+        raise ValueError(f"{source.name} is not a GPT2_ML: it has no layers")
     biases = [recipe.sources[0] for key, recipe in recipes.items() if key.endswith("mlp.up.bias")]
     name = next((name for name in biases if name in inventory.tensors), biases[0])
     mlp = inventory.tensors[name].shape if name in inventory.tensors else ()

@@ -123,7 +123,7 @@ class PyTorchFile(Source):
                 return self._describe_legacy(file)
         except Refused as error:
             raise ValueError(
-                f"{self._path} is no plain state dict, or hostile: {error}; nothing was run; "
+                f"{self._path} is not a plain state dict, or is hostile: {error}; nothing was run; "
                 "write one with torch.save(model.state_dict(), FILE) where the model was made"
             ) from None
         # zipfile raises RuntimeError for encryption and for unknown compression.

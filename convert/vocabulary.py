@@ -138,7 +138,7 @@ def _from_tokenizer_json(path: Path) -> Vocabulary:
     if model.get("type") != "WordPiece" or not isinstance(vocab, dict) or not vocab:
         raise OptionError(
             "{} is a tokenizer of type {!r}; expected WordPiece with a vocabulary: either this "
-            "model is no GPT2_ML, or give its vocabulary as {vocab}",
+            "model is not a GPT2_ML, or give its vocabulary as {vocab}",
             *(path, str(model.get("type"))[:40]),
         )
     _check_vocab(path, vocab)
@@ -158,7 +158,7 @@ def _from_tokenizer_json(path: Path) -> Vocabulary:
 def _check_vocab(path: Path, vocab: dict[str, Any]) -> None:
     """Raise `ValueError` for tokens and ids that can't be lines and line numbers."""
     if not all(type(id_) is int and 0 <= id_ < MAX_DIMENSION for id_ in vocab.values()):
-        raise ValueError(f"{path} has ids that are no whole numbers from 0 to {MAX_DIMENSION - 1}")
+        raise ValueError(f"{path} has ids that are not whole numbers from 0 to {MAX_DIMENSION - 1}")
     owners: dict[int, str] = {}
     for token, id_ in vocab.items():
         if owners.setdefault(id_, token) != token:

@@ -299,7 +299,7 @@ def parse_size(text: str) -> int:
     """The bytes of a size such as "22GB", "24 GiB" or "800MB"; raises `ValueError` for others."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT])(i?)B?\s*", text, re.IGNORECASE)
     if match is None:
-        raise ValueError(f"{text!r} is no size; expected one such as 22GB or 24GiB")
+        raise ValueError(f"{text!r} is not a size; expected one such as 22GB or 24GiB")
     number, unit, binary = match.groups()
     return int(float(number) * (1024 if binary else 1000) ** (" KMGT".index(unit.upper())))
 

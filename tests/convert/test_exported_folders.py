@@ -219,7 +219,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "a tokenizer of another kind": (_set("tokenizer.json", model={"type": "BPE"}), "WordPiece"),
     "ids that are no ids": (
         _set("tokenizer.json", model={"type": "WordPiece", "vocab": {"a": 10**12}}),
-        "no whole numbers",
+        "not whole numbers",
     ),
     "lines that are no lines": (
         _set("tokenizer_config.json", gpt2ml_vocab_lines={"-1": "x"}),

@@ -284,7 +284,7 @@ def test_a_hostile_pickle_costs_neither_time_nor_memory(
         pickle = b"\x80\2" + many + call * 20_000 + b"}."
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("x/data.pkl", pickle)
-        assert_refused(path, "is damaged|no GPT2_ML", capfd)
+        assert_refused(path, "is damaged|not a GPT2_ML", capfd)
 
 
 def test_the_published_file_is_said_to_be_it(

@@ -35,7 +35,7 @@ def config_is_huge(folder: Path) -> None:
     (folder / "config.json").write_text(" " * (2 << 20) + "{}")
 
 
-@case("no configuration of this model")
+@case("not a configuration of this model")
 def config_is_of_something_else(folder: Path) -> None:
     (folder / "config.json").write_text('{"name": "x"}')
 

@@ -20,12 +20,12 @@ class RunsCode:
         return os.system, ("touch ran",)
 
 
-@case("no plain state dict, or hostile: .*; nothing was run")
+@case("not a plain state dict, or is hostile: .*; nothing was run")
 def bin_would_run_code(folder: Path) -> list[str]:
     return write_bin(folder, {"wte.weight": RunsCode()})
 
 
-@case("no plain state dict, or hostile: .*; nothing was run")
+@case("not a plain state dict, or is hostile: .*; nothing was run")
 def bin_is_a_bare_hostile_pickle(folder: Path) -> list[str]:
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(RunsCode()))
     return [str(folder / "pytorch_model.bin")]
