@@ -213,12 +213,9 @@ class GPT2ML(Pretrained):
             return kernels.run_layers(self.blocks, h, positions, *cache.parts)
         mask = None  # plain causal attention among the tokens of this call
         if cache is not None and not cache_is_empty:
-            slots = torch.arange(cache.length, device=token_ids.device)  # (S,)
-            mask = (slots <= positions[:, :, None])[:, None]  # (B, 1, T, S)
+            mask = _slot_mask(positions, cache)
         elif document_ids is not None:
-            places = torch.arange(T, device=token_ids.device)  # (T,)
-            same_document = document_ids[:, :, None] == document_ids[:, None, :]  # (B, T, T)
-            mask = (same_document & (places <= places[:, None]))[:, None]  # (B, 1, T, T)
+            mask = _document_mask(document_ids)
         for index, block in enumerate(self.blocks):
             if self.gradient_checkpointing and self.training and cache is None:
                 h = recompute_in_backward(block, h, mask=mask, use_reentrant=False)
@@ -231,6 +228,19 @@ class GPT2ML(Pretrained):
     def logits(self, h: Tensor) -> Tensor:
         """Scores of every token of the vocabulary, (..., D) -> (..., V); no bias, no final norm."""
         return self.token_embedding.logits(h)
+
+
+def _slot_mask(positions: Tensor, cache: KVCache) -> Tensor:
+    """Each token attends to all slots up to its own: (B, T) -> (B, 1, T, S)."""
+    slots = torch.arange(cache.length, device=positions.device)  # (S,)
+    return (slots <= positions[:, :, None])[:, None]
+
+
+def _document_mask(document_ids: Tensor) -> Tensor:
+    """Each token attends to those before it in its document: (B, T) -> (B, 1, T, T)."""
+    places = torch.arange(document_ids.shape[1], device=document_ids.device)  # (T,)
+    same_document = document_ids[:, :, None] == document_ids[:, None, :]  # (B, T, T)
+    return (same_document & (places <= places[:, None]))[:, None]
 
 
 def _run_block(
