@@ -15,7 +15,7 @@ from typing import Any
 from convert import published
 from convert.inputs import Location
 from convert.mapping import TENSORFLOW
-from convert.plan import Options, make_plan
+from convert.plan import Options, Plan, make_plan
 from convert.source import Array, Joined, Source
 from convert.tensors import Progress, make_tensors, orders, whole
 from convert.vocabulary import Vocabulary
@@ -54,18 +54,7 @@ def convert(
     with _hashing(source, options) as digest:  # it takes as long as all the rest
         plan = make_plan(source, location.folder, options)
         check_target(out, [*source.files, *plan.inputs], overwrite=options.overwrite)
-        with ModelWriter(
-            out,
-            plan.config,
-            dtype=options.unpacked_dtype,
-            packed=options.packed,
-            vocab=plan.vocabulary.text if plan.vocabulary else None,
-            source=plan.source,
-            generation=plan.generation,
-            slots=options.keep_optimizer,
-            overwrite=options.overwrite,
-            allow_non_finite=True,  # checked before rounding and packing
-        ) as writer:
+        with _writer(out, plan, options) as writer:
             non_finite = make_tensors(
                 source,
                 orders(plan, options.unpacked_dtype),
@@ -91,6 +80,21 @@ def convert(
         notes=notes,
         size=out.stat().st_size,
         seconds=time.monotonic() - started,
+    )
+
+
+def _writer(out: Path, plan: Plan, options: Options) -> ModelWriter:
+    return ModelWriter(
+        out,
+        plan.config,
+        dtype=options.unpacked_dtype,
+        packed=options.packed,
+        vocab=plan.vocabulary.text if plan.vocabulary else None,
+        source=plan.source,
+        generation=plan.generation,
+        slots=options.keep_optimizer,
+        overwrite=options.overwrite,
+        allow_non_finite=True,  # checked before rounding and packing
     )
 
 

@@ -196,23 +196,12 @@ def serve(
     log_level: str = "info",
 ) -> None:
     """Answer requests on a listening socket until a signal comes."""
-    scheduler = Scheduler(
-        generator,
-        max_rows=config.max_rows,
-        max_memory=None if config.max_memory is None else int(config.max_memory * 2**30),
-        max_queue=config.max_queue,
-        prefix_tokens=config.prefix_cache_tokens,
-    )
+    scheduler = _scheduler(generator, config)
     max_connections = allow_connections()
-    limits = Limits(
-        max_tokens=config.max_tokens,
-        max_samples=config.max_samples,
-        max_prompt_tokens=config.max_prompt_tokens,
-    )
     server = Server(
         scheduler,
         name=name,
-        limits=limits,
+        limits=_limits(config),
         api_keys=api_keys,
         hosts=(config.host, *config.allowed_host),
         log_prompts=config.log_prompts,
@@ -234,3 +223,21 @@ def serve(
         )
         running = DrainingServer(uvicorn_config, server, drain_seconds=config.drain_seconds)
         running.run(sockets=[sock])
+
+
+def _scheduler(generator: Generator, config: ServeConfig) -> Scheduler:
+    return Scheduler(
+        generator,
+        max_rows=config.max_rows,
+        max_memory=None if config.max_memory is None else int(config.max_memory * 2**30),
+        max_queue=config.max_queue,
+        prefix_tokens=config.prefix_cache_tokens,
+    )
+
+
+def _limits(config: ServeConfig) -> Limits:
+    return Limits(
+        max_tokens=config.max_tokens,
+        max_samples=config.max_samples,
+        max_prompt_tokens=config.max_prompt_tokens,
+    )
