@@ -13,7 +13,7 @@ class GPT2MLConfig(PreTrainedConfig):
     """
 
     model_type = "gpt2ml"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # the latter since 5.24
 
     # How programs split each pair of matrices over several devices: first by column, then by row.
     base_model_tp_plan = {

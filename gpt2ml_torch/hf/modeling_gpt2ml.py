@@ -34,6 +34,11 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_gpt2ml import GPT2MLConfig
 
+# transformers 5.24 renamed the cache that models take and return. Every forward here takes both
+# names: an unknown one would vanish in **kwargs, and each step would forget the tokens before it.
+_NEW, _OLD = "cache", "past_key_values"
+_CACHE = _NEW if _NEW in BaseModelOutputWithPast.__dataclass_fields__ else _OLD
+
 
 def eager_attention(
     module: nn.Module,
@@ -77,15 +82,17 @@ class GPT2MLAttention(nn.Module):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        cache = _one_of(cache, past_key_values)
         # -1: a device of several may hold only some of the heads.
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         q = self.q_proj(hidden_states).view(shape).transpose(1, 2)  # (B, H, T, K)
         k = self.k_proj(hidden_states).view(shape).transpose(1, 2)
         v = self.v_proj(hidden_states).view(shape).transpose(1, 2)
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)  # (B, H, S, K)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)  # (B, H, S, K)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention
         )
@@ -138,7 +145,7 @@ class GPT2MLPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["GPT2MLDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = [_OLD, _NEW]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -190,8 +197,10 @@ class GPT2MLModel(GPT2MLPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
+        cache = _one_of(cache, past_key_values)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         if inputs_embeds is None:
@@ -200,14 +209,14 @@ class GPT2MLModel(GPT2MLPreTrainedModel):
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **_named(cache),
         )
         # After the mask, which detects packed sequences only if there is no cache.
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
-            position_ids = _positions(inputs_embeds, attention_mask, past_key_values)
+            position_ids = _positions(inputs_embeds, attention_mask, cache)
         _check_positions(position_ids, self.config.max_position_embeddings)
         h = inputs_embeds  # (B, T, D)
         # In a pipeline of processes (vLLM), layers of other processes are identities. A process
@@ -215,10 +224,8 @@ class GPT2MLModel(GPT2MLPreTrainedModel):
         if not isinstance(next(iter(self.layers), None), nn.Identity):
             h = self.embed_norm(h + self.embed_positions(position_ids))
         for layer in self.layers:
-            h = layer(h, attention_mask=mask, past_key_values=past_key_values, **kwargs)
-        return BaseModelOutputWithPast(
-            last_hidden_state=h, past_key_values=past_key_values if use_cache else None
-        )
+            h = layer(h, attention_mask=mask, **_named(cache), **kwargs)
+        return BaseModelOutputWithPast(last_hidden_state=h, **_named(cache if use_cache else None))
 
 
 class GPT2MLForCausalLM(GPT2MLPreTrainedModel, GenerationMixin):
@@ -265,6 +272,7 @@ class GPT2MLForCausalLM(GPT2MLPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         outputs = self.model(
@@ -274,6 +282,7 @@ class GPT2MLForCausalLM(GPT2MLPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            cache=cache,
             **kwargs,
         )
         whole = isinstance(logits_to_keep, int)
@@ -288,9 +297,9 @@ class GPT2MLForCausalLM(GPT2MLPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **_named(getattr(outputs, _CACHE)),
         )
 
 
@@ -306,14 +315,24 @@ def tell_peft() -> None:
             table.setdefault(GPT2MLConfig.model_type, ["q_proj", "v_proj"])
 
 
-def _positions(
-    inputs_embeds: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None
-) -> Tensor:
+def _one_of(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    """The cache under its new name or its old one; raises `ValueError` for two."""
+    if cache is not None and past_key_values is not None:
+        raise ValueError("give either cache or past_key_values, which is the older name")
+    return past_key_values if cache is None else cache
+
+
+def _named(cache: Cache | None) -> dict[str, Any]:
+    """The cache as the keyword argument that this transformers knows."""
+    return {_CACHE: cache}
+
+
+def _positions(inputs_embeds: Tensor, attention_mask: Tensor | None, cache: Cache | None) -> Tensor:
     """The tokens' positions in their texts, (B, T); padding on the left is not counted."""
     T = inputs_embeds.shape[1]
     if attention_mask is not None and attention_mask.ndim == 2:
         return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]
-    seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+    seen = cache.get_seq_length() if cache is not None else 0
     return (torch.arange(T, device=inputs_embeds.device) + seen)[None]
 
 

@@ -84,17 +84,22 @@ def test_float64_logits_of_padded_rows_are_the_references(
         assert largest_error(logits[row, place], exact[row, :length]) <= TOLERANCE
 
 
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])  # the latter since 5.24
 @pytest.mark.parametrize("kind", ["DynamicCache", "StaticCache"])
 @torch.inference_mode()
-def test_float64_logits_through_a_cache_are_the_references(tmp_path: Path, kind: str) -> None:
+def test_float64_logits_through_a_cache_are_the_references(
+    tmp_path: Path, kind: str, name: str
+) -> None:
     model = _exported(ODD, tmp_path, dtype=torch.float64)
     inputs, exact = inputs_of(ODD), to_float64(ODD.cached_logits())
     length = inputs.shape[1]
     size = {"max_cache_len": length} if kind == "StaticCache" else {}
     cache = getattr(transformers, kind)(config=model.config, **size)
     for start, end in pairwise([0, *range(5, length + 1)]):
-        found = model(inputs[:, start:end], past_key_values=cache, use_cache=True).logits
+        found = model(inputs[:, start:end], **{name: cache}, use_cache=True).logits
         assert largest_error(found, exact[:, start:end]) <= TOLERANCE
+    with pytest.raises(ValueError, match="either cache or past_key_values"):
+        model(inputs[:, :1], past_key_values=cache, cache=cache)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
