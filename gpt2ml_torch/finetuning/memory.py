@@ -44,6 +44,8 @@ from gpt2ml_torch.options import OptionError
 GIB = 2**30
 # Bytes of a process beside its tensors, as measured: Python, PyTorch and peft; on CUDA the context.
 _PROCESS = {"cpu": int(0.35 * GIB), "cuda": int(0.6 * GIB)}
+# The same on a CPU with a build of PyTorch for GPUs, whose libraries are loaded there too.
+_PROCESS_OF_GPU_BUILD = int(0.75 * GIB)
 _SLICES_IN_FLIGHT = 8  # float32 temporaries of a sliced optimizer step
 _MOST_CHUNKS = 512  # chunks of logits in a step on fake tensors
 _BYTES_A_TOKEN = 4 * 8  # four fields of `Rows`, int64
@@ -131,8 +133,14 @@ def _count(config: FinetuneConfig, model: GPT2ML) -> MemoryEstimate:
         gradients=watch.gradients_at_peak,
         optimizer=slots + _SLICES_IN_FLIGHT * 4 * min(SLICE, largest),
         activations=watch.peak - watch.gradients_at_peak,
-        process=_PROCESS["cpu" if config.device == "cpu" else "cuda"],
+        process=_process_bytes(config.device),
     )
+
+
+def _process_bytes(device: str) -> int:
+    if device == "cpu" and torch.backends.cuda.is_built():
+        return _PROCESS_OF_GPU_BUILD
+    return _PROCESS["cpu" if device == "cpu" else "cuda"]
 
 
 def _watch_step(objective: Objective, config: FinetuneConfig) -> _Watch:
