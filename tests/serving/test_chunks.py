@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gpt2ml_torch.serving.chunks import ALONE, SHARE, SMALLEST, CostCurve, Pace
+from gpt2ml_torch.serving.chunks import ALONE, GRAIN, SHARE, SMALLEST, CostCurve, Pace
 
 
 def test_a_cost_is_never_guessed_below_a_floor_with_a_slope() -> None:
@@ -20,6 +20,16 @@ def test_a_cost_is_never_guessed_below_a_floor_with_a_slope() -> None:
         guess = curve.seconds(size)
         assert guess is not None
         assert guess >= cost(size) - 1e-9
+
+
+def test_one_slow_call_does_not_stay_the_cost_of_its_size() -> None:
+    curve = CostCurve()
+    curve.note(8, 500.0)  # a first call, while memory is still being taken
+    for _ in range(5):
+        curve.note(4, 40.0)
+    assert curve.seconds(8) == 80.0
+    assert curve.seconds(6) == 80.0
+    assert curve.seconds(9) == 120.0
 
 
 @pytest.mark.parametrize("slope", [0.1, 1.0, 3.0])
@@ -38,7 +48,7 @@ def test_a_chunk_and_what_was_read_before_it_take_no_more_than_their_share(
         first = pace.tokens(running=running, spent=0.0)
         pace.note_read(first, cost(first))
     assert first == SMALLEST or cost(first) <= SHARE * cost(running)
-    assert cost(first + SMALLEST) > 0.9 * SHARE * cost(running)
+    assert cost(first + GRAIN) > 0.9 * SHARE * cost(running)
     more = pace.tokens(running=running, spent=cost(first))
     assert not more or cost(first) + cost(more) <= SHARE * cost(running)
 
