@@ -28,7 +28,12 @@ END_TOKEN = "\x03"
 _RENAMED = {"[SEP]": END_TOKEN, "": "[]"}
 _RENAMED_BACK = {there: ours for ours, there in _RENAMED.items()}
 _UNASSIGNED = "\ufdd0"  # a noncharacter, which Unicode will never assign
-_NOT_DECOMPOSED = "\U00011938"  # its decomposition is missing in the older tables of the NFD rule
+# Missing in the older tables of the NFD rule, with their decompositions: one letter of Unicode 13,
+# and those of Unicode 16, which Python 3.14 knows.
+_NOT_DECOMPOSED = (
+    "\U00011938\U000105c9\U000105e4\U00011383\U00011385\U0001138e\U00011391"
+    "\U000113c5\U000113c7\U000113c8\U00016d68\U00016d69\U00016d6a"
+)
 _CODES = (*range(0xD800), *range(0xE000, sys.maxunicode + 1))  # all but the surrogates
 _GAP = "\ue000"  # stands for the space after punctuation until the tokens are joined
 
@@ -142,7 +147,11 @@ def _normalizers(known: Set[str]) -> list[dict[str, Any]]:
         _replace(unassigned, _UNASSIGNED),
         _replace(final_sigma, "ς"),
         {"type": "Lowercase"},
-        _replace(_NOT_DECOMPOSED, unicodedata.normalize("NFD", _NOT_DECOMPOSED)),
+        *(
+            _replace(character, unicodedata.normalize("NFD", character))
+            for character in _NOT_DECOMPOSED
+            if unicodedata.category(character) != "Cn"
+        ),
         {"type": "NFD"},
         _replace(_class(_is_accent), ""),
     ]
