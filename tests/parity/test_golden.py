@@ -39,6 +39,8 @@ def test_golden_results_are_what_live_tensorflow_computes(name: str) -> None:
         for key, live in tf_reference.results(case, what, dtype).items():
             if same_machine:
                 assert np.array_equal(held[key], live), (what, dtype, key)
+            elif what == "adafactor" and "key_layer/bias" in key:
+                pass  # its gradient is zero except for rounding, which Adafactor scales to a step
             else:
                 largest = max(np.abs(array).max() for array in held.values())
                 error = np.abs(held[key] - live).max()
