@@ -83,7 +83,9 @@ class WriteOptions(LoadOptions):
     )
 
 
-def load_generator(options: LoadOptions, *, adapters: Mapping[str, str] | None = None) -> Generator:
+def load_generator(
+    options: LoadOptions, *, assistant: str | None = None, adapters: Mapping[str, str] | None = None
+) -> Generator:
     """`adapters` are folders of LoRA adapters by name."""
     show_log(quiet=options.quiet)
     found = {name: read_adapter(folder) for name, folder in (adapters or {}).items()}
@@ -100,7 +102,7 @@ def load_generator(options: LoadOptions, *, adapters: Mapping[str, str] | None =
             compile=options.compile,
             batch_size=options.batch_size,
             tokenizer=Tokenizer.from_pretrained(options.vocab) if options.vocab else None,
-            assistant=options.assistant if isinstance(options, WriteOptions) else None,
+            assistant=assistant,
         )
     _logger.info(
         "loaded %s (%s) in %.1f s",

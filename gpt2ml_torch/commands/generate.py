@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
     GenerationConfig(**config)  # bad values are reported before the model is loaded
     prompts = read_texts("prompts", options.prompts, options.file)
     adapters = {} if options.adapter_folder is None else {"adapter": options.adapter_folder}
-    generator = load_generator(options, adapters=adapters)
+    generator = load_generator(options, assistant=options.assistant, adapters=adapters)
     if adapters:
         config["adapter"] = "adapter"
     stats = Stats()

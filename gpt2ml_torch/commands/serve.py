@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
             f"serving needs the package {error.name}; pip install 'gpt2ml-torch[serve]'"
         ) from None
     with runner.listen(options.host, options.port) as sock:  # before the model takes its time
-        generator = load_generator(options, adapters=options.adapters)
+        generator = load_generator(options, assistant=options.assistant, adapters=options.adapters)
         keys = (*options.api_key, *filter(None, [os.environ.get(KEY_VARIABLE)]))
         host, port, *_ = sock.getsockname()
         _say_where(host, port, keys)
