@@ -8,6 +8,15 @@ from gpt2ml_torch import GPT2ML, GPT2MLConfig, Tokenizer
 
 CHARACTERS = "今天气不错双十一科学空间，。春眠觉晓处闻啼鸟夜来风雨声花落知多少"
 SPECIAL = ["[PAD]", *(f"[unused{i}]" for i in range(1, 100)), "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+# With heads that the kernels support, and sizes that fill no panel or group.
+KERNEL_CONFIG = GPT2MLConfig(
+    vocab_size=50,
+    hidden_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    intermediate_size=100,
+    max_position_embeddings=32,
+)
 WORDS = ["hello", "world", "##ing", "##ed", "'", "s", "2", "3"]
 
 
@@ -33,3 +42,11 @@ def tiny_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return GPT2ML(config).eval()
+
+
+def loud_model(config: GPT2MLConfig) -> GPT2ML:
+    """Norms and biases that matter too; drawn with the generator's state of the moment."""
+    model = GPT2ML(config).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model

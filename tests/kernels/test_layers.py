@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpt2ml_torch import GPT2ML, GPT2MLConfig, KVCache, kernels
+from gpt2ml_torch import GPT2MLConfig, KVCache, kernels
 from gpt2ml_torch.kernels import ops
 from gpt2ml_torch.model import Block
 from gpt2ml_torch.precision import PACKABLE, Precision
+from tests.helpers.tiny import KERNEL_CONFIG, loud_model
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SLOTS = 80
@@ -193,23 +194,6 @@ def test_the_operator_is_declared_as_it_behaves(precision: str) -> None:
     )
 
 
-CONFIG = GPT2MLConfig(
-    vocab_size=50,
-    hidden_size=64,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    intermediate_size=100,
-    max_position_embeddings=32,
-)
-
-
-def loud_model(config: GPT2MLConfig) -> GPT2ML:
-    model = GPT2ML(config).eval().requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    return model
-
-
 def ids_and_cache(config: GPT2MLConfig) -> tuple[Tensor, KVCache]:
     ids = torch.randint(0, config.vocab_size, (2, 9))
     return ids, KVCache(config, batch_size=2, length=config.max_position_embeddings)
@@ -217,8 +201,8 @@ def ids_and_cache(config: GPT2MLConfig) -> tuple[Tensor, KVCache]:
 
 @needs_kernels
 def test_a_model_over_its_cache_is_the_model_without() -> None:
-    model = loud_model(CONFIG)
-    ids, cache = ids_and_cache(CONFIG)
+    model = loud_model(KERNEL_CONFIG)
+    ids, cache = ids_and_cache(KERNEL_CONFIG)
     expected = model.double()(ids)
     kernels.pack_model(model.float(), "float32")
     torch.testing.assert_close(model(ids, cache=cache).double(), expected, rtol=1e-4, atol=1e-5)
@@ -227,9 +211,9 @@ def test_a_model_over_its_cache_is_the_model_without() -> None:
 @needs_kernels
 def test_it_compiles_in_one_graph_and_fills_the_cache() -> None:
     # float32, because an int8 input on the edge between two steps may compile to the other one
-    model = kernels.pack_model(loud_model(CONFIG), "float32")
-    ids, eager = ids_and_cache(CONFIG)
-    compiled = KVCache(CONFIG, batch_size=2, length=eager.length)
+    model = kernels.pack_model(loud_model(KERNEL_CONFIG), "float32")
+    ids, eager = ids_and_cache(KERNEL_CONFIG)
+    compiled = KVCache(KERNEL_CONFIG, batch_size=2, length=eager.length)
     step = torch.compile(model, fullgraph=True)
     with torch.inference_mode():
         torch.testing.assert_close(step(ids, cache=compiled), model(ids, cache=eager))
@@ -239,7 +223,9 @@ def test_it_compiles_in_one_graph_and_fills_the_cache() -> None:
 
 @needs_kernels
 def test_what_the_kernel_does_not_support_runs_on_pytorch() -> None:
-    config = dataclasses.replace(CONFIG, hidden_size=48, num_attention_heads=2)  # heads of 24
+    config = dataclasses.replace(
+        KERNEL_CONFIG, hidden_size=48, num_attention_heads=2
+    )  # heads of 24
     model = loud_model(config)
     ids, cache = ids_and_cache(config)
     expected = model(ids)

@@ -8,18 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpt2ml_torch import GPT2ML, GPT2MLConfig, KVCache, kernels
+from gpt2ml_torch import GPT2ML, KVCache, kernels
 from gpt2ml_torch.kernels import LINEAR_LAYERS, LowRank, PackedAdapter, RowAdapters
 from gpt2ml_torch.precision import PACKABLE, Precision
+from tests.helpers.tiny import KERNEL_CONFIG, loud_model
 
-CONFIG = GPT2MLConfig(
-    vocab_size=50,
-    hidden_size=64,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    intermediate_size=100,
-    max_position_embeddings=32,
-)
 SHAPES = {
     "attention.qkv": (192, 64),
     "attention.output": (64, 64),
@@ -41,13 +34,13 @@ def changes_of(
             torch.randn(rank + layer, SHAPES[kind][1], generator=draw) / 8,
             torch.randn(SHAPES[kind][0], rank + layer, generator=draw) / 8,
         )
-        for layer in range(CONFIG.num_hidden_layers)
+        for layer in range(KERNEL_CONFIG.num_hidden_layers)
         for kind in kinds
     }
 
 
 def packed(changes: dict[str, LowRank], precision: Precision = Precision.FLOAT32) -> PackedAdapter:
-    layers = CONFIG.num_hidden_layers
+    layers = KERNEL_CONFIG.num_hidden_layers
     return PackedAdapter.pack(changes, shapes=SHAPES, layers=layers, precision=precision)
 
 
@@ -61,16 +54,12 @@ CHANGES = (
 @pytest.fixture(scope="module")
 def plain() -> GPT2ML:
     torch.manual_seed(0)
-    model = GPT2ML(CONFIG).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    return model
+    return loud_model(KERNEL_CONFIG)
 
 
 def read(model: GPT2ML, ids: Tensor, of_rows: list[int], *, parts: tuple[int, ...] = ()) -> Tensor:
     """Logits of rows with adapters, read in parts of these sizes."""
-    cache = KVCache(CONFIG, batch_size=len(ids), length=32, dtype=model.dtype)
+    cache = KVCache(KERNEL_CONFIG, batch_size=len(ids), length=32, dtype=model.dtype)
     cache.adapters = RowAdapters(tuple(map(packed, CHANGES)), torch.tensor(of_rows))
     logits, start = [], 0
     with torch.inference_mode():
@@ -124,18 +113,18 @@ def test_a_row_is_the_same_alone_in_parts_and_beside_others(
 
 @pytest.mark.parametrize("precision", PACKABLE)
 def test_a_row_without_an_adapter_is_what_it_is_without_any(
-    plain: GPT2ML, precision: Precision
+    precision: Precision, plain: GPT2ML
 ) -> None:
-    model = kernels.pack_model(copy.deepcopy(plain), precision)
     ids = torch.randint(0, 50, (2, 24), generator=torch.Generator().manual_seed(3))
-    cache = KVCache(CONFIG, batch_size=2, length=32)
+    model = kernels.pack_model(copy.deepcopy(plain), precision)
+    cache = KVCache(KERNEL_CONFIG, batch_size=2, length=32)
     with torch.inference_mode():
         expected = model(ids, cache=cache)
     assert torch.equal(read(model, ids, [-1, 0])[0], expected[0])
 
 
 def test_rows_take_their_adapter_along(plain: GPT2ML) -> None:
-    cache = KVCache(CONFIG, batch_size=3, length=8)
+    cache = KVCache(KERNEL_CONFIG, batch_size=3, length=8)
     cache.adapters = RowAdapters((packed(CHANGES[0]),) * 2, torch.tensor([-1, -1, -1]))
     cache.use_adapter(0, 1)
     cache.copy_row(0, cache, 2, 1)
@@ -148,7 +137,7 @@ def test_rows_take_their_adapter_along(plain: GPT2ML) -> None:
 
 def test_an_adapter_that_is_not_there_is_an_error(plain: GPT2ML) -> None:
     model = kernels.pack_model(copy.deepcopy(plain), "float32")
-    cache = KVCache(CONFIG, batch_size=1, length=8)
+    cache = KVCache(KERNEL_CONFIG, batch_size=1, length=8)
     for adapters in ((), (packed(CHANGES[0]),)):
         with pytest.raises(ValueError, match=f"no adapter 1; it has {len(adapters)}"):
             cache.use_adapter(0, 1)
@@ -164,14 +153,14 @@ def test_matrices_that_do_not_fit_are_an_error(plain: GPT2ML) -> None:
     other = {"blocks.0.mlp.up": LowRank(torch.ones(2, 32), torch.ones(100, 2))}
     smaller = PackedAdapter.pack(other, shapes=narrow, layers=3, precision=Precision.FLOAT32)
     for adapter, message in ((fewer, "a matrix for each layer"), (smaller, "not packed for")):
-        cache = KVCache(CONFIG, batch_size=1, length=8)
+        cache = KVCache(KERNEL_CONFIG, batch_size=1, length=8)
         cache.adapters = RowAdapters((adapter,), torch.tensor([0]))
         with pytest.raises(RuntimeError, match=message), torch.inference_mode():
             model(torch.tensor([[1]]), cache=cache)
 
 
 def test_a_model_that_is_not_packed_refuses_adapters(plain: GPT2ML) -> None:
-    cache = KVCache(CONFIG, batch_size=1, length=8)
+    cache = KVCache(KERNEL_CONFIG, batch_size=1, length=8)
     cache.adapters = RowAdapters((packed(CHANGES[0]),), torch.tensor([0]))
     with pytest.raises(ValueError, match="adapters are added by the kernels"):
         plain(torch.tensor([[1]]), cache=cache)
