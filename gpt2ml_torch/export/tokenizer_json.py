@@ -28,8 +28,8 @@ END_TOKEN = "\x03"
 _RENAMED = {"[SEP]": END_TOKEN, "": "[]"}
 _RENAMED_BACK = {there: ours for ours, there in _RENAMED.items()}
 _UNASSIGNED = "\ufdd0"  # a noncharacter, which Unicode will never assign
-# Missing in the older tables of the NFD rule, with their decompositions: one letter of Unicode 13,
-# and those of Unicode 16, which Python 3.14 knows.
+# Letters whose decompositions the NFD rule's older tables lack: one of Unicode 13, and twelve of
+# Unicode 16, which Python knows since 3.14.
 _NOT_DECOMPOSED = (
     "\U00011938\U000105c9\U000105e4\U00011383\U00011385\U0001138e\U00011391"
     "\U000113c5\U000113c7\U000113c8\U00016d68\U00016d69\U00016d6a"

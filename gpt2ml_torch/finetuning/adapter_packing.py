@@ -81,8 +81,8 @@ def _factors(
 
 
 def _joined(changes: Sequence[WeightChange], *, rows: int) -> LowRank:
-    """One change for several, each of some rows: as those of query, key and value, which the
-    exported class has apart.
+    """One change that stands for several, each of other rows of the weight. The exported class has
+    query, key and value apart, so its adapters change the joined matrix in three parts.
     """
     narrow = torch.cat([change.a for change in changes if change.a is not None])
     wide = torch.zeros(rows, len(narrow))
