@@ -72,7 +72,7 @@ class Trainer:
     """One training run of one model.
 
     `objective` computes the loss. `optimizer` holds its trainable parameters, whose groups may have
-    a `scale` of the learning rate. each call of `valid_batches` gives the validation rows;
+    a `scale` of the learning rate. Each call of `valid_batches` gives the validation rows;
     `valid_characters` is the number of characters predicted in them. `folder` receives
     checkpoints/, metrics.jsonl and loss.png; without it nothing is written. `should_stop` is called
     after each step. `data_key` identifies model and data, so that a run is not resumed on others.

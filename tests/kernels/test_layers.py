@@ -223,9 +223,8 @@ def test_it_compiles_in_one_graph_and_fills_the_cache() -> None:
 
 @needs_kernels
 def test_what_the_kernel_does_not_support_runs_on_pytorch() -> None:
-    config = dataclasses.replace(
-        KERNEL_CONFIG, hidden_size=48, num_attention_heads=2
-    )  # heads of 24
+    heads_of_24 = {"hidden_size": 48, "num_attention_heads": 2}
+    config = dataclasses.replace(KERNEL_CONFIG, **heads_of_24)
     model = loud_model(config)
     ids, cache = ids_and_cache(config)
     expected = model(ids)
