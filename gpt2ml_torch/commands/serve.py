@@ -39,9 +39,10 @@ class ServeOptions(ServeConfig, WriteOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         names = [self.served_name]
-        for name, folder in map(_parts, self.adapter):
+        for adapter in self.adapter:
+            name, folder = _parts(adapter)
             if not (name and folder and name.isprintable()):
-                raise OptionError("{adapter} is {!r}; expected NAME=FOLDER", f"{name}={folder}")
+                raise OptionError("{adapter} is {!r}; expected NAME=FOLDER", adapter)
             if name in names:
                 raise OptionError("{adapter} gives the name {!r} twice, or the model's", name)
             names.append(name)

@@ -106,7 +106,7 @@ def test_adapters_are_listed_beside_the_model(adapted_server: ServerProcess) -> 
 @pytest.mark.parametrize(
     ("adapters", "message"),
     [
-        (["poems"], "--adapter is 'poems='; expected NAME=FOLDER"),
+        (["poems"], "--adapter is 'poems'; expected NAME=FOLDER"),
         (["=folder"], "--adapter is '=folder'; expected NAME=FOLDER"),
         (["a=FOLDER", "a=FOLDER"], "--adapter gives the name 'a' twice"),
         (["demo=FOLDER"], "--adapter gives the name 'demo' twice, or the model's"),
